@@ -1,0 +1,298 @@
+"""Calibration and evaluation tokens: named datasets (streamed), local files, and Python's own standard library.
+
+A dataset is named on the command line by
+  fineweb_edu | c4 | wikitext2     streamed from the hub through `datasets`, with the paper's conventions
+  stdlib                           the source text of the running Python's standard library, always at hand
+  PATH                             a .txt, .jsonl or .parquet file (rows need a "text" field), or a folder of them
+  NAME:PATH                        local rows under the conventions of NAME, e.g. wikitext2:wiki.test.txt
+Each has a train and a test side that share no document. Documents are int64 tensors of 2 to `sequence_length` tokens.
+"""
+import hashlib
+import json
+import random
+import re
+import sysconfig
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+
+HUB_DATASETS = ("fineweb_edu", "c4", "wikitext2")
+LOCAL_SUFFIXES = (".txt", ".jsonl", ".parquet")
+C4_REVISION = "607bd4c8450a42878aa9ddc051a65a055450ef87"
+TEST_SHARE = 8  # one document in eight is held out where a source has no split of its own
+
+
+def check_dataset(name: str, flag: str) -> None:
+    """Raise ValueError, naming `flag`, unless `name` is a dataset this module can read. Touches no network."""
+    convention, path = _parse(name)
+    if path is None:
+        if convention not in (*HUB_DATASETS, "stdlib"):
+            raise ValueError(f"{flag} {name}: no such dataset, file or folder; use one of {', '.join(HUB_DATASETS)}, "
+                             f"stdlib, a {'/'.join(LOCAL_SUFFIXES)} file or a folder of them")
+    elif not path.exists():
+        raise ValueError(f"{flag} {name}: {path} does not exist")
+    elif not _local_files(path):
+        raise ValueError(f"{flag} {name}: found no {', '.join(LOCAL_SUFFIXES)} file; rows of .jsonl and .parquet need "
+                         f'a "text" field')
+
+
+def calibration_documents(name: str, tokenizer, num_tokens: int, sequence_length: int, seed: int = 0,
+                          flag: str = "--calibration_tokens") -> list[torch.Tensor]:
+    """Exactly `num_tokens` tokens of the train side, as documents of at most `sequence_length` tokens.
+
+    Raises ValueError when the dataset holds fewer: a calibration set silently smaller than asked changes the result.
+    """
+    documents = _documents(name, "train", tokenizer, num_tokens, sequence_length, seed)
+    available = sum(map(len, documents))
+    if available < num_tokens:
+        raise ValueError(f"{flag} {num_tokens}: {name} holds only {available} training tokens; "
+                         f"ask for at most that many or add text")
+    lengths = trimmed_lengths([len(d) for d in documents], num_tokens)
+    return [document[:length] for document, length in zip(documents, lengths)]
+
+
+def evaluation_documents(name: str, tokenizer, num_tokens: int, sequence_length: int) -> list[torch.Tensor]:
+    """Up to `num_tokens` tokens of the test side: what there is. Raises ValueError when there is nothing at all.
+
+    wikitext2 and c4 come as consecutive windows of exactly `sequence_length` tokens, the last partial one dropped.
+    """
+    documents = _documents(name, "test", tokenizer, num_tokens, sequence_length, seed=0)
+    if not documents:
+        raise ValueError(f"--eval_datasets {name}: no text to evaluate on at --eval_sequence_length {sequence_length}")
+    if sum(map(len, documents)) > num_tokens:
+        if _parse(name)[0] in ("wikitext2", "c4"):
+            return documents[:max(1, num_tokens // sequence_length)]  # only whole windows
+        lengths = trimmed_lengths([len(d) for d in documents], num_tokens)
+        documents = [document[:length] for document, length in zip(documents, lengths)]
+    return documents
+
+
+def trimmed_lengths(lengths: list[int], num_tokens: int) -> list[int]:
+    """Lengths of the first documents cut to exactly `num_tokens` tokens in total, the last one trimmed.
+
+    A document of one token predicts nothing, so where one would be left the latest longer document before it gives
+    up a token. Raises ValueError when the documents are too few, or too short to do that.
+    """
+    kept: list[int] = []
+    missing = num_tokens
+    for length in lengths:
+        if missing <= 0:
+            break
+        kept.append(min(length, missing))
+        missing -= kept[-1]
+    if missing > 0:
+        raise ValueError(f"{num_tokens} tokens asked for, but the documents hold only {num_tokens - missing}")
+    if kept and kept[-1] == 1:
+        donor = next((i for i in range(len(kept) - 2, -1, -1) if kept[i] > 2), None)
+        if donor is None:
+            raise ValueError(f"{num_tokens} tokens cannot be made up of documents of two or more tokens")
+        kept[donor] -= 1
+        kept[-1] = 2
+    return kept
+
+
+def draw_minibatch(documents: list[torch.Tensor], num_tokens: int, rng: random.Random) -> list[tuple[int, int]]:
+    """Documents drawn without replacement until exactly `num_tokens` tokens (paper: the minibatch of a selection step).
+
+    Returns (document index, length) pairs; all but the last (see `trimmed_lengths`) have their full length.
+    """
+    order = list(range(len(documents)))
+    rng.shuffle(order)
+    lengths = trimmed_lengths([len(documents[i]) for i in order], num_tokens)
+    return list(zip(order, lengths))
+
+
+def default_sequence_length(config) -> int:
+    """min(context length, 8192): what a missing --calibration_sequence_length or --eval_sequence_length means."""
+    text_config = config.get_text_config(decoder=True)
+    return min(getattr(text_config, "max_position_embeddings", None) or 8192, 8192)
+
+
+# ---- where text comes from -------------------------------------------------------------------------------------------
+
+
+def stdlib_texts(split: str, with_tests: bool = False) -> Iterator[str]:
+    """Source files of the running Python's standard library; a hash of the relative path decides the side.
+
+    `with_tests` adds the interpreter's own test suite, which some distributions leave out; only demo/train.py asks for
+    it, and only for the train side.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    excluded = {"site-packages", "dist-packages", "__pycache__"} | (set() if with_tests
+                                                                     else {"test", "tests", "idle_test"})
+    for path in sorted(root.rglob("*.py")):
+        relative = path.relative_to(root)
+        generated = relative.name.startswith("_sysconfigdata") or relative.parts[0].startswith("config-")
+        if generated or excluded & set(relative.parts):
+            continue
+        held_out = int(hashlib.sha256(relative.as_posix().encode()).hexdigest(), 16) % TEST_SHARE == 0
+        if held_out == (split == "test"):
+            text = path.read_text(encoding="utf-8", errors="ignore")
+            if text.strip():
+                yield text
+
+
+def local_texts(path: Path, split: str) -> list[str]:
+    """Documents of local files: a .txt file is one, a row of .jsonl or .parquet is one.
+
+    A file whose name contains the word "train" or "test" belongs to that side. Of the rest every eighth document is
+    held out; where there are fewer than sixteen, the last eighth of each one's text is.
+    """
+    unsplit: list[str] = []
+    chosen: list[str] = []
+    for file in _local_files(path):
+        side = _named_side(file)
+        if side == split:
+            chosen += _rows(file)
+        elif side is None:
+            unsplit += _rows(file)
+    if len(unsplit) >= 2 * TEST_SHARE:
+        unsplit = [text for i, text in enumerate(dict.fromkeys(unsplit))  # a repeated document stays on one side
+                   if (i % TEST_SHARE == TEST_SHARE - 1) == (split == "test")]
+    else:
+        cuts = [len(text) - len(text) // TEST_SHARE for text in unsplit]
+        unsplit = [text[cut:] if split == "test" else text[:cut] for text, cut in zip(unsplit, cuts)]
+    return [text for text in chosen + unsplit if text.strip()]
+
+
+def _parse(name: str) -> tuple[str, Path | None]:
+    """(convention, local path or None) of a dataset's name."""
+    convention, colon, path = name.partition(":")
+    if colon and convention in HUB_DATASETS:
+        return convention, Path(path)
+    if name in (*HUB_DATASETS, "stdlib"):
+        return name, None
+    if Path(name).exists():
+        return "documents", Path(name)
+    return name, None
+
+
+def _local_files(path: Path) -> list[Path]:
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    return [file for file in files if file.suffix in LOCAL_SUFFIXES and file.is_file()]
+
+
+def _named_side(file: Path) -> str | None:
+    words = re.split(r"[^a-z]+", file.name.lower())
+    return next((side for side in ("train", "test") if side in words), None)
+
+
+def _rows(file: Path, lines: bool = False) -> list[str]:
+    """Texts of one local file; with `lines`, the lines of a .txt file as the hub's WikiText rows have them."""
+    try:
+        if file.suffix == ".txt":
+            text = file.read_text(encoding="utf-8")
+            return [line if line.strip() else "" for line in text.splitlines(keepends=True)] if lines else [text]
+        if file.suffix == ".jsonl":
+            with file.open(encoding="utf-8") as stream:
+                return [json.loads(line)["text"] for line in stream if line.strip()]
+        import pyarrow.parquet
+        return pyarrow.parquet.read_table(file, columns=["text"]).column("text").to_pylist()
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise ValueError(f'{file}: cannot be read as text ({type(error).__name__}: {error}); .txt needs UTF-8, rows of '
+                         f'.jsonl and .parquet need a "text" field') from error
+
+
+def _convention_rows(convention: str, path: Path | None, split: str, seed: int) -> Iterable[str]:
+    """Rows of wikitext2, c4 or fineweb_edu, from a local file or streamed from the hub."""
+    if path is not None:
+        rows: list[str] = []
+        for file in _local_files(path):
+            texts = _rows(file, lines=convention == "wikitext2")
+            cut = len(texts) - len(texts) // TEST_SHARE
+            side = _named_side(file)
+            rows += texts if side == split else [] if side else texts[cut:] if split == "test" else texts[:cut]
+        return rows
+    from datasets import load_dataset
+    if convention == "wikitext2":
+        return load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)["text"]
+    if convention == "c4":
+        file = "en/c4-train.00000-of-01024.json.gz" if split == "train" else "en/c4-validation.00000-of-00008.json.gz"
+        rows = load_dataset("allenai/c4", data_files={split: file}, revision=C4_REVISION, split=split, streaming=True)
+        rows = rows.shuffle(seed=seed, buffer_size=10_000) if split == "train" else rows.take(1_100)
+    else:  # first half of the shards trains, the second half evaluates
+        rows = load_dataset("HuggingFaceFW/fineweb-edu", "sample-10BT", split="train", streaming=True)
+        rows = rows.shard(2, 0 if split == "train" else 1, contiguous=True).shuffle(seed=seed, buffer_size=10_000)
+    return (row["text"] for row in rows)
+
+
+# ---- from text to documents ------------------------------------------------------------------------------------------
+
+
+def _documents(name: str, split: str, tokenizer, num_tokens: int, sequence_length: int, seed: int
+               ) -> list[torch.Tensor]:
+    """At least `num_tokens` tokens of `split` where the dataset has them, else all it has."""
+    if sequence_length < 2:
+        raise ValueError(f"sequence length {sequence_length}: a document needs at least 2 tokens to predict one")
+    convention, path = _parse(name)
+    rng = random.Random(seed)
+    if convention == "wikitext2":
+        rows = _convention_rows(convention, path, split, seed)
+        tokens = _tokenize(tokenizer, "\n\n".join(rows), add_special_tokens=False)
+        if split == "test":
+            return _windows(tokens, sequence_length)
+        count = -(-num_tokens // sequence_length)
+        if len(tokens) <= max(sequence_length, num_tokens):  # random windows would only repeat what there is
+            return _pieces(tokens, sequence_length)
+        starts = [rng.randrange(len(tokens) - sequence_length) for _ in range(count)]
+        return [tokens[start:start + sequence_length] for start in starts]
+    if convention == "c4":
+        rows = _convention_rows(convention, path, split, seed)
+        if split == "test":
+            return _windows(_tokenize(tokenizer, "\n\n".join(rows)), sequence_length)
+        return _joined_windows(rows, tokenizer, num_tokens, sequence_length)
+    if convention == "fineweb_edu":
+        texts = _convention_rows(convention, path, split, seed)
+    else:
+        texts = list(stdlib_texts(split)) if path is None else local_texts(path, split)
+        rng.shuffle(texts)
+    return _split_documents(texts, tokenizer, num_tokens, sequence_length)
+
+
+def _split_documents(texts: Iterable[str], tokenizer, num_tokens: int, sequence_length: int) -> list[torch.Tensor]:
+    """Pieces of single documents, never joined. No document gives more than a sixteenth of the tokens while others
+    are left: one huge file would otherwise be the whole calibration set."""
+    most_pieces = max(1, num_tokens // (16 * sequence_length))
+    documents: list[torch.Tensor] = []
+    reserve: list[torch.Tensor] = []
+    total = 0
+    for text in texts:
+        pieces = _pieces(_tokenize(tokenizer, text), sequence_length)
+        documents += pieces[:most_pieces]
+        reserve += pieces[most_pieces:]
+        total += sum(map(len, pieces[:most_pieces]))
+        if total >= num_tokens:
+            return documents
+    return documents + reserve
+
+
+def _joined_windows(texts: Iterable[str], tokenizer, num_tokens: int, sequence_length: int) -> list[torch.Tensor]:
+    """C4's train convention: documents joined by two newlines until a window is full, then trimmed to it."""
+    windows: list[torch.Tensor] = []
+    joined = ""
+    for text in texts:
+        joined = f"{joined}\n\n{text}" if joined else text
+        if len(joined) < 2 * sequence_length:  # cannot be full yet: spares tokenising every prefix
+            continue
+        tokens = _tokenize(tokenizer, joined)
+        if len(tokens) >= sequence_length:
+            windows.append(tokens[:sequence_length])
+            joined = ""
+            if len(windows) * sequence_length >= num_tokens:
+                break
+    return windows
+
+
+def _tokenize(tokenizer, text: str, add_special_tokens: bool = True) -> torch.Tensor:
+    # verbose=False: the warning about the model's maximum length does not apply, the text is cut afterwards
+    return torch.tensor(tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"],
+                        dtype=torch.int64)
+
+
+def _windows(tokens: torch.Tensor, sequence_length: int) -> list[torch.Tensor]:
+    return [tokens[i:i + sequence_length] for i in range(0, len(tokens) - sequence_length + 1, sequence_length)]
+
+
+def _pieces(tokens: torch.Tensor, sequence_length: int) -> list[torch.Tensor]:
+    return [piece for piece in tokens.split(sequence_length) if len(piece) > 1]
