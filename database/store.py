@@ -1,0 +1,252 @@
+"""The database on disk: a folder with manifest.json and one safetensors file a layer, which holds all its levels.
+
+manifest.json
+  format, method ("sparsegpt" or "gptq"), model, config_sha256, weights_sha256, calibration_sha256, flags
+  layers: name -> null while the layer is not built, then
+    shape [out, in]; bytes and sha256 of its file; levels: level -> {kept or bits and overhead_bits, error}
+A layer file has a level's tensors under "<level>.<part>" (parts: see packing.py). Files appear whole or not at all, and
+a file is in use only once the manifest names its checksum, so a build may be killed at any moment; what is truncated,
+altered, swapped or comes from another database never passes the checksum.
+"""
+import hashlib
+import json
+import os
+import re
+from collections import OrderedDict
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import nn
+
+from database import packing
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+HEADER = ("format", "method", "config_sha256", "weights_sha256", "calibration_sha256", "flags")
+
+
+class Database:
+    """A finished database, opened for reading. Tensors come from memory-mapped files, checked before first use."""
+
+    def __init__(self, path: str | Path):
+        """Raises ValueError naming the file that is missing, unreadable, foreign or of the wrong size."""
+        self.path = Path(path)
+        self.manifest = read_manifest(self.path)
+        if self.manifest is None:
+            raise ValueError(f"{self.path}: no {MANIFEST} in it, so it is not a database; build one with "
+                             f"python -m database.sparsegpt or python -m database.gptq")
+        self.method: str = self.manifest["method"]
+        self.layers: list[str] = list(self.manifest["layers"])
+        missing = [name for name in self.layers if self.manifest["layers"][name] is None]
+        if missing:
+            raise ValueError(f"{self.path}: the build is not finished, {len(missing)} of {len(self.layers)} layers are "
+                             f"missing (first {missing[0]}); run its command again to finish it")
+        check_no_foreign_files(self.path, self.layers)
+        for name in self.layers:
+            file, size = layer_file(self.path, name), self.manifest["layers"][name]["bytes"]
+            if not file.is_file():
+                raise ValueError(f"{file}: missing; {_REBUILD}")
+            if file.stat().st_size != size:
+                raise ValueError(f"{file}: {file.stat().st_size} bytes instead of {size}; {_REBUILD}")
+        self._files: dict[str, safe_open] = {}
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Database":
+        return cls(path)
+
+    def shape(self, name: str) -> tuple[int, int]:
+        """(out, in) of a layer's weight."""
+        return tuple(self.manifest["layers"][name]["shape"])
+
+    def levels(self, name: str) -> list[int]:
+        """A layer's levels in ascending order: signed sparsity steps, or bitwidths."""
+        return sorted(map(int, self.manifest["layers"][name]["levels"]))
+
+    def kept(self, name: str, level: int) -> int:
+        """Number of weights kept (sparsegpt)."""
+        return self._level(name, level)["kept"]
+
+    def bits(self, name: str, level: int, overhead: bool = False) -> int:
+        """Bits of all codes (gptq); with `overhead`, also of the float16 scales and the uint8 zeros as stored."""
+        entry = self._level(name, level)
+        return entry["bits"] + (entry["overhead_bits"] if overhead else 0)
+
+    def error(self, name: str, level: int) -> float:
+        """Relative output error ‖(W−Ŵ)X‖²/‖WX‖² on the calibration tokens; for a layer that saw none, X = I."""
+        return self._level(name, level)["error"]
+
+    def weight(self, name: str, level: int, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+               ) -> torch.Tensor:
+        """The layer at a level, [out, in]; by default in the dtype it is stored in (float32 for quantized levels)."""
+        return self.unpack(name, level, self.packed(name, level, device)).to(dtype)
+
+    def codes(self, name: str, level: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """A gptq level as (codes uint8 [out, in], scales float16 [out, groups], zeros uint8 [out, groups])."""
+        return packing.unpack_codes(self.packed(name, level), self.shape(name), level)
+
+    def group_size(self, name: str) -> int:
+        """Input columns that share a scale (gptq): the whole row without --group_size."""
+        return self.manifest["flags"]["group_size"] or self.shape(name)[1]
+
+    def check_model(self, config) -> None:
+        """Raises ValueError when the database was built for a model with another configuration."""
+        if config_sha256(config) != self.manifest["config_sha256"]:
+            raise ValueError(f"{self.path}: built for {self.manifest['model']}, whose configuration differs from this "
+                             f"model's; build a database for this model or name that one")
+
+    def packed(self, name: str, level: int, device: str | torch.device = "cpu") -> packing.Packed:
+        """The packed tensors of a level on `device`. Raises ValueError when the file is not the one that was built."""
+        self._level(name, level)
+        if name not in self._files:
+            file = layer_file(self.path, name)
+            if not intact(self.path, self.manifest, name):
+                raise ValueError(f"{file}: not the file that was built (wrong checksum); {_REBUILD}")
+            self._files[name] = safe_open(file, framework="pt")
+        parts = ("mask", "values") if self.method == "sparsegpt" else ("codes", "scales", "zeros")
+        return {part: self._files[name].get_tensor(f"{level}.{part}").to(device) for part in parts}
+
+    def unpack(self, name: str, level: int, packed: packing.Packed) -> torch.Tensor:
+        """Weight [out, in] on the device of `packed`."""
+        if self.method == "sparsegpt":
+            return packing.unpack_sparse(packed, self.shape(name))
+        codes = packing.unpack_bits(packed["codes"], level, self.shape(name)[0] * self.shape(name)[1])
+        return packing.dequantize(codes.view(self.shape(name)), packed["scales"], packed["zeros"],
+                                  self.group_size(name))
+
+    def _level(self, name: str, level: int) -> dict:
+        try:
+            return self.manifest["layers"][name]["levels"][str(level)]
+        except KeyError:
+            known = f"it has {self.levels(name)}" if name in self.manifest["layers"] else "the layer is not in it"
+            raise ValueError(f"{self.path}: no level {level} of {name}; {known}") from None
+
+
+class LevelCache:
+    """Packed levels on the device within a budget of bytes; the one used longest ago goes first."""
+
+    def __init__(self, database: Database, device: str | torch.device, dtype: torch.dtype, max_bytes: int):
+        self.database, self.device, self.dtype, self.max_bytes = database, device, dtype, max_bytes
+        self.bytes = 0
+        self._levels: OrderedDict[tuple[str, int], packing.Packed] = OrderedDict()
+
+    def copy_(self, parameter: nn.Parameter, name: str, level: int) -> None:
+        """Unpack a level into `parameter.data` ([out, in], on the cache's device), rounded to the cache's dtype."""
+        weight = self.database.unpack(name, level, self._packed(name, level))
+        parameter.data.copy_(weight.to(self.dtype))
+
+    def _packed(self, name: str, level: int) -> packing.Packed:
+        key = (name, level)
+        if key in self._levels:
+            self._levels.move_to_end(key)
+            return self._levels[key]
+        packed = self.database.packed(name, level, self.device)
+        size = _bytes(packed)
+        if size <= self.max_bytes:
+            while self.bytes + size > self.max_bytes:
+                self.bytes -= _bytes(self._levels.popitem(last=False)[1])
+            self._levels[key] = packed
+            self.bytes += size
+        return packed
+
+
+# ---- building --------------------------------------------------------------------------------------------------------
+
+
+def read_manifest(path: Path) -> dict | None:
+    """The manifest of the database at `path`, None where there is none. Raises ValueError when it cannot be one."""
+    file = path / MANIFEST
+    if not file.is_file():
+        return None
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        names = list(manifest["layers"])
+        built = [entry for entry in manifest["layers"].values() if entry is not None]
+        sound = (manifest["format"] == FORMAT and manifest["method"] in ("sparsegpt", "gptq") and names
+                 and isinstance(manifest["flags"], dict) and {*HEADER, "model"} <= manifest.keys()
+                 and all({"shape", "bytes", "sha256", "levels"} <= entry.keys() for entry in built))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file}: not a manifest of a database ({type(error).__name__}: {error}); {_REBUILD}") from error
+    if not sound:
+        raise ValueError(f"{file}: not a manifest of format {FORMAT}; rebuild the database in an empty folder")
+    for name in names:
+        layer_file(path, name)
+    return manifest
+
+
+def write_manifest(path: Path, manifest: dict) -> None:
+    write_atomic(path / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+
+
+def write_layer(path: Path, manifest: dict, name: str, shape: tuple[int, int],
+                levels: dict[int, tuple[packing.Packed, dict]]) -> None:
+    """Write a layer's file and enter it in `manifest` (not yet on disk); levels: level -> (packed, manifest entry)."""
+    content = save({f"{level}.{part}": tensor.cpu().contiguous() for level, (packed, _) in levels.items()
+                    for part, tensor in packed.items()})
+    write_atomic(layer_file(path, name), content)
+    manifest["layers"][name] = {"shape": list(shape), "bytes": len(content),
+                                "sha256": hashlib.sha256(content).hexdigest(),
+                                "levels": {str(level): entry for level, (_, entry) in sorted(levels.items())}}
+
+
+def differences(manifest: dict, header: dict) -> list[str]:
+    """What a manifest was built with that differs from `header`, in words; keys that `header` lacks are not compared."""
+    found = []
+    words = {"config_sha256": "the model's configuration", "weights_sha256": "the model's weights",
+             "calibration_sha256": "the calibration tokens"}
+    for key in HEADER:
+        if key == "flags" and key in header:
+            old, new = manifest[key], header[key]
+            found += [f"--{flag} {new.get(flag)} (it was {old.get(flag)})"
+                      for flag in {**old, **new} if old.get(flag) != new.get(flag)]
+        elif key in header and manifest[key] != header[key]:
+            found.append(words.get(key, f"{key} {header[key]} (it was {manifest[key]})"))
+    return found
+
+
+def intact(path: Path, manifest: dict, name: str) -> bool:
+    """Whether the layer's file is the one the manifest describes, byte for byte."""
+    entry, file = manifest["layers"][name], layer_file(path, name)
+    if entry is None or not file.is_file() or file.stat().st_size != entry["bytes"]:
+        return False
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest() == entry["sha256"]
+
+
+def layer_file(path: Path, name: str) -> Path:
+    """Raises ValueError for a name that could lead outside the folder: manifests may come from anywhere."""
+    if not re.fullmatch(r"\w[\w.-]{0,200}", name):
+        raise ValueError(f"{path / MANIFEST}: {name!r} is not a layer's name; rebuild the database in an empty folder")
+    return path / f"{name}.safetensors"
+
+
+def check_no_foreign_files(path: Path, names: list[str]) -> None:
+    """Raises ValueError naming a safetensors file in the folder that is no layer's."""
+    foreign = sorted({file.name for file in path.glob("*.safetensors")} - {layer_file(path, name).name for name in names})
+    if foreign:
+        raise ValueError(f"{path / foreign[0]}: does not belong to this database; move it elsewhere")
+
+
+def config_sha256(config) -> str:
+    """Hash of a model's configuration: its architecture, not where it was loaded from or how it is run."""
+    ignored = ("transformers_version", "dtype", "torch_dtype", "use_cache")
+    values = {key: value for key, value in config.to_dict().items() if key[0] != "_" and key not in ignored}
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def write_atomic(file: Path, content: bytes) -> None:
+    """Write beside, flush to the disk, rename: after a crash the file is whole, old or new."""
+    beside = file.with_name(file.name + ".tmp")
+    with beside.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(beside, file)
+
+
+_REBUILD = "run the command that built the database again to rebuild it"
+
+
+def _bytes(packed: packing.Packed) -> int:
+    return sum(tensor.nbytes for tensor in packed.values())
