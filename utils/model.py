@@ -142,6 +142,7 @@ class Decoder:
         self.body, layers = _find_blocks(model)
         names = {module: name for name, module in model.named_modules()}
         self.blocks = [_take_apart(index, names[module], module) for index, module in enumerate(layers)]
+        self.states: list = [None] * len(self.blocks)   # the state a search has put each block in; None: as loaded
         self.packed_rows = 0             # rows of packed documents that may share a microbatch: 0, 1 or any number
         self.identity_when_dropped = False
         self._probe()
@@ -295,3 +296,18 @@ def _take_apart(index: int, name: str, module: nn.Module) -> Block:
     layers = {f"{name}.{layer_name}": layer for layer_name, layer in module.named_modules()
               if isinstance(layer, nn.Linear)}
     return Block(index, name, module, SubBlock([with_matrices[attention[0]]]), SubBlock(mlp), layers)
+
+
+@torch.no_grad()
+def save_dropped(decoder: Decoder, tokenizer, folder: str) -> None:
+    """Save the model with every parameter of its dropped sub-blocks set to zero: the same function in any runtime.
+
+    Overwrites those parameters. It keeps its number of blocks.
+    """
+    for block in decoder.blocks:
+        for sub_block in (block.attn, block.mlp):
+            if sub_block.dropped:
+                for parameter in sub_block.parameters:
+                    parameter.zero_()
+    decoder.model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,368 @@
+"""EvoPress, depth pruning: search which attention and MLP sub-blocks to drop (arXiv 2410.14649, Algorithm 1, section 4.1).
+
+    python evo_drop.py --model_name_or_path meta-llama/Meta-Llama-3-8B --sparsity 0.25
+
+A candidate says of every sub-block whether it is dropped. An offspring swaps a few dropped ones for kept ones, so the
+budget holds exactly. Offspring are selected in steps, on more tokens each time, by their KL divergence from the
+uncompressed model. The result is layer_drop_config.txt: one of none/attn/mlp/attn+mlp a block.
+"""
+import argparse
+import math
+import random
+import sys
+import time
+from dataclasses import dataclass
+
+from utils.configs import DROP_WORDS, read_drop_config, write_drop_config
+from utils.data import calibration_documents, default_sequence_length, draw_minibatch
+from utils.evaluation import Evaluation, load_evaluation_documents
+from utils.fitness import Fitness
+from utils.flags import (add_calibration_flags, add_evaluation_flags, add_model_flags, add_search_flags,
+                         check_search_flags)
+from utils.model import Decoder, load_config, load_decoder, load_tokenizer, save_dropped
+from utils.runs import (Run, check_writable, default_folder, evaluation_rows, format_table, open_wandb, plot_search, rng_state,
+                        set_rng_state, user_errors)
+
+Candidate = tuple[bool, ...]     # of every unit: dropped?
+FAILED_DRAWS = 200               # draws without a new candidate after which a generation makes do with fewer offspring
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_flags(parser)
+    add_calibration_flags(parser, tokens=131072)
+    budget = parser.add_argument_group("budget: --sparsity, or --drop_attn and --drop_mlp, or --drop_params")
+    budget.add_argument("--sparsity", type=float, metavar="FRACTION",
+                        help="drop this share, rounded down, of the attentions and of the MLPs, e.g. 0.25")
+    budget.add_argument("--drop_attn", type=int, metavar="COUNT", help="drop this many attentions, 0 to all")
+    budget.add_argument("--drop_mlp", type=int, metavar="COUNT", help="drop this many MLPs, 0 to all")
+    budget.add_argument("--drop_params", type=float, metavar="FRACTION",
+                        help="drop at least this share of the blocks' parameters, by less than the smallest sub-block "
+                             "more; attentions and MLPs mix freely")
+    budget.add_argument("--drop_entire_block", action="store_true", help="attention and MLP of a block only together")
+    budget.add_argument("--drop_two_consecutive", action="store_true", help="blocks 0-1, 2-3, ... only together")
+    budget.add_argument("--legal_to_drop_path", metavar="FILE",
+                        help="a configuration: only what it drops may be dropped")
+    search = add_search_flags(
+        parser, generations=None, offspring=32, survivors=[2, 1], tokens=[2048, 32768], initially_generated=64,
+        initial_tokens=2048, fitness=["kl", "ppl"],
+        generations_help="default: the paper's k(n-k)/1.5 for k of n blocks")
+    search.add_argument("--invert_fitness", action="store_true", help="search for the worst candidate instead")
+    add_evaluation_flags(parser)
+    output = parser.add_argument_group("output")
+    output.add_argument("--output_dir", metavar="FOLDER",
+                        help="of this run; the same command resumes it (default: runs/evo_drop-<hash of the flags>)")
+    output.add_argument("--drop_config_dir", metavar="FOLDER", help="write layer_drop_config.txt there too")
+    output.add_argument("--save_dir", metavar="FOLDER",
+                        help="save the model there with the dropped sub-blocks zeroed, as any runtime loads it")
+    output.add_argument("--log_wandb", action="store_true", help="log to Weights & Biases")
+    return parser.parse_args(argv)
+
+
+# ---- the search space ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Sub-blocks that are dropped together."""
+    kind: str                            # attn, mlp or attn+mlp
+    parts: tuple[tuple[int, int], ...]   # (block, 0 for attention or 1 for MLP)
+    size: int                            # parameters
+    legal: bool                          # may be dropped
+
+
+@dataclass(frozen=True)
+class Space:
+    """All candidates that meet the budget: a number of dropped units of each kind, or of dropped parameters."""
+    units: tuple[Unit, ...]
+    counts: dict[str, int] | None        # dropped units of each kind, exactly
+    least_size: int = 0                  # else: dropped parameters at least, ...
+    slack: int = 0                       # ... by less than this more
+
+    def dropped_size(self, candidate: Candidate) -> int:
+        return sum(unit.size for unit, dropped in zip(self.units, candidate) if dropped)
+
+    def feasible(self, candidate: Candidate) -> bool:
+        if self.counts is None:
+            return self.least_size <= self.dropped_size(candidate) < self.least_size + self.slack
+        return self.counts == {kind: sum(dropped for unit, dropped in zip(self.units, candidate) if unit.kind == kind)
+                               for kind in self.counts}
+
+    def states(self, candidate: Candidate, num_blocks: int) -> tuple[tuple[bool, bool], ...]:
+        """(attention dropped, MLP dropped) of every block."""
+        states = [[False, False] for _ in range(num_blocks)]
+        for unit, dropped in zip(self.units, candidate):
+            for block, part in unit.parts:
+                states[block][part] = dropped
+        return tuple((attn, mlp) for attn, mlp in states)
+
+
+def build_space(args: argparse.Namespace, sizes: list[tuple[int, int]]) -> Space:
+    """The search space of the flags; sizes: parameters of every block's (attention, MLP).
+
+    Raises ValueError where the budget cannot be met.
+    """
+    num_blocks = len(sizes)
+    legal = (read_drop_config(args.legal_to_drop_path, num_blocks) if args.legal_to_drop_path
+             else [(True, True)] * num_blocks)
+    if args.drop_two_consecutive and num_blocks % 2:
+        raise ValueError(f"--drop_two_consecutive: the model has {num_blocks} blocks; an even number is needed")
+    groups = [(i, i + 1) for i in range(0, num_blocks, 2)] if args.drop_two_consecutive else [
+        (i,) for i in range(num_blocks)]
+    kinds = {"attn+mlp": (0, 1)} if args.drop_entire_block else {"attn": (0,), "mlp": (1,)}
+    units = []
+    for kind, halves in kinds.items():
+        for group in groups:
+            parts = tuple((block, half) for block in group for half in halves)
+            units.append(Unit(kind, parts, sum(sizes[b][h] for b, h in parts), all(legal[b][h] for b, h in parts)))
+
+    if args.drop_params is not None:
+        total = sum(map(sum, sizes))
+        return Space(tuple(units), None, math.ceil(args.drop_params * total - 1e-6), min(unit.size for unit in units))
+    counts = {}
+    for kind in kinds:
+        if args.sparsity is not None:
+            counts[kind] = math.floor(args.sparsity * len(groups) + 1e-9)   # 0.29 * 100 is 28.999...
+            flag = f"--sparsity {args.sparsity}"
+        else:
+            asked = {"attn": args.drop_attn, "mlp": args.drop_mlp}[kind] or 0
+            flag = f"--drop_{kind} {asked}"
+            if asked % len(groups[0]):
+                raise ValueError(f"{flag}: odd, but --drop_two_consecutive drops them in pairs; give an even number")
+            counts[kind] = asked // len(groups[0])
+        allowed = sum(unit.kind == kind and unit.legal for unit in units)
+        if counts[kind] > allowed:
+            raise ValueError(f"{flag}: {counts[kind]} of '{kind}' to drop, but only {allowed} may be; lower it, or "
+                             f"allow more in --legal_to_drop_path")
+    return Space(tuple(units), counts)
+
+
+def random_candidate(space: Space, rng: random.Random) -> Candidate | None:
+    """One candidate drawn at random; None where a few tries meet no budget of parameters."""
+    legal = [i for i, unit in enumerate(space.units) if unit.legal]
+    if space.counts is None:
+        return fill_budget(space, set(), legal, rng)
+    chosen: set[int] = set()
+    for kind, count in space.counts.items():
+        chosen |= set(rng.sample([i for i in legal if space.units[i].kind == kind], count))
+    return tuple(i in chosen for i in range(len(space.units)))
+
+
+def switch(space: Space, candidate: Candidate, rng: random.Random) -> Candidate | None:
+    """Level-switch mutation: restore one dropped unit and drop a kept one, so that the budget stays. None: impossible."""
+    kept = [i for i, unit in enumerate(space.units) if unit.legal and not candidate[i]]
+    dropped = [i for i in range(len(space.units)) if candidate[i]]
+    if space.counts is None:
+        if not dropped or not kept:
+            return None
+        restored = rng.choice(dropped)
+        return fill_budget(space, set(dropped) - {restored}, kept, rng)
+    kinds = [kind for kind in space.counts if any(space.units[i].kind == kind for i in kept)
+             and any(space.units[i].kind == kind for i in dropped)]
+    if not kinds:
+        return None
+    kind = rng.choice(kinds)
+    restored = rng.choice([i for i in dropped if space.units[i].kind == kind])
+    added = rng.choice([i for i in kept if space.units[i].kind == kind])
+    return tuple(i == added or (old and i != restored) for i, old in enumerate(candidate))
+
+
+def fill_budget(space: Space, dropped: set[int], kept: list[int], rng: random.Random) -> Candidate | None:
+    """Drop units of `kept` in random order until the budget of parameters is met, then restore what is not needed."""
+    size = sum(space.units[i].size for i in dropped)
+    for i in rng.sample(kept, len(kept)):
+        if size >= space.least_size:
+            break
+        dropped = dropped | {i}
+        size += space.units[i].size
+    for i in rng.sample(sorted(dropped), len(dropped)):
+        if size - space.units[i].size >= space.least_size:
+            dropped = dropped - {i}
+            size -= space.units[i].size
+    candidate = tuple(i in dropped for i in range(len(space.units)))
+    return candidate if space.feasible(candidate) else None
+
+
+def draw_distinct(draw, count: int, known: set[Candidate]) -> list[Candidate]:
+    """`count` new candidates, or fewer where the space seems to hold no more: duplicates are redrawn, not for ever."""
+    found: list[Candidate] = []
+    failed = 0
+    while len(found) < count and failed < FAILED_DRAWS:
+        candidate = draw()
+        if candidate is None or candidate in known:
+            failed += 1
+        else:
+            known = known | {candidate}
+            found.append(candidate)
+            failed = 0
+    return found
+
+
+def mutate(space: Space, parents: list[Candidate], max_mutations: int, rng: random.Random) -> Candidate | None:
+    """A copy of a random parent with min(U1, U2) level switches."""
+    child = rng.choice(parents)
+    for _ in range(min(rng.randint(1, max_mutations), rng.randint(1, max_mutations))):
+        child = child and switch(space, child, rng)
+    return child
+
+
+# ---- the search ------------------------------------------------------------------------------------------------------
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    check_search_flags(args)
+    budgets = [args.sparsity is not None, args.drop_attn is not None or args.drop_mlp is not None,
+               args.drop_params is not None]
+    if sum(budgets) != 1:
+        raise ValueError("--sparsity, --drop_attn/--drop_mlp, --drop_params: give exactly one budget, e.g. --sparsity 0.25")
+    for flag in ("sparsity", "drop_params"):
+        value = getattr(args, flag)
+        if value is not None and not 0 < value < 1:
+            raise ValueError(f"--{flag} {value}: a fraction between 0 and 1 is needed, e.g. 0.25")
+    for flag in ("drop_attn", "drop_mlp"):
+        if (getattr(args, flag) or 0) < 0:
+            raise ValueError(f"--{flag} {getattr(args, flag)}: must be 0 or more")
+    if args.drop_entire_block and budgets[1]:
+        raise ValueError("--drop_entire_block: drops attentions and MLPs together; use --sparsity or --drop_params")
+    if args.legal_to_drop_path:
+        read_drop_config(args.legal_to_drop_path)
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Run the search of the flags, or resume it; returns what summary.json holds."""
+    args = parse_arguments(argv)
+    with user_errors():
+        check_flags(args)
+        config = load_config(args.model_name_or_path, args.trust_remote_code)
+        if args.legal_to_drop_path:
+            read_drop_config(args.legal_to_drop_path, config.get_text_config(decoder=True).num_hidden_layers)
+        run = Run(args.output_dir or default_folder("evo_drop", vars(args)), vars(args))
+        if run.finished:
+            print(f"{run.folder}: this search is finished; raise --generations to go on, or give another --output_dir")
+            return run.summary()
+        for folder in filter(None, (args.drop_config_dir, args.save_dir)):
+            check_writable(folder, "--drop_config_dir" if folder == args.drop_config_dir else "--save_dir")
+        wandb = open_wandb(args.log_wandb, vars(args))
+        tokenizer = load_tokenizer(args.tokenizer_name or args.model_name_or_path, args.use_fast_tokenizer,
+                                   args.trust_remote_code)
+        documents = calibration_documents(args.calibration_data, tokenizer, args.calibration_tokens,
+                                          args.calibration_sequence_length or default_sequence_length(config), args.seed)
+        evaluation_sets = {} if args.no_eval else load_evaluation_documents(
+            args.eval_datasets, tokenizer, args.eval_tokens, args.eval_sequence_length or default_sequence_length(config))
+        decoder = load_decoder(args.model_name_or_path, args.dtype, args.device, args.attn_implementation,
+                               args.trust_remote_code)
+        blocks = decoder.blocks
+        space = build_space(args, [(block.attn.size, block.mlp.size) for block in blocks])
+
+    def set_block(index: int, state: tuple[bool, bool] | None) -> None:
+        blocks[index].drop(*(state or (False, False)))
+
+    evaluation = Evaluation(decoder, evaluation_sets, set_block, args.microbatch_tokens)
+    fitness = Fitness(decoder, documents, set_block, teacher=args.fitness_fn == "kl",
+                      microbatch_tokens=args.microbatch_tokens, progress="uncompressed model on calibration data")
+    rng = random.Random(args.seed)
+    tokens_spent = 0
+
+    def measure(candidates: list[Candidate], num_tokens: int) -> list[tuple[float, Candidate]]:
+        """(fitness, candidate), best first; a candidate that is not finite is last whatever is searched for."""
+        minibatch = draw_minibatch(documents, num_tokens, rng)
+        values = fitness.measure([space.states(c, len(blocks)) for c in candidates], minibatch, (args.fitness_fn,))
+        sign = -1 if args.invert_fitness else 1
+        ranked = [(sign * value if math.isfinite(value) else math.inf, c) for (value,), c in zip(values, candidates)]
+        return sorted(ranked, key=lambda pair: pair[0])
+
+    if run.state:
+        set_rng_state(rng, run.state["rng"])
+        first_generation, tokens_spent, best = run.state["generation"] + 1, run.state["tokens"], run.state["fitness"]
+        population, start = ([tuple(c) for c in run.state[key]] for key in ("population", "start"))
+        print(f"{run.folder}: resumed after generation {run.state['generation']}")
+    else:
+        initial = draw_distinct(lambda: random_candidate(space, rng), args.initially_generated, set())
+        if not initial:
+            raise SystemExit(f"error: --drop_params {args.drop_params}: no set of sub-blocks drops at least that share "
+                             f"by less than the smallest sub-block more; change the fraction or what may be dropped")
+        ranked = measure(initial, args.initial_tokens)
+        tokens_spent += len(initial) * args.initial_tokens
+        population = [candidate for _, candidate in ranked[:args.population_size]]
+        first_generation, best, start = 1, ranked[0][0], population[:1]
+        run.log({"generation": 0, "fitness": best, "tokens": tokens_spent})
+
+    if args.generations is None:
+        dropped = round(sum(sum(state) for state in space.states(population[0], len(blocks))) / 2)
+        args.generations = math.ceil(dropped * (len(blocks) - dropped) / 1.5)
+        run.generations = args.generations
+    print(f"budget: {describe(space, population[0], blocks)}")
+
+    began, tokens_before = time.time(), tokens_spent
+    for generation in range(first_generation, args.generations + 1):
+        offspring = draw_distinct(lambda: mutate(space, population, args.max_mutations, rng), args.offspring,
+                                  set(population))
+        if not offspring:
+            print("no other candidate meets the budget: nothing to search")
+            break
+        candidates = offspring
+        steps = list(zip(args.survivors_per_selection, args.tokens_per_selection))
+        for step, (survivors, num_tokens) in enumerate(steps):
+            if step == len(steps) - 1:
+                candidates = candidates + population         # elitism: the parents compete in the last step only
+            ranked = measure(candidates, num_tokens)
+            tokens_spent += len(candidates) * num_tokens
+            candidates = [candidate for _, candidate in ranked[:survivors]]
+        population, best = candidates, ranked[0][0]
+
+        record = {"generation": generation, "fitness": best, "tokens": tokens_spent,
+                  "dropped": config_line(space, population[0], len(blocks))}
+        if evaluation_sets and args.eval_every and generation % args.eval_every == 0:
+            record["evaluation"] = evaluation(space.states(population[0], len(blocks)))
+        seconds = time.time() - began
+        rate = (tokens_spent - tokens_before) / seconds
+        left = seconds / (generation - first_generation + 1) * (args.generations - generation)
+        run.log(record, generation=generation, seconds=seconds, tokens_per_second=rate)
+        run.checkpoint(generation=generation, rng=rng_state(rng), population=population, start=start, fitness=best,
+                       tokens=tokens_spent)
+        print(f"generation {generation}/{args.generations}  {args.fitness_fn} {best:.5f}  {tokens_spent:,} tokens  "
+              f"{rate:,.0f} tokens/s  {left:.0f} s left", flush=True)
+        if wandb:
+            wandb.log(record)
+
+    winner = space.states(population[0], len(blocks))        # the best of the last step, which is what is saved
+    for folder in filter(None, (args.output_dir or run.folder, args.drop_config_dir)):
+        write_drop_config(f"{folder}/layer_drop_config.txt", winner)
+    evaluations = {}
+    if evaluation_sets:
+        evaluations = {"dense": evaluation.dense, "best random start": evaluation(space.states(start[0], len(blocks))),
+                       "search": evaluation(winner)}
+        print(format_table(evaluation_rows(evaluations)))
+    plot_search(run.folder / "search.png", run.records(), [[state[half] for state in winner] for half in (0, 1)],
+                ["attention", "MLP"], f"{args.model_name_or_path}: {describe(space, population[0], blocks)}", "dropped",
+                f"{args.fitness_fn} of the best candidate")
+    if args.save_dir:
+        for index, state in enumerate(winner):
+            set_block(index, state)
+        save_dropped(decoder, tokenizer, args.save_dir)
+    summary = {"task": "evo_drop", "model": args.model_name_or_path, "budget": describe(space, population[0], blocks),
+               "dropped": config_line(space, population[0], len(blocks)), "fitness": best,
+               "fitness_fn": args.fitness_fn, "generations": args.generations, "tokens": tokens_spent,
+               "evaluation": evaluations, "seconds": time.time() - run.began}
+    run.summarize(summary)
+    print(f"budget: {summary['budget']}\ntokens: {tokens_spent:,}\nsaved: {run.folder}/layer_drop_config.txt")
+    return summary
+
+
+def config_line(space: Space, candidate: Candidate, num_blocks: int) -> str:
+    """The configuration's words in one line, for the log."""
+    words = {state: word for word, state in DROP_WORDS.items()}
+    return " ".join(words[state] for state in space.states(candidate, num_blocks))
+
+
+def describe(space: Space, candidate: Candidate, blocks: list) -> str:
+    """The budget as met, in words: counted from the candidate, not from the flags."""
+    states = space.states(candidate, len(blocks))
+    size = space.dropped_size(candidate)
+    total = sum(block.attn.size + block.mlp.size for block in blocks)
+    return (f"{sum(attn for attn, _ in states)} of {len(blocks)} attentions and {sum(mlp for _, mlp in states)} of "
+            f"{len(blocks)} MLPs dropped, {size:,} of {total:,} block parameters ({size / total:.2%})")
+
+
+if __name__ == "__main__":
+    main()

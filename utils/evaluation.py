@@ -1,0 +1,38 @@
+"""Perplexity, and KL divergence from the uncompressed model, on held-out text."""
+from collections.abc import Callable, Hashable
+
+import torch
+
+from utils.data import evaluation_documents
+from utils.fitness import Candidate, Fitness
+from utils.model import Decoder
+
+
+def load_evaluation_documents(names: list[str], tokenizer, num_tokens: int, sequence_length: int
+                              ) -> dict[str, list[torch.Tensor]]:
+    """Documents of each dataset, by its name; prints how many tokens there are of each."""
+    documents = {}
+    for name in names:
+        documents[name] = evaluation_documents(name, tokenizer, num_tokens, sequence_length)
+        print(f"evaluation on {name}: {sum(map(len, documents[name])):,} tokens (of at most {num_tokens:,}) in "
+              f"{len(documents[name])} documents", flush=True)
+    return documents
+
+
+class Evaluation:
+    """Held-out datasets with the uncompressed model's hidden states, kept so that candidates can be compared to it
+    after its weights have been replaced. Create it while the model is uncompressed."""
+
+    def __init__(self, decoder: Decoder, documents: dict[str, list[torch.Tensor]],
+                 set_block: Callable[[int, Hashable], None], microbatch_tokens: int | None = None):
+        self.sets = {name: Fitness(decoder, texts, set_block, microbatch_tokens=microbatch_tokens,
+                                   progress=f"uncompressed model on {name}") for name, texts in documents.items()}
+        self.dense = self([None] * len(decoder.blocks))
+
+    def __call__(self, candidate: Candidate) -> dict[str, dict[str, float]]:
+        """{dataset: {"ppl": perplexity, "kl": nats a token}} of one candidate."""
+        results = {}
+        for name, fitness in self.sets.items():
+            perplexity, divergence = fitness.measure([candidate], kinds=("ppl", "kl"))[0]
+            results[name] = {"ppl": perplexity, "kl": divergence}
+        return results

@@ -1,0 +1,215 @@
+"""Fitness of many candidates on the same tokens, in one walk over the blocks.
+
+All candidates of a selection step see the same minibatch, and most share a prefix of blocks with another. Sorted by
+their blocks' states and walked with a stack of block inputs, each candidate starts at the first block in which it
+differs from the one before it: every distinct prefix is run once, which is exact and spares a third of the work even
+for candidates that differ in two random blocks. The uncompressed model (the teacher) is kept as its last block's
+output, hidden_size numbers a token, and its full-vocabulary distribution is computed once for all candidates.
+"""
+import math
+import time
+from collections.abc import Callable, Hashable, Sequence
+
+import torch
+import torch.nn.functional as F
+
+from utils.model import Decoder
+
+KINDS = ("kl", "ppl", "sparse_kl")
+Candidate = Sequence[Hashable]           # a state for every block, whatever `set_block` understands
+Row = list[tuple[int, int]]              # documents packed into one row: (index, length)
+
+
+class Fitness:
+    """The teacher's hidden states on a set of documents, and the walk that measures candidates against it."""
+
+    def __init__(self, decoder: Decoder, documents: list[torch.Tensor], set_block: Callable[[int, Hashable], None],
+                 teacher: bool = True, kl_topk: int = 10, microbatch_tokens: int | None = None, progress: str = ""):
+        """`documents`: int64 [length] each. `set_block(i, state)` puts block i into a candidate's state.
+
+        With `teacher`, the model as it is now (uncompressed) is run over all documents; kl and sparse_kl need it.
+        """
+        self.decoder = decoder
+        self.documents = documents
+        self.set_block = set_block
+        self.kl_topk = kl_topk
+        self.microbatch_tokens = microbatch_tokens or default_microbatch_tokens(decoder)
+        self.blocks_run = 0
+        self.teacher: list[torch.Tensor] = []                        # a document's last block output [length, hidden]
+        if teacher:
+            self._run_teacher(progress)
+
+    @torch.no_grad()
+    def measure(self, candidates: Sequence[Candidate], minibatch: Row | None = None,
+                kinds: Sequence[str] = ("kl",)) -> list[tuple[float, ...]]:
+        """For each candidate its value of each kind, averaged over the predicted tokens of `minibatch`.
+
+        minibatch: (document, length) pairs, by default all documents at full length. Kinds: "kl", the divergence
+        KL(teacher ‖ candidate) in nats over the full vocabulary; "sparse_kl", the same over the teacher's `kl_topk`
+        largest logits, both renormalised; "ppl", exp of the mean next-token loss. A value that is not finite is +inf.
+        """
+        if minibatch is None:
+            minibatch = [(i, len(document)) for i, document in enumerate(self.documents)]
+        totals = torch.zeros(len(candidates), len(kinds), dtype=torch.float64, device=self.decoder.device)
+        for rows in microbatches(minibatch, self.microbatch_tokens, self.decoder.packed_rows):
+            totals += self._walk(candidates, rows, kinds)
+        means = (totals / sum(length - 1 for _, length in minibatch)).tolist()   # the step's one synchronisation
+        values = [tuple(_exp(mean) if kind == "ppl" else mean for mean, kind in zip(row, kinds)) for row in means]
+        return [tuple(value if math.isfinite(value) else math.inf for value in row) for row in values]
+
+    def _walk(self, candidates: Sequence[Candidate], rows: list[Row], kinds: Sequence[str]) -> torch.Tensor:
+        """Sums over the microbatch's predicted tokens, float64 [candidates, kinds]."""
+        input_ids, position_ids, predicting = assemble(self.documents, rows)
+        targets = input_ids.flatten()[predicting + 1].to(self.decoder.device)
+        predicting = predicting.to(self.decoder.device)
+        inputs = self._block_inputs(input_ids, position_ids)
+        teacher = self._teacher_distributions(rows) if set(kinds) & {"kl", "sparse_kl"} else None
+        sums = torch.zeros(len(candidates), len(kinds), dtype=torch.float64, device=self.decoder.device)
+
+        count = len(self.decoder.blocks)
+        stack = [inputs.hidden_states] + [None] * count              # stack[i]: input of block i
+        before: int | None = None
+        for current in sorted(range(len(candidates)), key=lambda c: candidates[c]):
+            candidate = candidates[current]
+            start = 0 if before is None else _first_difference(candidates[before], candidate)
+            if start == count and before is not None:                # the same candidate again
+                sums[current] = sums[before]
+                continue
+            for i in range(start, count):
+                if self.decoder.states[i] != candidate[i]:
+                    self.set_block(i, candidate[i])
+                    self.decoder.states[i] = candidate[i]
+                stack[i + 1] = self.decoder.run_block(i, stack[i], inputs)
+                self.blocks_run += 1
+            sums[current] = self._losses(stack[count].flatten(0, 1)[predicting], teacher, targets, kinds)
+            before = current
+        return sums
+
+    def _losses(self, hidden_states: torch.Tensor, teacher: list | None, targets: torch.Tensor, kinds: Sequence[str]
+                ) -> torch.Tensor:
+        """Sums of each kind over predicted tokens, float64 [kinds]; hidden_states [predicted, hidden]."""
+        sums = torch.zeros(len(kinds), dtype=torch.float64, device=hidden_states.device)
+        step = self._chunk_tokens()
+        for chunk, start in enumerate(range(0, len(hidden_states), step)):
+            log_q = self._log_probabilities(hidden_states[start:start + step])
+            log_p, p = teacher[chunk] if teacher is not None else (None, None)
+            for k, kind in enumerate(kinds):
+                if kind == "ppl":
+                    values = F.nll_loss(log_q, targets[start:start + step], reduction="none")
+                elif kind == "sparse_kl":
+                    top, indices = log_p.topk(min(self.kl_topk, log_p.shape[-1]), dim=-1)
+                    top = top.log_softmax(-1)
+                    values = (top.exp() * (top - log_q.gather(-1, indices).log_softmax(-1))).sum(-1)
+                else:
+                    values = torch.linalg.vecdot(p, log_p - log_q)
+                sums[k] += values.double().sum()
+        return sums
+
+    def _teacher_distributions(self, rows: list[Row]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(log-probabilities, probabilities) [chunk, vocabulary] at the microbatch's predicted tokens."""
+        hidden_states = torch.cat([self.teacher[i][:length - 1] for row in rows for i, length in row])
+        log_p = [self._log_probabilities(chunk.to(self.decoder.device, non_blocking=True))
+                 for chunk in hidden_states.split(self._chunk_tokens())]
+        return [(chunk, chunk.exp()) for chunk in log_p]
+
+    def _log_probabilities(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """float32 (float64 for a float64 model): half precision loses the small divergences that matter here."""
+        logits = self.decoder.logits(hidden_states[None])[0]
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
+    def _chunk_tokens(self) -> int:
+        """Tokens whose logits are in memory at once: 256 MB of float32 on a GPU, what a cache holds on a CPU."""
+        budget = 2**28 if self.decoder.device.type != "cpu" else 2**22
+        vocabulary = self.decoder.config.get_text_config(decoder=True).vocab_size
+        return max(64, budget // (4 * vocabulary))
+
+    def _block_inputs(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None):
+        device = self.decoder.device
+        return self.decoder.block_inputs(input_ids.to(device), None if position_ids is None else position_ids.to(device))
+
+    @torch.no_grad()
+    def _run_teacher(self, progress: str) -> None:
+        total = sum(map(len, self.documents))
+        needed = total * self.decoder.config.get_text_config(decoder=True).hidden_size * self.decoder.dtype.itemsize
+        on_device = self.decoder.device.type == "cpu" or needed < torch.cuda.mem_get_info(self.decoder.device)[0] / 8
+        self.teacher = [None] * len(self.documents)
+        began, shown, done = time.time(), time.time(), 0
+        whole = [(i, len(document)) for i, document in enumerate(self.documents)]
+        for rows in microbatches(whole, self.microbatch_tokens, self.decoder.packed_rows):
+            input_ids, position_ids, _ = assemble(self.documents, rows)
+            inputs = self._block_inputs(input_ids, position_ids)
+            hidden_states = inputs.hidden_states
+            for i in range(len(self.decoder.blocks)):
+                hidden_states = self.decoder.run_block(i, hidden_states, inputs)
+            for row, states in zip(rows, hidden_states if on_device else hidden_states.cpu()):
+                for (index, _), document in zip(row, states.split([length for _, length in row])):
+                    self.teacher[index] = document.clone()
+            done += input_ids.numel()
+            if progress and time.time() - shown > 10:
+                shown = time.time()
+                print(f"{progress}: {done:,} of {total:,} tokens, {(shown - began) * (total - done) / done:.0f} s left",
+                      flush=True)
+
+
+def microbatches(minibatch: Row, max_tokens: int, packed_rows: int) -> list[list[Row]]:
+    """Group documents, without padding, into microbatches of rows of equal length.
+
+    Where documents can be packed (`packed_rows` > 0), rows are filled up to the longest document's length; such rows
+    share a microbatch with at most `packed_rows` others. A microbatch has at most `max_tokens` tokens, or one row.
+    """
+    if not minibatch:
+        return []
+    rows: list[Row] = []
+    open_rows: list[tuple[int, Row]] = []                            # (room left, row)
+    capacity = max(length for _, length in minibatch)
+    for document in sorted(minibatch, key=lambda document: -document[1]):
+        length = document[1]
+        fitting = next((k for k, (room, _) in enumerate(open_rows) if room >= length), None) if packed_rows else None
+        if fitting is None:
+            rows.append([document])
+            room, row = capacity - length, rows[-1]
+        else:
+            room, row = open_rows.pop(fitting)
+            row.append(document)
+            room -= length
+        if room > 1:
+            open_rows.append((room, row))
+
+    groups: dict[tuple[int, bool], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((sum(length for _, length in row), len(row) > 1), []).append(row)
+    batches = []
+    for (tokens, packed), members in sorted(groups.items(), reverse=True):
+        size = max(1, max_tokens // tokens)
+        size = min(size, packed_rows) if packed else size
+        batches += [members[i:i + size] for i in range(0, len(members), size)]
+    return batches
+
+
+def assemble(documents: list[torch.Tensor], rows: list[Row]
+             ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """A microbatch's input_ids [rows, tokens], its position_ids (None where every row is one document), and the flat
+    indices of the positions that predict a token of their own document."""
+    input_ids = torch.stack([torch.cat([documents[i][:length] for i, length in row]) for row in rows])
+    lengths = [length for row in rows for _, length in row]
+    packed = len(lengths) > len(rows)
+    position_ids = torch.cat([torch.arange(n) for n in lengths]).view_as(input_ids) if packed else None
+    starts = torch.tensor([0, *lengths[:-1]]).cumsum(0).tolist()
+    predicting = torch.cat([torch.arange(start, start + n - 1) for start, n in zip(starts, lengths)])
+    return input_ids, position_ids, predicting
+
+
+def default_microbatch_tokens(decoder: Decoder) -> int:
+    """GPU: as many as keep the teacher's distributions under 4 GB; CPU: few enough for activations to stay cached."""
+    if decoder.device.type == "cpu":
+        return 2048
+    vocabulary = decoder.config.get_text_config(decoder=True).vocab_size
+    return min(8192, max(512, 2**32 // (8 * vocabulary)))
+
+
+def _first_difference(a: Candidate, b: Candidate) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), len(a))
+
+
+def _exp(mean: float) -> float:
+    return math.exp(mean) if mean < 700 else math.inf

@@ -1,0 +1,121 @@
+"""Command-line flags that the searches share, with the reference implementation's names, and the checks that come
+before anything is loaded."""
+import argparse
+
+from utils.data import check_dataset
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument("--model_name_or_path", required=True, metavar="NAME",
+                       help="hub name or folder of a causal language model, e.g. meta-llama/Meta-Llama-3-8B")
+    group.add_argument("--tokenizer_name", metavar="NAME", help="tokenizer, if not the model's own")
+    group.add_argument("--use_fast_tokenizer", action=argparse.BooleanOptionalAction, default=True,
+                       help="use the Rust tokenizer (default: yes)")
+    group.add_argument("--dtype", default="auto", choices=["auto", "float16", "bfloat16", "float32", "float64"],
+                       help="of the weights; auto: the checkpoint's on a GPU, float32 on a CPU (default: auto)")
+    group.add_argument("--attn_implementation", choices=["eager", "sdpa", "flash_attention_2"],
+                       help="default: what transformers picks for the model")
+    group.add_argument("--device", help="cpu, cuda or cuda:N (default: the first GPU, else the CPU)")
+    group.add_argument("--microbatch_tokens", type=int, metavar="TOKENS",
+                       help="tokens that go through the model at once, e.g. 4096 (default: by vocabulary and device)")
+    group.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
+
+
+def add_calibration_flags(parser: argparse.ArgumentParser, tokens: int) -> None:
+    group = parser.add_argument_group("calibration")
+    group.add_argument("--calibration_data", default="fineweb_edu", metavar="DATA",
+                       help="fineweb_edu, c4, wikitext2, stdlib, or a .txt/.jsonl/.parquet file or folder "
+                            "(default: fineweb_edu)")
+    group.add_argument("--calibration_tokens", type=int, default=tokens, metavar="TOKENS",
+                       help=f"exactly this many, or the run is refused (default: {tokens})")
+    group.add_argument("--calibration_sequence_length", type=int, metavar="TOKENS",
+                       help="longest document, in tokens, e.g. 4096 (default: min(context length, 8192))")
+
+
+def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("evaluation")
+    group.add_argument("--eval_datasets", nargs="+", default=["fineweb_edu", "wikitext2", "c4"], metavar="DATA",
+                       help="as --calibration_data; the held-out side is used (default: fineweb_edu wikitext2 c4)")
+    group.add_argument("--eval_every", type=int, default=1, metavar="GENERATIONS",
+                       help="log perplexities every so often; 0: only at the end (default: 1, which is slow)")
+    group.add_argument("--eval_tokens", type=int, default=524288, metavar="TOKENS",
+                       help="at most this many of each dataset (default: 524288)")
+    group.add_argument("--eval_sequence_length", type=int, metavar="TOKENS",
+                       help="longest document, in tokens (default: min(context length, 8192))")
+    group.add_argument("--no_eval", action="store_true", help="measure no perplexities at all")
+
+
+def add_search_flags(parser: argparse.ArgumentParser, generations: int | None, offspring: int, survivors: list[int],
+                     tokens: list[int], initially_generated: int, initial_tokens: int, fitness: list[str],
+                     generations_help: str) -> argparse._ArgumentGroup:
+    group = parser.add_argument_group("evolutionary search")
+    group.add_argument("--generations", type=int, default=generations, help=generations_help)
+    group.add_argument("--offspring", type=int, default=offspring, metavar="CANDIDATES",
+                       help=f"a generation (default: {offspring})")
+    group.add_argument("--population_size", type=int, metavar="CANDIDATES",
+                       help="parents; always the last of --survivors_per_selection (default: that)")
+    group.add_argument("--initially_generated", type=int, default=initially_generated, metavar="CANDIDATES",
+                       help=f"random ones from which the first parents are chosen (default: {initially_generated})")
+    group.add_argument("--initial_tokens", type=int, default=initial_tokens, metavar="TOKENS",
+                       help=f"on which the random ones are measured (default: {initial_tokens})")
+    group.add_argument("--survivors_per_selection", type=int, nargs="+", default=survivors, metavar="CANDIDATES",
+                       help=f"kept after each selection step (default: {' '.join(map(str, survivors))})")
+    group.add_argument("--tokens_per_selection", type=int, nargs="+", default=tokens, metavar="TOKENS",
+                       help=f"of each selection step's minibatch (default: {' '.join(map(str, tokens))})")
+    group.add_argument("--max_mutations", type=int, default=3, metavar="SWITCHES",
+                       help="an offspring differs by min(U1, U2) level switches, U uniform in 1..this (default: 3)")
+    group.add_argument("--fitness_fn", choices=fitness, default="kl",
+                       help="kl: mean KL divergence from the uncompressed model, nats a token (default: kl)")
+    group.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
+    return group
+
+
+def check_search_flags(args: argparse.Namespace) -> None:
+    """Raise ValueError, naming the flag, its value and the remedy, for flags that no model and no data could satisfy.
+    Sets `population_size` where it was left out."""
+    survivors, tokens = args.survivors_per_selection, args.tokens_per_selection
+    args.population_size = survivors[-1] if args.population_size is None else args.population_size
+    if len(survivors) != len(tokens):
+        raise ValueError(f"--survivors_per_selection {_words(survivors)} and --tokens_per_selection {_words(tokens)}: "
+                         f"{len(survivors)} and {len(tokens)} steps; give one number each for every selection step")
+    for flag in ("offspring", "population_size", "initially_generated", "initial_tokens", "max_mutations",
+                 "calibration_tokens", "eval_tokens", "microbatch_tokens"):
+        value = getattr(args, flag, None)
+        if value is not None and value < 1:
+            raise ValueError(f"--{flag} {value}: must be at least 1")
+    for flag in ("generations", "eval_every"):
+        value = getattr(args, flag)
+        if value is not None and value < 0:
+            raise ValueError(f"--{flag} {value}: must be 0 or more")
+    for flag in ("calibration_sequence_length", "eval_sequence_length"):
+        value = getattr(args, flag)
+        if value is not None and value < 2:
+            raise ValueError(f"--{flag} {value}: a document needs at least 2 tokens to predict one")
+    if min(survivors) < 1 or min(tokens) < 2:
+        raise ValueError(f"--survivors_per_selection {_words(survivors)}, --tokens_per_selection {_words(tokens)}: "
+                         f"at least 1 survivor and 2 tokens in every step are needed")
+    if survivors[0] > args.offspring:
+        raise ValueError(f"--survivors_per_selection {_words(survivors)}: more survivors than the {args.offspring} "
+                         f"--offspring; lower it or raise --offspring")
+    if sorted(survivors, reverse=True) != survivors:
+        raise ValueError(f"--survivors_per_selection {_words(survivors)}: a step cannot keep more than the one before "
+                         f"it; give falling numbers")
+    if survivors[-1] != args.population_size:
+        raise ValueError(f"--population_size {args.population_size}: must equal the last of --survivors_per_selection "
+                         f"{_words(survivors)}, since the last step's survivors are the next parents")
+    if args.initially_generated < args.population_size:
+        raise ValueError(f"--initially_generated {args.initially_generated}: fewer than --population_size "
+                         f"{args.population_size}; generate at least as many")
+    for flag, value in (("--initial_tokens", args.initial_tokens), ("--tokens_per_selection", max(tokens))):
+        if value > args.calibration_tokens:
+            raise ValueError(f"{flag} {value}: more than the {args.calibration_tokens} --calibration_tokens; raise "
+                             f"those or lower it")
+    check_dataset(args.calibration_data, "--calibration_data")
+    if not args.no_eval:
+        for name in args.eval_datasets:
+            check_dataset(name, "--eval_datasets")
+
+
+def _words(values: list[int]) -> str:
+    return " ".join(map(str, values))
