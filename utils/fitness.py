@@ -69,7 +69,7 @@ class Fitness:
         count = len(self.decoder.blocks)
         stack = [inputs.hidden_states] + [None] * count              # stack[i]: input of block i
         before: int | None = None
-        for current in sorted(range(len(candidates)), key=lambda c: candidates[c]):
+        for current in walk_order(candidates, self.decoder.states):
             candidate = candidates[current]
             start = 0 if before is None else _first_difference(candidates[before], candidate)
             if start == count and before is not None:                # the same candidate again
@@ -205,6 +205,31 @@ def default_microbatch_tokens(decoder: Decoder) -> int:
         return 2048
     vocabulary = decoder.config.get_text_config(decoder=True).vocab_size
     return min(8192, max(512, 2**32 // (8 * vocabulary)))
+
+
+def walk_order(candidates: Sequence[Candidate], loaded: Sequence[Hashable]) -> list[int]:
+    """Indices of the candidates in an order that keeps equal prefixes together, so that each is run once.
+
+    Among the blocks that follow a prefix, the one whose state is already loaded comes first: fewer switches.
+    """
+    order: list[int] = []
+    loaded = list(loaded)
+
+    def visit(members: list[int], depth: int) -> None:
+        if len(members) == 1 or depth == len(loaded):
+            order.extend(members)
+            loaded[depth:] = candidates[members[-1]][depth:]
+            return
+        groups: dict[Hashable, list[int]] = {}
+        for member in members:
+            groups.setdefault(candidates[member][depth], []).append(member)
+        for state in sorted(groups, key=lambda state: state != loaded[depth]):
+            loaded[depth] = state
+            visit(groups[state], depth + 1)
+
+    if candidates:
+        visit(list(range(len(candidates))), 0)
+    return order
 
 
 def _first_difference(a: Candidate, b: Candidate) -> int:
