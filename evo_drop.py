@@ -9,8 +9,8 @@ uncompressed model. The result is layer_drop_config.txt: one of none/attn/mlp/at
 import argparse
 import math
 import random
-import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from utils.configs import DROP_WORDS, read_drop_config, write_drop_config
@@ -183,16 +183,15 @@ def fill_budget(space: Space, dropped: set[int], kept: list[int], rng: random.Ra
     return candidate if space.feasible(candidate) else None
 
 
-def draw_distinct(draw, count: int, known: set[Candidate]) -> list[Candidate]:
+def draw_distinct(draw: Callable[[], Candidate | None], count: int, known: set[Candidate]) -> list[Candidate]:
     """`count` new candidates, or fewer where the space seems to hold no more: duplicates are redrawn, not for ever."""
-    found: list[Candidate] = []
-    failed = 0
+    known, found, failed = set(known), [], 0
     while len(found) < count and failed < FAILED_DRAWS:
         candidate = draw()
         if candidate is None or candidate in known:
             failed += 1
         else:
-            known = known | {candidate}
+            known.add(candidate)
             found.append(candidate)
             failed = 0
     return found

@@ -1,7 +1,10 @@
 """Put a model's layers at the levels of a database: what the searches, baselines and evaluations switch with."""
-from collections.abc import Hashable, Mapping
+import argparse
+import re
+from collections.abc import Callable, Hashable, Mapping
 
 from database.store import Database, LevelCache
+from utils.configs import check_level_config, read_drop_config, read_level_config
 from utils.model import Decoder
 
 GIGABYTE = 10**9
@@ -40,3 +43,69 @@ class LevelSwitcher:
     def states(self, levels: Mapping[str, int]) -> tuple[tuple[int, ...], ...]:
         """Level by layer name as a candidate of the fitness walk: a tuple of levels for every block."""
         return tuple(tuple(levels[name] for name in names) for names in self.names)
+
+
+# ---- configurations on the command line ------------------------------------------------------------------------------
+
+
+def add_configuration_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("configuration (a drop configuration may go with one of the other two)")
+    group.add_argument("--drop_config", metavar="FILE", help="layer_drop_config.txt of evo_drop.py")
+    for kind, script in (("sparse", "evo_unstructured.py"), ("quant", "evo_quant.py")):
+        group.add_argument(f"--{kind}_weights_path", metavar="FOLDER", help=f"database the {kind} configuration is for")
+        group.add_argument(f"--{kind}_config_path", metavar="FILE|LEVEL",
+                           help=f"result of {script}, or one level for all layers")
+    group.add_argument("--level_cache_gb", type=float, default=0.0, metavar="GB",
+                       help="packed levels kept on the device (default: 0)")
+
+
+def check_configuration_flags(args: argparse.Namespace, config) -> None:
+    """Raise ValueError for a configuration that cannot be read or does not fit its database and the model's `config`:
+    all that can be known before the model is loaded."""
+    if args.drop_config:
+        read_drop_config(args.drop_config, config.get_text_config(decoder=True).num_hidden_layers)
+    for kind in ("sparse", "quant"):
+        folder, file = getattr(args, f"{kind}_weights_path"), getattr(args, f"{kind}_config_path")
+        if bool(folder) != bool(file):
+            raise ValueError(f"--{kind}_weights_path {folder}, --{kind}_config_path {file}: a configuration needs its "
+                             f"database; give both or neither")
+    if args.sparse_weights_path and args.quant_weights_path:
+        raise ValueError("--sparse_weights_path and --quant_weights_path: a layer is either sparse or quantized; give one")
+    opened = open_configuration(args)
+    if opened:
+        opened[0].check_model(config)
+
+
+def open_configuration(args: argparse.Namespace) -> tuple[Database, dict[str, int]] | None:
+    """The database and the level of every layer that the flags name; None without a level configuration."""
+    for kind, method in (("sparse", "sparsegpt"), ("quant", "gptq")):
+        folder, file = getattr(args, f"{kind}_weights_path"), getattr(args, f"{kind}_config_path")
+        if not folder:
+            continue
+        database = Database.open(folder)
+        if database.method != method:
+            raise ValueError(f"--{kind}_weights_path {folder}: holds {database.method} levels; name a {method} database")
+        uniform = re.fullmatch(r"-?\d+", file) is not None
+        levels = dict.fromkeys(database.layers, int(file)) if uniform else read_level_config(file)
+        check_level_config(f"--{kind}_config_path {file}" if uniform else file, levels,
+                           {name: database.levels(name) for name in database.layers})
+        return database, levels
+    return None
+
+
+def load_configuration(args: argparse.Namespace, decoder: Decoder
+                       ) -> tuple[Callable[[int, Hashable], None], tuple[Hashable, ...]]:
+    """(set_block, candidate) of the configuration that the flags name, for the fitness walk or to compress the model."""
+    dropped = (read_drop_config(args.drop_config, len(decoder.blocks)) if args.drop_config
+               else [(False, False)] * len(decoder.blocks))
+    opened = open_configuration(args)
+    switcher = LevelSwitcher(decoder, opened[0], args.level_cache_gb) if opened else None
+    levels = switcher.states(opened[1]) if opened else [()] * len(decoder.blocks)
+
+    def set_block(index: int, state: tuple | None) -> None:
+        drop, block_levels = state
+        decoder.blocks[index].drop(*drop)
+        if switcher:
+            switcher.set_block(index, block_levels)
+
+    return set_block, tuple(zip(dropped, levels))

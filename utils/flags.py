@@ -33,17 +33,18 @@ def add_calibration_flags(parser: argparse.ArgumentParser, tokens: int) -> None:
                        help="longest document, in tokens, e.g. 4096 (default: min(context length, 8192))")
 
 
-def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
+def add_evaluation_flags(parser: argparse.ArgumentParser, in_search: bool = True) -> None:
     group = parser.add_argument_group("evaluation")
     group.add_argument("--eval_datasets", nargs="+", default=["fineweb_edu", "wikitext2", "c4"], metavar="DATA",
                        help="as --calibration_data; the held-out side is used (default: fineweb_edu wikitext2 c4)")
-    group.add_argument("--eval_every", type=int, default=1, metavar="GENERATIONS",
-                       help="log perplexities every so often; 0: only at the end (default: 1, which is slow)")
     group.add_argument("--eval_tokens", type=int, default=524288, metavar="TOKENS",
                        help="at most this many of each dataset (default: 524288)")
     group.add_argument("--eval_sequence_length", type=int, metavar="TOKENS",
                        help="longest document, in tokens (default: min(context length, 8192))")
-    group.add_argument("--no_eval", action="store_true", help="measure no perplexities at all")
+    if in_search:
+        group.add_argument("--eval_every", type=int, default=1, metavar="GENERATIONS",
+                           help="log perplexities every so often; 0: only at the end (default: 1, which is slow)")
+        group.add_argument("--no_eval", action="store_true", help="measure no perplexities at all")
 
 
 def add_search_flags(parser: argparse.ArgumentParser, generations: int | None, offspring: int, survivors: list[int],

@@ -189,13 +189,14 @@ class Decoder:
         """Logits [batch, tokens, vocabulary] of the last block's output [batch, tokens, hidden].
 
         The model's own forward is run with its blocks passed through, so that final norms, projections, logit scales
-        and soft caps are whatever the family has.
+        and soft caps are whatever the family has. Every token is a row of its own: no masks of tokens² are built, and
+        no position is beyond those a family has learned.
         """
-        passed = {block.module: lambda *args, m=block.module, **kwargs: _as_output(m, hidden_states)
-                  for block in self.blocks}
-        input_ids = torch.zeros(hidden_states.shape[:2], dtype=torch.int64, device=hidden_states.device)
+        rows = hidden_states.reshape(-1, 1, hidden_states.shape[-1])
+        passed = {block.module: lambda *args, m=block.module, **kwargs: _as_output(m, rows) for block in self.blocks}
+        input_ids = torch.zeros(rows.shape[:2], dtype=torch.int64, device=rows.device)
         with _forwards(passed):
-            return self.model(input_ids=input_ids, use_cache=False).logits
+            return self.model(input_ids=input_ids, use_cache=False).logits.view(*hidden_states.shape[:2], -1)
 
     @torch.no_grad()
     def _probe(self) -> None:

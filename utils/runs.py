@@ -52,6 +52,13 @@ def check_writable(folder: str | Path, flag: str) -> None:
         raise ValueError(f"{flag} {folder}: cannot be written ({error.strerror}); name a folder that can") from error
 
 
+def check_writable_file(path: str | Path, flag: str) -> None:
+    """Raises ValueError naming `flag` when `path` is a folder, or its folder cannot be written."""
+    if Path(path).is_dir():
+        raise ValueError(f"{flag} {path}: is a folder; name a file")
+    check_writable(Path(path).parent, flag)
+
+
 def default_folder(task: str, flags: dict) -> str:
     """runs/<task>-<hash of the flags>: the same command finds its run again, an edited one starts another."""
     compared = {key: value for key, value in flags.items() if key not in NOT_COMPARED}

@@ -1,0 +1,57 @@
+"""Perplexity, and KL divergence from the uncompressed model, of found configurations.
+
+    python eval_config.py --model_name_or_path meta-llama/Meta-Llama-3-8B --drop_config layer_drop_config.txt
+    python eval_config.py --model_name_or_path meta-llama/Meta-Llama-3-8B --quant_weights_path db --quant_config_path 3
+
+Without a configuration only the dense model is evaluated. Prints a table and, with --output, writes JSON.
+"""
+import argparse
+import json
+
+from database.levels import add_configuration_flags, check_configuration_flags, load_configuration
+from utils.data import check_dataset, default_sequence_length
+from utils.evaluation import Evaluation, load_evaluation_documents
+from utils.flags import add_evaluation_flags, add_model_flags
+from utils.model import load_config, load_decoder, load_tokenizer
+from utils.runs import check_writable_file, evaluation_rows, format_table, user_errors, write_atomic
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_flags(parser)
+    add_configuration_flags(parser)
+    add_evaluation_flags(parser, in_search=False)
+    parser.add_argument("--output", metavar="FILE", help="write the results as JSON there")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Evaluate what the flags name; returns {"dense" or "compressed": {dataset: {"ppl", "kl"}}}."""
+    args = parse_arguments(argv)
+    with user_errors():
+        for name in args.eval_datasets:
+            check_dataset(name, "--eval_datasets")
+        if args.output:
+            check_writable_file(args.output, "--output")
+        config = load_config(args.model_name_or_path, args.trust_remote_code)
+        check_configuration_flags(args, config)
+        tokenizer = load_tokenizer(args.tokenizer_name or args.model_name_or_path, args.use_fast_tokenizer,
+                                   args.trust_remote_code)
+        documents = load_evaluation_documents(args.eval_datasets, tokenizer, args.eval_tokens,
+                                              args.eval_sequence_length or default_sequence_length(config))
+        decoder = load_decoder(args.model_name_or_path, args.dtype, args.device, args.attn_implementation,
+                               args.trust_remote_code)
+        set_block, candidate = load_configuration(args, decoder)
+
+    evaluation = Evaluation(decoder, documents, set_block, args.microbatch_tokens)
+    results = {"dense": evaluation.dense}
+    if args.drop_config or args.sparse_config_path or args.quant_config_path:
+        results["compressed"] = evaluation(candidate)
+    print(format_table(evaluation_rows(results)))
+    if args.output:
+        write_atomic(args.output, json.dumps(results, indent=2) + "\n")
+    return results
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,341 @@
+"""EvoPress, quantization: search the bitwidth of each linear layer (arXiv 2410.14649, Algorithm 1, section 4.3).
+
+    python -m database.gptq --model_name_or_path meta-llama/Meta-Llama-3-8B --bitwidth_options 2 3 4 5 6 --save_dir db
+    python evo_quant.py --model_name_or_path meta-llama/Meta-Llama-3-8B --quant_weights_path db --target_bitwidth 2.5
+
+A candidate is a bitwidth for every layer. Raising one layer and lowering others of the same group keeps the model's
+average at the target. Offspring are selected in steps, on more tokens each time, by their KL divergence from the
+uncompressed model. The result has one line a layer: `layer.name: bitwidth`.
+"""
+import argparse
+import math
+import random
+import time
+from collections.abc import Callable
+
+from database.levels import LevelSwitcher
+from database.store import Database
+from utils.configs import write_level_config
+from utils.data import calibration_documents, default_sequence_length, draw_minibatch
+from utils.evaluation import Evaluation, load_evaluation_documents
+from utils.fitness import Fitness
+from utils.flags import (add_calibration_flags, add_evaluation_flags, add_model_flags, add_search_flags,
+                         check_search_flags)
+from utils.model import load_config, load_decoder, load_tokenizer
+from utils.runs import (Run, check_writable, default_folder, evaluation_rows, format_table, open_wandb, plot_search,
+                        rng_state, set_rng_state, user_errors)
+from utils.units import Unit, add_unit_flags, build_units, check_unit_flags, level_map
+
+Candidate = tuple[int, ...]      # the bitwidth of every unit
+FAILED_DRAWS = 200               # draws without a new candidate after which a generation makes do with fewer offspring
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_flags(parser)
+    add_calibration_flags(parser, tokens=524288)
+    space = parser.add_argument_group("search space")
+    space.add_argument("--quant_weights_path", required=True, metavar="FOLDER",
+                       help="database built by python -m database.gptq")
+    space.add_argument("--target_bitwidth", type=float, required=True, metavar="BITS",
+                       help="average bits a weight, never exceeded, e.g. 2.5")
+    space.add_argument("--count_overhead", action="store_true",
+                       help="count scales and zeros towards the target, not the codes alone")
+    space.add_argument("--group_rule", choices=["size", "name", "none"], default="size",
+                       help="bits move between layers of the same size, of the same name, or any (default: size)")
+    space.add_argument("--step_size", type=int, default=1, metavar="BITS",
+                       help="a switch goes to the next level at least this far away (default: 1)")
+    add_unit_flags(space)
+    space.add_argument("--level_cache_gb", type=float, default=24.0, metavar="GB",
+                       help="packed levels kept on the device; the rest is read from disk (default: 24)")
+    add_search_flags(
+        parser, generations=150, offspring=128, survivors=[16, 4, 1], tokens=[2048, 16384, 131072],
+        initially_generated=32, initial_tokens=2048, fitness=["kl", "ppl", "sparse_kl"],
+        generations_help="default: 150").add_argument(
+        "--kl_topk", type=int, default=10, metavar="LOGITS", help="of sparse_kl: the teacher's largest (default: 10)")
+    add_evaluation_flags(parser)
+    output = parser.add_argument_group("output")
+    output.add_argument("--output_dir", metavar="FOLDER",
+                        help="of this run; the same command resumes it (default: runs/evo_quant-<hash of the flags>)")
+    output.add_argument("--configuration_name", metavar="NAME",
+                        help="of the result, in --output_dir and in the database (default: "
+                             "evo-<fitness>-configuration-<target>.txt)")
+    output.add_argument("--log_wandb", action="store_true", help="log to Weights & Biases")
+    return parser.parse_args(argv)
+
+
+# ---- the search space ------------------------------------------------------------------------------------------------
+
+
+class Space:
+    """All candidates within the budget of bits, short of it by less than any legal single step up would cost."""
+
+    def __init__(self, units: list[Unit], bits: list[dict[int, int]], groups: list[int], budget: int, step_size: int):
+        """`bits`: of every unit, level -> bits in total; `groups`: of every unit, the group within which bits move."""
+        self.units = units
+        self.bits = bits
+        self.groups = groups
+        self.budget = budget
+        # levels a step up or down leads to: the nearest one at least step_size bits away
+        self.up = [{level: min((l for l in unit.levels if l >= level + step_size), default=None)
+                    for level in unit.levels} for unit in units]
+        self.down = [{level: max((l for l in unit.levels if l <= level - step_size), default=None)
+                      for level in unit.levels} for unit in units]
+
+    def total(self, candidate: Candidate) -> int:
+        return sum(costs[level] for costs, level in zip(self.bits, candidate))
+
+    def slack(self, candidate: Candidate) -> int:
+        return self.budget - self.total(candidate)
+
+    def raisable(self, candidate: Candidate, most: float) -> list[int]:
+        """Units whose step up costs at most `most` bits."""
+        return [i for i, level in enumerate(candidate) if self.up[i][level] is not None
+                and self.bits[i][self.up[i][level]] - self.bits[i][level] <= most]
+
+    def feasible(self, candidate: Candidate) -> bool:
+        slack = self.slack(candidate)
+        return (slack >= 0 and not self.raisable(candidate, slack)
+                and all(level in unit.levels for unit, level in zip(self.units, candidate)))
+
+    def levels(self, candidate: Candidate) -> dict[str, int]:
+        """Bitwidth by layer name, in the units' order."""
+        return {name: level for unit, level in zip(self.units, candidate) for name in unit.names}
+
+
+def build_space(args: argparse.Namespace, database: Database, units: list[Unit]) -> Space:
+    """Raises ValueError when the target is out of what the levels allow."""
+    bits = [{level: sum(database.bits(name, level, args.count_overhead) for name in unit.names)
+             for level in unit.levels} for unit in units]
+    weights = [sum(math.prod(database.shape(name)) for name in unit.names) for unit in units]
+    budget = math.floor(args.target_bitwidth * sum(weights) + 1e-6)
+    lowest, highest = (sum(pick(costs.values()) for costs in bits) / sum(weights) for pick in (min, max))
+    if not lowest * sum(weights) <= budget <= highest * sum(weights):
+        counted = "with scales and zeros" if args.count_overhead else "without scales and zeros"
+        raise ValueError(f"--target_bitwidth {args.target_bitwidth}: the levels that are left allow averages from "
+                         f"{lowest:.4g} to {highest:.4g} ({counted}); choose one between, or other levels")
+    keys = [{"size": weight, "name": tuple(name.rpartition(".")[2] for name in unit.names), "none": None}[args.group_rule]
+            for unit, weight in zip(units, weights)]
+    return Space(units, bits, [keys.index(key) for key in keys], budget, args.step_size)
+
+
+def uniform_candidate(space: Space, target: float) -> Candidate | None:
+    """The target everywhere, where it is a level of every unit and meets the budget."""
+    uniform = tuple(int(target) for _ in space.units)
+    return uniform if target == int(target) and all(int(target) in unit.levels for unit in space.units) and (
+        space.feasible(uniform)) else None
+
+
+def random_candidate(space: Space, target: float, rng: random.Random) -> Candidate:
+    """All units at the first level not below the target, then random ones lowered until the budget holds."""
+    candidate = tuple(next((level for level in unit.levels if level >= target), unit.levels[-1]) for unit in space.units)
+    while space.slack(candidate) < 0:        # every unit once before any a second time
+        lowered = [i for i, level in enumerate(candidate) if space.down[i][level] is not None]
+        if not lowered:                      # steps of several bits passed the lowest level by
+            candidate = tuple(unit.levels[0] for unit in space.units)
+            break
+        for i in rng.sample(lowered, len(lowered)):
+            if space.slack(candidate) >= 0:
+                break
+            candidate = moved(candidate, i, space.down[i][candidate[i]])
+    return fill_budget(space, candidate, rng)
+
+
+def fill_budget(space: Space, candidate: Candidate, rng: random.Random) -> Candidate:
+    """Raise random units for as long as bits are left that pay for a step."""
+    while affordable := space.raisable(candidate, space.slack(candidate)):
+        i = rng.choice(affordable)
+        candidate = moved(candidate, i, space.up[i][candidate[i]])
+    return candidate
+
+
+def switch(space: Space, candidate: Candidate, rng: random.Random) -> Candidate | None:
+    """Level-switch mutation: one unit a step up, others of its group, drawn at random, down until the budget holds.
+
+    A group is chosen in proportion to its number of units. None where no group can give what a step up needs.
+    """
+    raisable = space.raisable(candidate, math.inf)
+    for raised in rng.sample(raisable, len(raisable)):
+        child = moved(candidate, raised, space.up[raised][candidate[raised]])
+        givers = [i for i, group in enumerate(space.groups) if group == space.groups[raised] and i != raised]
+        while space.slack(child) < 0:
+            lowered = [i for i in givers if space.down[i][child[i]] is not None]
+            if not lowered:
+                break
+            i = rng.choice(lowered)
+            child = moved(child, i, space.down[i][child[i]])
+        else:
+            return fill_budget(space, child, rng)
+    return None
+
+
+def moved(candidate: Candidate, index: int, level: int) -> Candidate:
+    return (*candidate[:index], level, *candidate[index + 1:])
+
+
+def mutate(space: Space, parents: list[Candidate], max_mutations: int, rng: random.Random) -> Candidate | None:
+    """A copy of a random parent with min(U1, U2) level switches."""
+    child = rng.choice(parents)
+    for _ in range(min(rng.randint(1, max_mutations), rng.randint(1, max_mutations))):
+        child = child and switch(space, child, rng)
+    return child
+
+
+def draw_distinct(draw: Callable[[], Candidate | None], count: int, known: set[Candidate]) -> list[Candidate]:
+    """`count` new candidates, or fewer where the space seems to hold no more: duplicates are redrawn, not for ever."""
+    known, found, failed = set(known), [], 0
+    while len(found) < count and failed < FAILED_DRAWS:
+        candidate = draw()
+        if candidate is None or candidate in known:
+            failed += 1
+        else:
+            known.add(candidate)
+            found.append(candidate)
+            failed = 0
+    return found
+
+
+# ---- the search ------------------------------------------------------------------------------------------------------
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    check_search_flags(args)
+    check_unit_flags(args)
+    if not 0 < args.target_bitwidth < math.inf:
+        raise ValueError(f"--target_bitwidth {args.target_bitwidth}: an average in bits is needed, e.g. 2.5")
+    if args.step_size < 1:
+        raise ValueError(f"--step_size {args.step_size}: must be at least 1")
+    if args.kl_topk < 1:
+        raise ValueError(f"--kl_topk {args.kl_topk}: must be at least 1")
+    args.configuration_name = args.configuration_name or (
+        f"evo-{args.fitness_fn}-configuration-{args.target_bitwidth:g}.txt")
+    if "/" in args.configuration_name:
+        raise ValueError(f"--configuration_name {args.configuration_name}: a file name is needed, without a folder")
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Run the search of the flags, or resume it; returns what summary.json holds."""
+    args = parse_arguments(argv)
+    with user_errors():
+        check_flags(args)
+        database = Database.open(args.quant_weights_path)
+        if database.method != "gptq":
+            raise ValueError(f"--quant_weights_path {args.quant_weights_path}: holds {database.method} levels; build "
+                             f"one with python -m database.gptq")
+        config = load_config(args.model_name_or_path, args.trust_remote_code)
+        database.check_model(config)
+        run = Run(args.output_dir or default_folder("evo_quant", vars(args)), vars(args))
+        if run.finished:
+            print(f"{run.folder}: this search is finished; raise --generations to go on, or give another --output_dir")
+            return run.summary()
+        check_writable(args.quant_weights_path, "--quant_weights_path")
+        wandb = open_wandb(args.log_wandb, vars(args))
+        tokenizer = load_tokenizer(args.tokenizer_name or args.model_name_or_path, args.use_fast_tokenizer,
+                                   args.trust_remote_code)
+        documents = calibration_documents(args.calibration_data, tokenizer, args.calibration_tokens,
+                                          args.calibration_sequence_length or default_sequence_length(config), args.seed)
+        evaluation_sets = {} if args.no_eval else load_evaluation_documents(
+            args.eval_datasets, tokenizer, args.eval_tokens, args.eval_sequence_length or default_sequence_length(config))
+        decoder = load_decoder(args.model_name_or_path, args.dtype, args.device, args.attn_implementation,
+                               args.trust_remote_code)
+        switcher = LevelSwitcher(decoder, database, args.level_cache_gb)
+        levels = {name: database.levels(name) for name in database.layers}
+        space = build_space(args, database, build_units(switcher.names, levels, args))
+
+    evaluation = Evaluation(decoder, evaluation_sets, switcher.set_block, args.microbatch_tokens)
+    fitness = Fitness(decoder, documents, switcher.set_block, args.fitness_fn != "ppl", args.kl_topk,
+                      args.microbatch_tokens, progress="uncompressed model on calibration data")
+    rng = random.Random(args.seed)
+    tokens_spent = 0
+
+    def states(candidate: Candidate) -> tuple:
+        return switcher.states(space.levels(candidate))
+
+    def measure(candidates: list[Candidate], num_tokens: int) -> list[tuple[float, Candidate]]:
+        """(fitness, candidate), best first."""
+        minibatch = draw_minibatch(documents, num_tokens, rng)
+        values = fitness.measure([states(candidate) for candidate in candidates], minibatch, (args.fitness_fn,))
+        return sorted(((value, candidate) for (value,), candidate in zip(values, candidates)), key=lambda pair: pair[0])
+
+    if run.state:
+        set_rng_state(rng, run.state["rng"])
+        first_generation, tokens_spent, best = run.state["generation"] + 1, run.state["tokens"], run.state["fitness"]
+        population, start = ([tuple(c) for c in run.state[key]] for key in ("population", "start"))
+        print(f"{run.folder}: resumed after generation {run.state['generation']}")
+    else:
+        uniform = uniform_candidate(space, args.target_bitwidth)
+        initial = [uniform] if uniform else draw_distinct(
+            lambda: random_candidate(space, args.target_bitwidth, rng), args.initially_generated, set())
+        ranked = measure(initial, args.initial_tokens)
+        tokens_spent += len(initial) * args.initial_tokens
+        population = [candidate for _, candidate in ranked[:args.population_size]]
+        first_generation, best, start = 1, ranked[0][0], population[:1]
+        run.log({"generation": 0, "fitness": best, "tokens": tokens_spent})
+    print(f"budget: {describe(space, population[0], database)}")
+
+    began, tokens_before = time.time(), tokens_spent
+    for generation in range(first_generation, args.generations + 1):
+        offspring = draw_distinct(lambda: mutate(space, population, args.max_mutations, rng), args.offspring,
+                                  set(population))
+        if not offspring:
+            print("no other candidate meets the budget: nothing to search")
+            break
+        candidates = offspring
+        steps = list(zip(args.survivors_per_selection, args.tokens_per_selection))
+        for step, (survivors, num_tokens) in enumerate(steps):
+            if step == len(steps) - 1:
+                candidates = candidates + population         # elitism: the parents compete in the last step only
+            ranked = measure(candidates, num_tokens)
+            tokens_spent += len(candidates) * num_tokens
+            candidates = [candidate for _, candidate in ranked[:survivors]]
+        population, best = candidates, ranked[0][0]
+
+        record = {"generation": generation, "fitness": best, "tokens": tokens_spent, "levels": population[0]}
+        if evaluation_sets and args.eval_every and generation % args.eval_every == 0:
+            record["evaluation"] = evaluation(states(population[0]))
+        seconds = time.time() - began
+        rate = (tokens_spent - tokens_before) / seconds
+        left = seconds / (generation - first_generation + 1) * (args.generations - generation)
+        run.log(record, generation=generation, seconds=seconds, tokens_per_second=rate)
+        run.checkpoint(generation=generation, rng=rng_state(rng), population=population, start=start, fitness=best,
+                       tokens=tokens_spent)
+        print(f"generation {generation}/{args.generations}  {args.fitness_fn} {best:.5f}  {tokens_spent:,} tokens  "
+              f"{rate:,.0f} tokens/s  {left:.0f} s left", flush=True)
+        if wandb:
+            wandb.log(record)
+
+    winner = {name: space.levels(population[0])[name] for names in switcher.names for name in names}
+    for folder in (run.folder, database.path):
+        write_level_config(folder / args.configuration_name, winner)
+    evaluations = {}
+    if evaluation_sets:
+        uniform = start[0] == uniform_candidate(space, args.target_bitwidth)
+        start_name = "uniform" if uniform else f"best of {args.initially_generated} random"
+        evaluations = {"dense": evaluation.dense, start_name: evaluation(states(start[0])),
+                       "search": evaluation(states(population[0]))}
+        print(format_table(evaluation_rows(evaluations)))
+    plot_search(run.folder / "search.png", run.records(), *level_map(switcher.names, winner),
+                f"{args.model_name_or_path}: {describe(space, population[0], database)}", "bits",
+                f"{args.fitness_fn} of the best candidate")
+    seconds = time.time() - run.began
+    summary = {"task": "evo_quant", "model": args.model_name_or_path, "database": str(database.path),
+               "budget": describe(space, population[0], database), "fitness": best, "fitness_fn": args.fitness_fn,
+               "generations": args.generations, "tokens": tokens_spent, "evaluation": evaluations,
+               "levels": winner, "seconds": seconds}
+    run.summarize(summary)
+    print(f"budget: {summary['budget']}\ntokens: {tokens_spent:,} in {seconds:.0f} s\n"
+          f"saved: {run.folder / args.configuration_name} and {database.path / args.configuration_name}")
+    return summary
+
+
+def describe(space: Space, candidate: Candidate, database: Database) -> str:
+    """The budget as met, in words: bits counted in the database, not computed from the flags."""
+    levels = space.levels(candidate)
+    weights = sum(math.prod(database.shape(name)) for name in levels)
+    codes, stored = (sum(database.bits(name, level, overhead) for name, level in levels.items()) / weights
+                     for overhead in (False, True))
+    return f"{codes:.4f} bits a weight, {stored:.4f} with scales and zeros, budget {space.budget / weights:.4f}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,289 @@
+"""EvoPress, unstructured sparsity: search how sparse each linear layer should be (arXiv 2410.14649, Algorithm 1, section 4.2).
+
+    python -m database.sparsegpt --model_name_or_path meta-llama/Meta-Llama-3-8B --sparsity 0.6 --save_dir db
+    python evo_unstructured.py --model_name_or_path meta-llama/Meta-Llama-3-8B --sparse_weights_path db
+
+A candidate is a level for every layer. A level is the same number of weights in every layer, so raising one layer and
+lowering another leaves the number of weights kept exactly as it was. Offspring are selected in steps, on more tokens
+each time, by their KL divergence from the uncompressed model. The result has one line a layer: `layer.name: level`.
+"""
+import argparse
+import math
+import random
+import time
+from collections.abc import Callable
+
+from database.levels import LevelSwitcher
+from database.store import Database
+from utils.configs import write_level_config
+from utils.data import calibration_documents, default_sequence_length, draw_minibatch
+from utils.evaluation import Evaluation, load_evaluation_documents
+from utils.fitness import Fitness
+from utils.flags import (add_calibration_flags, add_evaluation_flags, add_model_flags, add_search_flags,
+                         check_search_flags)
+from utils.model import load_config, load_decoder, load_tokenizer
+from utils.runs import (Run, check_writable, default_folder, evaluation_rows, format_table, open_wandb, plot_search,
+                        rng_state, set_rng_state, user_errors)
+from utils.units import Unit, add_unit_flags, build_units, check_unit_flags, level_map
+
+Candidate = tuple[int, ...]      # the level of every unit
+FAILED_DRAWS = 200               # draws without a new candidate after which a generation makes do with fewer offspring
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_flags(parser)
+    add_calibration_flags(parser, tokens=524288)
+    space = parser.add_argument_group("search space")
+    space.add_argument("--sparse_weights_path", required=True, metavar="FOLDER",
+                       help="database built by python -m database.sparsegpt; its level 0 is the budget")
+    space.add_argument("--max_level", type=int, metavar="LEVELS", help="bound on every layer's |level| (default: none)")
+    space.add_argument("--max_total_deviation", type=int, metavar="LEVELS",
+                       help="bound on the sum of the layers' |level| (default: none)")
+    add_unit_flags(space)
+    space.add_argument("--level_cache_gb", type=float, default=24.0, metavar="GB",
+                       help="packed levels kept on the device; the rest is read from disk (default: 24)")
+    add_search_flags(
+        parser, generations=400, offspring=64, survivors=[8, 2, 1], tokens=[2048, 16384, 65536], initially_generated=32,
+        initial_tokens=2048, fitness=["kl", "ppl", "sparse_kl"], generations_help="default: 400").add_argument(
+        "--kl_topk", type=int, default=10, metavar="LOGITS", help="of sparse_kl: the teacher's largest (default: 10)")
+    add_evaluation_flags(parser)
+    output = parser.add_argument_group("output")
+    output.add_argument("--output_dir", metavar="FOLDER",
+                        help="of this run; the same command resumes it (default: runs/evo_unstructured-<hash>)")
+    output.add_argument("--configuration_name", default="final_configuration.txt", metavar="NAME",
+                        help="of the result, in --output_dir and in the database (default: final_configuration.txt)")
+    output.add_argument("--log_wandb", action="store_true", help="log to Weights & Biases")
+    return parser.parse_args(argv)
+
+
+# ---- the search space ------------------------------------------------------------------------------------------------
+
+
+class Space:
+    """All candidates that keep exactly as many weights as level 0 everywhere does.
+
+    One step of a unit moves `len(unit)` times the same number of weights, so the budget is that the steps of all
+    layers add up to zero.
+    """
+
+    def __init__(self, units: list[Unit], max_total_deviation: int | None = None):
+        self.units = units
+        self.max_total_deviation = max_total_deviation
+
+    def steps(self, candidate: Candidate) -> int:
+        """Sum of the layers' levels: 0 where the budget is met."""
+        return sum(len(unit) * level for unit, level in zip(self.units, candidate))
+
+    def deviation(self, candidate: Candidate) -> int:
+        return sum(len(unit) * abs(level) for unit, level in zip(self.units, candidate))
+
+    def feasible(self, candidate: Candidate) -> bool:
+        return (self.steps(candidate) == 0
+                and all(level in unit.levels for unit, level in zip(self.units, candidate))
+                and (self.max_total_deviation is None or self.deviation(candidate) <= self.max_total_deviation))
+
+    def levels(self, candidate: Candidate) -> dict[str, int]:
+        """Level by layer name, in the units' order."""
+        return {name: level for unit, level in zip(self.units, candidate) for name in unit.names}
+
+    def moved(self, candidate: Candidate, index: int, direction: int) -> Candidate | None:
+        """The candidate with one unit a level higher (+1) or lower (-1); None where it has no such level."""
+        level = candidate[index] + direction
+        return (*candidate[:index], level, *candidate[index + 1:]) if level in self.units[index].levels else None
+
+
+def start_candidate(space: Space, rng: random.Random) -> Candidate | None:
+    """Level 0 everywhere where that is allowed; else levels as near to it as allowed, moved at random to the budget."""
+    nearest = tuple(min(unit.levels, key=abs) for unit in space.units)
+    return nearest if space.feasible(nearest) else balance(space, nearest, set(), rng)
+
+
+def balance(space: Space, candidate: Candidate, fixed: set[int], rng: random.Random) -> Candidate | None:
+    """Move units outside `fixed`, drawn at random, until the steps add up to zero. None where that fails."""
+    while steps := space.steps(candidate):
+        direction = -1 if steps > 0 else 1
+        moves = [i for i, unit in enumerate(space.units) if i not in fixed and len(unit) <= abs(steps)
+                 and candidate[i] + direction in unit.levels]
+        if not moves:
+            return None
+        candidate = space.moved(candidate, rng.choice(moves), direction)
+    return candidate if space.feasible(candidate) else None
+
+
+def switch(space: Space, candidate: Candidate, rng: random.Random) -> Candidate | None:
+    """Level-switch mutation: one unit a level up, another a level down; more than one where tied units differ in
+    size. None where no such switch is drawn."""
+    up = [i for i in range(len(candidate)) if space.moved(candidate, i, 1)]
+    if not up:
+        return None
+    raised = rng.choice(up)
+    return balance(space, space.moved(candidate, raised, 1), {raised}, rng)
+
+
+def mutate(space: Space, parents: list[Candidate], max_mutations: int, rng: random.Random) -> Candidate | None:
+    """A copy of a random parent with min(U1, U2) level switches."""
+    child = rng.choice(parents)
+    for _ in range(min(rng.randint(1, max_mutations), rng.randint(1, max_mutations))):
+        child = child and switch(space, child, rng)
+    return child
+
+
+def draw_distinct(draw: Callable[[], Candidate | None], count: int, known: set[Candidate]) -> list[Candidate]:
+    """`count` new candidates, or fewer where the space seems to hold no more: duplicates are redrawn, not for ever."""
+    known, found, failed = set(known), [], 0
+    while len(found) < count and failed < FAILED_DRAWS:
+        candidate = draw()
+        if candidate is None or candidate in known:
+            failed += 1
+        else:
+            known.add(candidate)
+            found.append(candidate)
+            failed = 0
+    return found
+
+
+# ---- the search ------------------------------------------------------------------------------------------------------
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    check_search_flags(args)
+    check_unit_flags(args)
+    for flag in ("max_level", "max_total_deviation"):
+        value = getattr(args, flag)
+        if value is not None and value < 0:
+            raise ValueError(f"--{flag} {value}: must be 0 or more")
+    if args.kl_topk < 1:
+        raise ValueError(f"--kl_topk {args.kl_topk}: must be at least 1")
+    if "/" in args.configuration_name:
+        raise ValueError(f"--configuration_name {args.configuration_name}: a file name is needed, without a folder")
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Run the search of the flags, or resume it; returns what summary.json holds."""
+    args = parse_arguments(argv)
+    with user_errors():
+        check_flags(args)
+        database = Database.open(args.sparse_weights_path)
+        if database.method != "sparsegpt":
+            raise ValueError(f"--sparse_weights_path {args.sparse_weights_path}: holds {database.method} levels; build "
+                             f"one with python -m database.sparsegpt")
+        config = load_config(args.model_name_or_path, args.trust_remote_code)
+        database.check_model(config)
+        run = Run(args.output_dir or default_folder("evo_unstructured", vars(args)), vars(args))
+        if run.finished:
+            print(f"{run.folder}: this search is finished; raise --generations to go on, or give another --output_dir")
+            return run.summary()
+        check_writable(args.sparse_weights_path, "--sparse_weights_path")
+        wandb = open_wandb(args.log_wandb, vars(args))
+        tokenizer = load_tokenizer(args.tokenizer_name or args.model_name_or_path, args.use_fast_tokenizer,
+                                   args.trust_remote_code)
+        documents = calibration_documents(args.calibration_data, tokenizer, args.calibration_tokens,
+                                          args.calibration_sequence_length or default_sequence_length(config), args.seed)
+        evaluation_sets = {} if args.no_eval else load_evaluation_documents(
+            args.eval_datasets, tokenizer, args.eval_tokens, args.eval_sequence_length or default_sequence_length(config))
+        decoder = load_decoder(args.model_name_or_path, args.dtype, args.device, args.attn_implementation,
+                               args.trust_remote_code)
+        switcher = LevelSwitcher(decoder, database, args.level_cache_gb)
+        bound = math.inf if args.max_level is None else args.max_level
+        levels = {name: [level for level in database.levels(name) if abs(level) <= bound] for name in database.layers}
+        space = Space(build_units(switcher.names, levels, args), args.max_total_deviation)
+
+    evaluation = Evaluation(decoder, evaluation_sets, switcher.set_block, args.microbatch_tokens)
+    fitness = Fitness(decoder, documents, switcher.set_block, args.fitness_fn != "ppl", args.kl_topk,
+                      args.microbatch_tokens, progress="uncompressed model on calibration data")
+    rng = random.Random(args.seed)
+    tokens_spent = 0
+
+    def states(candidate: Candidate) -> tuple:
+        return switcher.states(space.levels(candidate))
+
+    def measure(candidates: list[Candidate], num_tokens: int) -> list[tuple[float, Candidate]]:
+        """(fitness, candidate), best first."""
+        minibatch = draw_minibatch(documents, num_tokens, rng)
+        values = fitness.measure([states(candidate) for candidate in candidates], minibatch, (args.fitness_fn,))
+        return sorted(((value, candidate) for (value,), candidate in zip(values, candidates)), key=lambda pair: pair[0])
+
+    if run.state:
+        set_rng_state(rng, run.state["rng"])
+        first_generation, tokens_spent, best = run.state["generation"] + 1, run.state["tokens"], run.state["fitness"]
+        population, start = ([tuple(c) for c in run.state[key]] for key in ("population", "start"))
+        print(f"{run.folder}: resumed after generation {run.state['generation']}")
+    else:
+        uniform = tuple(0 for _ in space.units)
+        initial = [uniform] if space.feasible(uniform) else draw_distinct(
+            lambda: start_candidate(space, rng), args.initially_generated, set())
+        if not initial:
+            raise SystemExit("error: --pin, --bounds, --tie, --max_level and --max_total_deviation leave no allocation "
+                             "that keeps as many weights as level 0; loosen them")
+        ranked = measure(initial, args.initial_tokens)
+        tokens_spent += len(initial) * args.initial_tokens
+        population = [candidate for _, candidate in ranked[:args.population_size]]
+        first_generation, best, start = 1, ranked[0][0], population[:1]
+        run.log({"generation": 0, "fitness": best, "tokens": tokens_spent})
+    print(f"budget: {describe(space, population[0], database)}")
+
+    began, tokens_before = time.time(), tokens_spent
+    for generation in range(first_generation, args.generations + 1):
+        offspring = draw_distinct(lambda: mutate(space, population, args.max_mutations, rng), args.offspring,
+                                  set(population))
+        if not offspring:
+            print("no other candidate meets the budget: nothing to search")
+            break
+        candidates = offspring
+        steps = list(zip(args.survivors_per_selection, args.tokens_per_selection))
+        for step, (survivors, num_tokens) in enumerate(steps):
+            if step == len(steps) - 1:
+                candidates = candidates + population         # elitism: the parents compete in the last step only
+            ranked = measure(candidates, num_tokens)
+            tokens_spent += len(candidates) * num_tokens
+            candidates = [candidate for _, candidate in ranked[:survivors]]
+        population, best = candidates, ranked[0][0]
+
+        record = {"generation": generation, "fitness": best, "tokens": tokens_spent, "levels": population[0]}
+        if evaluation_sets and args.eval_every and generation % args.eval_every == 0:
+            record["evaluation"] = evaluation(states(population[0]))
+        seconds = time.time() - began
+        rate = (tokens_spent - tokens_before) / seconds
+        left = seconds / (generation - first_generation + 1) * (args.generations - generation)
+        run.log(record, generation=generation, seconds=seconds, tokens_per_second=rate)
+        run.checkpoint(generation=generation, rng=rng_state(rng), population=population, start=start, fitness=best,
+                       tokens=tokens_spent)
+        print(f"generation {generation}/{args.generations}  {args.fitness_fn} {best:.5f}  {tokens_spent:,} tokens  "
+              f"{rate:,.0f} tokens/s  {left:.0f} s left", flush=True)
+        if wandb:
+            wandb.log(record)
+
+    winner = {name: space.levels(population[0])[name] for names in switcher.names for name in names}
+    for folder in (run.folder, database.path):
+        write_level_config(folder / args.configuration_name, winner)
+    evaluations = {}
+    if evaluation_sets:
+        start_name = "uniform" if not any(start[0]) else f"best of {args.initially_generated} random"
+        evaluations = {"dense": evaluation.dense, start_name: evaluation(states(start[0])),
+                       "search": evaluation(states(population[0]))}
+        print(format_table(evaluation_rows(evaluations)))
+    sparsity = {name: 1 - database.kept(name, level) / math.prod(database.shape(name)) for name, level in winner.items()}
+    plot_search(run.folder / "search.png", run.records(), *level_map(switcher.names, sparsity),
+                f"{args.model_name_or_path}: {describe(space, population[0], database)}", "sparsity",
+                f"{args.fitness_fn} of the best candidate")
+    seconds = time.time() - run.began
+    summary = {"task": "evo_unstructured", "model": args.model_name_or_path, "database": str(database.path),
+               "budget": describe(space, population[0], database), "fitness": best, "fitness_fn": args.fitness_fn,
+               "generations": args.generations, "tokens": tokens_spent, "evaluation": evaluations,
+               "levels": winner, "seconds": seconds}
+    run.summarize(summary)
+    print(f"budget: {summary['budget']}\ntokens: {tokens_spent:,} in {seconds:.0f} s\n"
+          f"saved: {run.folder / args.configuration_name} and {database.path / args.configuration_name}")
+    return summary
+
+
+def describe(space: Space, candidate: Candidate, database: Database) -> str:
+    """The budget as met, in words: weights counted in the database, not computed from the flags."""
+    kept = sum(database.kept(name, level) for name, level in space.levels(candidate).items())
+    total = sum(math.prod(database.shape(name)) for name in database.layers)
+    return f"{kept:,} of {total:,} weights kept, sparsity {1 - kept / total:.4%}"
+
+
+if __name__ == "__main__":
+    main()
