@@ -10,7 +10,6 @@ altered, swapped or comes from another database never passes the checksum.
 """
 import hashlib
 import json
-import os
 import re
 from collections import OrderedDict
 from pathlib import Path
@@ -21,6 +20,7 @@ from safetensors.torch import save
 from torch import nn
 
 from database import packing
+from utils.runs import write_atomic
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -30,20 +30,24 @@ HEADER = ("format", "method", "config_sha256", "weights_sha256", "calibration_sh
 class Database:
     """A finished database, opened for reading. Tensors come from memory-mapped files, checked before first use."""
 
-    def __init__(self, path: str | Path):
-        """Raises ValueError naming the file that is missing, unreadable, foreign or of the wrong size."""
+    def __init__(self, path: str | Path, finished: bool = True):
+        """Raises ValueError naming the file that is missing, unreadable, foreign or of the wrong size.
+
+        With `finished=False`, the layers that a build has finished so far.
+        """
         self.path = Path(path)
         self.manifest = read_manifest(self.path)
         if self.manifest is None:
             raise ValueError(f"{self.path}: no {MANIFEST} in it, so it is not a database; build one with "
                              f"python -m database.sparsegpt or python -m database.gptq")
         self.method: str = self.manifest["method"]
-        self.layers: list[str] = list(self.manifest["layers"])
-        missing = [name for name in self.layers if self.manifest["layers"][name] is None]
-        if missing:
-            raise ValueError(f"{self.path}: the build is not finished, {len(missing)} of {len(self.layers)} layers are "
+        entries = self.manifest["layers"]
+        missing = [name for name, entry in entries.items() if entry is None]
+        if missing and finished:
+            raise ValueError(f"{self.path}: the build is not finished, {len(missing)} of {len(entries)} layers are "
                              f"missing (first {missing[0]}); run its command again to finish it")
-        check_no_foreign_files(self.path, self.layers)
+        check_no_foreign_files(self.path, list(entries))
+        self.layers: list[str] = [name for name in entries if name not in missing]
         for name in self.layers:
             file, size = layer_file(self.path, name), self.manifest["layers"][name]["bytes"]
             if not file.is_file():
@@ -176,7 +180,7 @@ def read_manifest(path: Path) -> dict | None:
 
 
 def write_manifest(path: Path, manifest: dict) -> None:
-    write_atomic(path / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+    write_atomic(path / MANIFEST, json.dumps(manifest, indent=1) + "\n")
 
 
 def write_layer(path: Path, manifest: dict, name: str, shape: tuple[int, int],
@@ -233,16 +237,6 @@ def config_sha256(config) -> str:
     ignored = ("transformers_version", "dtype", "torch_dtype", "use_cache")
     values = {key: value for key, value in config.to_dict().items() if key[0] != "_" and key not in ignored}
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def write_atomic(file: Path, content: bytes) -> None:
-    """Write beside, flush to the disk, rename: after a crash the file is whole, old or new."""
-    beside = file.with_name(file.name + ".tmp")
-    with beside.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(beside, file)
 
 
 _REBUILD = "run the command that built the database again to rebuild it"

@@ -1,0 +1,229 @@
+"""What both database builds share: flags, checks, and the loop over blocks that can be killed and resumed anywhere."""
+import argparse
+import hashlib
+import re
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from database.hessian import Calibration
+from database.store import (FORMAT, MANIFEST, Database, check_no_foreign_files, config_sha256, differences, intact, layer_file,
+                            read_manifest, write_layer, write_manifest)
+from utils.data import calibration_documents, check_dataset, default_sequence_length
+from utils.flags import add_calibration_flags, add_model_flags
+from utils.model import Decoder, default_device, load_config, load_decoder, load_tokenizer
+
+# what decides where and how a build runs or what it is called, but not what is built
+NOT_COMPARED = ("model_name_or_path", "tokenizer_name", "use_fast_tokenizer", "device", "trust_remote_code", "save_dir",
+                "cpu_offload_modules", "cpu_offload_activations", "verbose", "low_cpu_mem_usage", "pre_block_modules",
+                "block_modules", "post_block_modules")
+
+
+def add_build_flags(parser: argparse.ArgumentParser, layers_flag: str) -> None:
+    add_model_flags(parser)
+    add_calibration_flags(parser, tokens=8388608)
+    group = parser.add_argument_group("build")
+    group.add_argument("--save_dir", type=Path, required=True, metavar="DIR",
+                       help="of the database: manifest.json and a file a layer; run again to resume a killed build")
+    group.add_argument(layers_flag, metavar="REGEX", help="layers to compress, by full name, e.g. "
+                       "'.*layers.*((q|k|v|o|gate|up|down)_proj)$' (default: every linear layer of the blocks)")
+    group.add_argument("--rel_damp", type=float, default=1e-2, metavar="SHARE",
+                       help="added to the Hessian's diagonal, as a share of its mean (default: 0.01)")
+    group.add_argument("--block_size", type=int, default=128, metavar="COLUMNS",
+                       help="compressed before the columns after them are updated (default: 128)")
+    group.add_argument("--seed", type=int, default=0, help="of the choice of documents (default: 0)")
+    group.add_argument("--cpu_offload_modules", action="store_true", help="keep only the working block on the device")
+    group.add_argument("--cpu_offload_activations", action="store_true",
+                       help="keep only the working microbatch's hidden states on the device")
+    group.add_argument("--verbose", action="store_true", help="print every layer's errors")
+    ignored = parser.add_argument_group("accepted and ignored")
+    ignored.add_argument("--low_cpu_mem_usage", action="store_true", help="always so")
+    for flag in ("--pre_block_modules", "--block_modules", "--post_block_modules"):
+        ignored.add_argument(flag, nargs="+", metavar="NAME", help="found by the model's structure")
+
+
+def run(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], None]) -> None:
+    """Run a command; what its user can mend ends it with one sentence instead of a traceback."""
+    args = parser.parse_args()
+    try:
+        main(args)
+    except torch.OutOfMemoryError as error:
+        parser.exit(1, f"{parser.prog}: error: {str(error).splitlines()[0]}; lower --microbatch_tokens, or use "
+                       f"--cpu_offload_modules and --cpu_offload_activations\n")
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+
+
+def check_build_flags(args: argparse.Namespace) -> None:
+    """Raise ValueError, naming the flag, its value and the remedy, for what needs neither model nor data to see."""
+    for flag, least in (("calibration_tokens", 2), ("calibration_sequence_length", 2), ("microbatch_tokens", 1),
+                        ("block_size", 1)):
+        value = getattr(args, flag)
+        if value is not None and value < least:
+            raise ValueError(f"--{flag} {value}: must be at least {least}")
+    if not 0 <= args.rel_damp < float("inf"):
+        raise ValueError(f"--rel_damp {args.rel_damp}: must be 0 or more, e.g. 0.01")
+    check_dataset(args.calibration_data, "--calibration_data")
+    default_device(args.device)
+    for flag in ("pre_block_modules", "block_modules", "post_block_modules"):
+        if getattr(args, flag):
+            print(f"--{flag} is ignored: blocks are found by the model's structure")
+    if args.low_cpu_mem_usage:
+        print("--low_cpu_mem_usage is ignored: it is always so")
+
+
+def check_regex(pattern: str | None, flag: str) -> None:
+    try:
+        re.compile(pattern or "")
+    except re.error as error:
+        raise ValueError(f"{flag} {pattern}: not a regular expression ({error})") from error
+
+
+def build(args: argparse.Namespace, method: str, layers_flag: str, solve_layer: Callable, resolve: Callable,
+          feed_forward: int | None) -> None:
+    """Build the database of `args`, or what is missing of it.
+
+    solve_layer(weight, hessian, args) -> ({level: (packed, manifest entry)}, relative damping used);
+    resolve(args, config) replaces missing flags that depend on the model; `feed_forward` is the level whose weights the
+    next block's inputs come from, None: the model's own.
+    """
+    check_build_flags(args)
+    pattern = getattr(args, layers_flag)
+    check_regex(pattern, f"--{layers_flag}")
+    manifest = read_manifest(args.save_dir)
+    if manifest is None and args.save_dir.exists():
+        check_no_foreign_files(args.save_dir, [])
+    config = load_config(args.model_name_or_path, args.trust_remote_code)
+    args.calibration_sequence_length = args.calibration_sequence_length or default_sequence_length(config)
+    resolve(args, config)
+    flags = {key: value for key, value in vars(args).items() if key not in NOT_COMPARED}
+    header = {"format": FORMAT, "method": method, "model": args.model_name_or_path,
+              "config_sha256": config_sha256(config), "flags": flags}
+    check_same(manifest, header, args.save_dir)
+    tokenizer = load_tokenizer(args.tokenizer_name or args.model_name_or_path, args.use_fast_tokenizer,
+                               args.trust_remote_code)
+    documents = calibration_documents(args.calibration_data, tokenizer, args.calibration_tokens,
+                                      args.calibration_sequence_length, args.seed)
+    header["calibration_sha256"] = hashlib.sha256(b"".join(d.numpy().tobytes() + b"|" for d in documents)).hexdigest()
+    check_same(manifest, header, args.save_dir)
+    if manifest is not None:
+        forget_damaged(args.save_dir, manifest)
+        if all(manifest["layers"].values()):
+            print(f"{args.save_dir}: finished, {len(manifest['layers'])} layers")
+            return
+
+    device = default_device(args.device)
+    home, dtype = device, args.dtype
+    if args.cpu_offload_modules and device.type != "cpu":
+        home = torch.device("cpu")
+        dtype = str(config.dtype or "float32").removeprefix("torch.") if dtype == "auto" else dtype
+    decoder = load_decoder(args.model_name_or_path, dtype, home, args.attn_implementation, args.trust_remote_code)
+    layers = choose_layers(decoder, pattern, f"--{layers_flag}")
+    header["weights_sha256"] = weights_sha256({name: layer for block in layers for name, layer in block.items()})
+    check_same(manifest, header, args.save_dir)
+    if manifest is None:
+        manifest = {**header, "layers": {name: None for block in layers for name in block}}
+        args.save_dir.mkdir(parents=True, exist_ok=True)
+    for left_over in args.save_dir.glob(".*"):           # of a write that was cut short
+        if left_over.name.startswith(f".{MANIFEST}.") or ".safetensors." in left_over.name:
+            left_over.unlink()
+    check_no_foreign_files(args.save_dir, list(manifest["layers"]))
+    write_manifest(args.save_dir, manifest)
+    calibration = Calibration(decoder, documents, device, args.microbatch_tokens, home != device,
+                              args.cpu_offload_activations)
+    build_blocks(args, manifest, calibration, layers, solve_layer, feed_forward)
+
+
+def build_blocks(args: argparse.Namespace, manifest: dict, calibration: Calibration,
+                 layers: list[dict[str, nn.Linear]], solve_layer: Callable, feed_forward: int | None) -> None:
+    """Walk the blocks up to the last incomplete one: solve and save those that are incomplete, pass through others."""
+    entries = manifest["layers"]
+    incomplete = [i for i, block in enumerate(layers) if any(entries[name] is None for name in block)]
+    began, seconds = time.time(), []
+    for index in range(incomplete[-1] + 1):
+        started = time.time()
+        with calibration.working(index):
+            if index in incomplete:
+                hessians = calibration.measure(layers[index], advance=feed_forward is None)
+                measured = time.time()
+                for name, layer in layers[index].items():
+                    write_layer(args.save_dir, manifest, name, tuple(layer.weight.shape),
+                                solve(name, layer.weight, hessians.pop(name), args, solve_layer))
+                write_manifest(args.save_dir, manifest)
+                solved = time.time()
+            if feed_forward is not None and index < incomplete[-1]:
+                database = Database(args.save_dir, finished=False)
+                for name, layer in layers[index].items():
+                    layer.weight.data.copy_(database.weight(name, feed_forward, layer.weight.device))
+            if index < incomplete[-1] and calibration.position == index:
+                calibration.run()
+        if index in incomplete:
+            seconds.append(time.time() - started)
+            left = sum(i > index for i in incomplete) * sum(seconds) / len(seconds)
+            print(f"block {index + 1}/{len(layers)}: calibration {measured - started:.1f} s, "
+                  f"{args.calibration_tokens / (measured - started):,.0f} tokens/s; levels {solved - measured:.1f} s; "
+                  f"left {timedelta(seconds=round(left))}", flush=True)
+        else:
+            print(f"block {index + 1}/{len(layers)}: already built", flush=True)
+    print(f"{args.save_dir}: finished, {len(entries)} layers in {timedelta(seconds=round(time.time() - began))}")
+
+
+def solve(name: str, weight: torch.Tensor, hessian: torch.Tensor | None, args: argparse.Namespace,
+          solve_layer: Callable) -> dict:
+    """`solve_layer` with its errors under the layer's name, and with a word where something unusual had to be done."""
+    if not torch.isfinite(weight).all():
+        raise ValueError(f"{name}: NaN or infinite weights; check the model, or use another --dtype (bfloat16, float32)")
+    if hessian is None:
+        print(f"{name}: saw no calibration token, so its inputs count alike (rounding to nearest, pruning by magnitude)")
+        hessian = torch.eye(weight.shape[1], device=weight.device)
+    try:
+        levels, damping = solve_layer(weight, hessian, args)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    if damping > args.rel_damp:
+        print(f"{name}: its Hessian is not positive definite with --rel_damp {args.rel_damp:g}; used {damping:g}")
+    if args.verbose:
+        print(f"{name}: error " + ", ".join(f"{level}: {entry['error']:.3g}" for level, (_, entry) in levels.items()))
+    return levels
+
+
+def choose_layers(decoder: Decoder, pattern: str | None, flag: str) -> list[dict[str, nn.Linear]]:
+    """The layers of every block whose full name matches. Raises ValueError when none does."""
+    layers = [{name: layer for name, layer in block.layers.items() if re.search(pattern or "", name)}
+              for block in decoder.blocks]
+    if not any(layers):
+        known = list(decoder.layers)
+        raise ValueError(f"{flag} {pattern}: matches none of the {len(known)} linear layers, such as {known[:1]}")
+    return layers
+
+
+def check_same(manifest: dict | None, header: dict, save_dir: Path) -> None:
+    """Raises ValueError naming what differs when an earlier build in the folder was not this one."""
+    found = differences(manifest, header) if manifest is not None else []
+    if found:
+        raise ValueError(f"--save_dir {save_dir}: holds another build, which differs in {', '.join(found)}; use another "
+                         f"folder, or the same flags to resume it")
+
+
+def forget_damaged(save_dir: Path, manifest: dict) -> None:
+    """Mark layers whose file is not the one that was built as not built, and say so."""
+    for name, entry in manifest["layers"].items():
+        if entry is not None and not intact(save_dir, manifest, name):
+            file = layer_file(save_dir, name)
+            print(f"{file}: {'not the file that was built' if file.exists() else 'missing'}; building it again")
+            manifest["layers"][name] = None
+
+
+def weights_sha256(layers: dict[str, nn.Linear]) -> str:
+    """Hash of 64 weights spread over every layer: tells a fine-tuned or retrained model from the one built for."""
+    digest = hashlib.sha256()
+    for name, layer in layers.items():
+        weights = layer.weight.flatten()
+        sample = weights[::max(1, len(weights) // 64)].float().cpu()
+        digest.update(name.encode() + sample.numpy().tobytes())
+    return digest.hexdigest()
+
