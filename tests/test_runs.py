@@ -1,0 +1,147 @@
+"""A run's folder: whole files, resuming at the last checkpoint, refusing what does not belong to it."""
+import json
+import random
+
+import pytest
+
+from utils.runs import (Run, check_writable, default_folder, evaluation_rows, format_table, open_wandb, plot_search,
+                        rng_state, set_rng_state, user_errors, write_atomic)
+
+FLAGS = {"seed": 0, "sparsity": 0.25, "generations": 3, "output_dir": "x", "log_wandb": False}
+
+
+def checkpointed(folder, generation: int = 2) -> Run:
+    run = Run(folder, FLAGS)
+    for number in range(1, generation + 1):
+        run.log({"generation": number, "fitness": 1 / number}, seconds=number)
+        run.checkpoint(generation=number, population=[[True, False]])
+    return run
+
+
+def test_file_is_whole_or_as_before(tmp_path, monkeypatch):
+    path = tmp_path / "file.txt"
+    write_atomic(path, "old")
+    monkeypatch.setattr("os.fsync", lambda handle: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        write_atomic(path, "new and longer")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path], "nothing is left beside it"
+
+
+def test_user_errors_end_in_one_sentence():
+    with pytest.raises(SystemExit, match="^error: --flag 3: too many$"), user_errors():
+        raise ValueError("--flag 3: too many")
+    with pytest.raises(KeyError), user_errors():                        # our mistakes keep their traceback
+        raise KeyError
+
+
+def test_folder_beneath_a_file_is_refused_naming_the_flag(tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ValueError, match=rf"--save_dir {folder}: cannot be written \(.+\); name a folder"):
+            check_writable(folder, "--save_dir")
+    check_writable(tmp_path / "new" / "folder", "--save_dir")
+    assert list((tmp_path / "new" / "folder").iterdir()) == []
+
+
+def test_default_folder_depends_on_what_decides_the_result_only():
+    folder = default_folder("evo_drop", FLAGS)
+    assert folder.startswith("runs/evo_drop-")
+    assert folder == default_folder("evo_drop", FLAGS | {"generations": 9, "output_dir": "y", "log_wandb": True})
+    assert folder != default_folder("evo_drop", FLAGS | {"seed": 1})
+    assert folder != default_folder("evo_quant", FLAGS)
+
+
+def test_fresh_run_has_no_state_and_clears_the_log_of_one_that_never_checkpointed(tmp_path):
+    (tmp_path / "log.jsonl").write_text("half a li")
+    run = Run(tmp_path, FLAGS)
+    assert run.state is None and not run.finished and run.records() == []
+
+
+def test_run_resumes_at_its_last_checkpoint_and_forgets_what_was_logged_after_it(tmp_path):
+    checkpointed(tmp_path).log({"generation": 3, "fitness": 0.1})                          # killed before its checkpoint
+    with open(tmp_path / "log.jsonl", "a") as log:
+        log.write('{"generation": 4, "fit')
+    run = Run(tmp_path, FLAGS)
+    assert run.state == {"generation": 2, "population": [[True, False]]}
+    assert [record["generation"] for record in run.records()] == [1, 2]
+    assert not run.finished
+
+
+def test_finished_means_summarized_for_as_many_generations(tmp_path):
+    run = checkpointed(tmp_path, 3)
+    assert not Run(tmp_path, FLAGS).finished
+    run.summarize({"generations": 3, "fitness": 0.5})
+    assert Run(tmp_path, FLAGS).finished
+    assert Run(tmp_path, FLAGS).summary() == {"generations": 3, "fitness": 0.5}
+    assert not Run(tmp_path, FLAGS | {"generations": 4}).finished
+
+
+@pytest.mark.parametrize("flags, message", [
+    ({"seed": 1}, r"other flags \(--seed 0 there, 1 here\); use those flags to resume it, or another folder"),
+    ({"sparsity": 0.5, "seed": 2}, r"other flags \(--seed 0 there, 2 here; --sparsity 0.25 there, 0.5 here\)"),
+    ({"brand_new": 7}, r"other flags \(--brand_new None there, 7 here\)"),
+])
+def test_folder_of_another_run_is_refused_naming_what_differs(tmp_path, flags, message):
+    checkpointed(tmp_path)
+    log = (tmp_path / "log.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=rf"--output_dir {tmp_path}: holds a run with {message}"):
+        Run(tmp_path, FLAGS | flags)
+    assert (tmp_path / "log.jsonl").read_bytes() == log
+
+
+def test_run_cannot_be_shortened(tmp_path):
+    checkpointed(tmp_path)
+    with pytest.raises(ValueError, match="--generations 1: the run in .* is already at generation 2"):
+        Run(tmp_path, FLAGS | {"generations": 1})
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", '{"version": 1}', '{"version": 99}'])
+def test_checkpoint_that_is_no_checkpoint_is_refused(tmp_path, damage):
+    checkpointed(tmp_path)
+    (tmp_path / "checkpoint.json").write_text(damage)
+    with pytest.raises(ValueError, match=rf"{tmp_path}/checkpoint.json: not a readable checkpoint .* to start over"):
+        Run(tmp_path, FLAGS)
+
+
+@pytest.mark.parametrize("spoil", [lambda log: log.unlink(), lambda log: log.write_text("")])
+def test_checkpoint_without_its_log_is_refused(tmp_path, spoil):
+    checkpointed(tmp_path)
+    spoil(tmp_path / "log.jsonl")
+    with pytest.raises(ValueError, match="not a readable checkpoint"):
+        Run(tmp_path, FLAGS)
+
+
+def test_generator_goes_on_where_it_was_after_a_trip_through_json():
+    rng, other = random.Random(3), random.Random(4)
+    rng.random()
+    state = json.loads(json.dumps(rng_state(rng)))
+    expected = [rng.random() for _ in range(5)]
+    set_rng_state(other, state)
+    assert [other.random() for _ in range(5)] == expected
+
+
+def test_table_of_evaluations_has_a_column_for_every_dataset_and_measure():
+    rows = evaluation_rows({"dense": {"a": {"ppl": 12.3456, "kl": 0.0}, "b": {"ppl": 5.0, "kl": 0.0}},
+                            "search": {"a": {"ppl": 1234.5, "kl": 0.12345}}})
+    assert rows == [["", "a ppl", "a KL", "b ppl", "b KL"], ["dense", 12.3456, 0.0, 5.0, 0.0],
+                    ["search", 1234.5, 0.12345, None, None]]
+    assert format_table(rows).splitlines() == [
+        "|        |    a ppl |   a KL |  b ppl |   b KL |",
+        "|--------|---------:|-------:|-------:|-------:|",
+        "| dense  |    12.35 | 0.0000 | 5.0000 | 0.0000 |",
+        "| search | 1,234.50 | 0.1235 |      – |      – |"]
+
+
+def test_picture_appears_whole(tmp_path):
+    records = [{"tokens": 10 * i, "fitness": 1 / i} for i in (1, 2, 3)]
+    plot_search(tmp_path / "search.png", records, [[0, 1], [1, 0]], ["attention", "MLP"], "title", "dropped", "kl")
+    assert (tmp_path / "search.png").read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in tmp_path.iterdir()] == ["search.png"]
+
+
+def test_weights_and_biases_is_asked_for_only_with_its_flag(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "wandb", None)                          # as if not installed
+    assert open_wandb(False, {}) is None
+    with pytest.raises(ValueError, match="--log_wandb: the wandb package is not installed; pip install wandb"):
+        open_wandb(True, {})
