@@ -54,7 +54,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
 
-    texts = list(stdlib_texts("train", with_tests=True))
+    texts = stdlib_texts("train", with_tests=True)
     rng.shuffle(texts)
     tokenizer = train_tokenizer(texts, args.vocab_size)
     tokens = torch.cat([torch.tensor(ids) for ids in tokenizer(texts, verbose=False)["input_ids"]])

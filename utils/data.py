@@ -112,7 +112,7 @@ def default_sequence_length(config) -> int:
 # ---- where text comes from -------------------------------------------------------------------------------------------
 
 
-def stdlib_texts(split: str, with_tests: bool = False) -> Iterator[str]:
+def stdlib_texts(split: str, with_tests: bool = False) -> list[str]:
     """Source files of the running Python's standard library; a hash of the relative path decides the side.
 
     `with_tests` adds the interpreter's own test suite, which some distributions leave out; only demo/train.py asks for
@@ -121,16 +121,20 @@ def stdlib_texts(split: str, with_tests: bool = False) -> Iterator[str]:
     root = Path(sysconfig.get_paths()["stdlib"])
     excluded = {"site-packages", "dist-packages", "__pycache__"} | (set() if with_tests
                                                                      else {"test", "tests", "idle_test"})
+    texts: dict[bool, list[str]] = {False: [], True: []}
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
         generated = relative.name.startswith("_sysconfigdata") or relative.parts[0].startswith("config-")
         if generated or excluded & set(relative.parts):
             continue
         held_out = int(hashlib.sha256(relative.as_posix().encode()).hexdigest(), 16) % TEST_SHARE == 0
-        if held_out == (split == "test"):
-            text = path.read_text(encoding="utf-8", errors="ignore")
-            if text.strip():
-                yield text
+        text = path.read_text(encoding="utf-8", errors="ignore")
+        if text.strip():
+            texts[held_out].append(text)
+    if split == "train":
+        return texts[False]
+    known = set(texts[False])
+    return [text for text in texts[True] if text not in known]  # a few files are there under two names
 
 
 def local_texts(path: Path, split: str) -> list[str]:
@@ -245,7 +249,7 @@ def _documents(name: str, split: str, tokenizer, num_tokens: int, sequence_lengt
     if convention == "fineweb_edu":
         texts = _convention_rows(convention, path, split, seed)
     else:
-        texts = list(stdlib_texts(split)) if path is None else local_texts(path, split)
+        texts = stdlib_texts(split) if path is None else local_texts(path, split)
         rng.shuffle(texts)
     return _split_documents(texts, tokenizer, num_tokens, sequence_length)
 
