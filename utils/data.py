@@ -8,11 +8,12 @@ A dataset is named on the command line by
 Each has a train and a test side that share no document. Documents are int64 tensors of 2 to `sequence_length` tokens.
 """
 import hashlib
+import io
 import json
 import random
 import re
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -187,12 +188,16 @@ def _rows(file: Path, lines: bool = False) -> list[str]:
     try:
         if file.suffix == ".txt":
             text = file.read_text(encoding="utf-8")
-            return [line if line.strip() else "" for line in text.splitlines(keepends=True)] if lines else [text]
+            return [line if line.strip() else "" for line in io.StringIO(text)] if lines else [text]
         if file.suffix == ".jsonl":
             with file.open(encoding="utf-8") as stream:
-                return [json.loads(line)["text"] for line in stream if line.strip()]
-        import pyarrow.parquet
-        return pyarrow.parquet.read_table(file, columns=["text"]).column("text").to_pylist()
+                rows = [json.loads(line)["text"] for line in stream if line.strip()]
+        else:
+            import pyarrow.parquet
+            rows = pyarrow.parquet.read_table(file, columns=["text"]).column("text").to_pylist()
+        if not all(isinstance(text, str) for text in rows):
+            raise TypeError('a "text" is not a string')
+        return rows
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise ValueError(f'{file}: cannot be read as text ({type(error).__name__}: {error}); .txt needs UTF-8, rows of '
                          f'.jsonl and .parquet need a "text" field') from error
@@ -208,17 +213,25 @@ def _convention_rows(convention: str, path: Path | None, split: str, seed: int) 
             side = _named_side(file)
             rows += texts if side == split else [] if side else texts[cut:] if split == "test" else texts[:cut]
         return rows
-    from datasets import load_dataset
     if convention == "wikitext2":
-        return load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)["text"]
+        return _from_hub("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)["text"]
     if convention == "c4":
         file = "en/c4-train.00000-of-01024.json.gz" if split == "train" else "en/c4-validation.00000-of-00008.json.gz"
-        rows = load_dataset("allenai/c4", data_files={split: file}, revision=C4_REVISION, split=split, streaming=True)
+        rows = _from_hub("allenai/c4", data_files={split: file}, revision=C4_REVISION, split=split, streaming=True)
         rows = rows.shuffle(seed=seed, buffer_size=10_000) if split == "train" else rows.take(1_100)
     else:  # first half of the shards trains, the second half evaluates
-        rows = load_dataset("HuggingFaceFW/fineweb-edu", "sample-10BT", split="train", streaming=True)
+        rows = _from_hub("HuggingFaceFW/fineweb-edu", "sample-10BT", split="train", streaming=True)
         rows = rows.shard(2, 0 if split == "train" else 1, contiguous=True).shuffle(seed=seed, buffer_size=10_000)
     return (row["text"] for row in rows)
+
+
+def _from_hub(dataset: str, *configuration: str, **options):
+    from datasets import load_dataset
+    try:
+        return load_dataset(dataset, *configuration, **options)
+    except OSError as error:
+        raise ValueError(f"{dataset}: cannot be read from the hub ({error}); without a network use stdlib, a local file "
+                         f"or a local copy, e.g. wikitext2:wiki.train.txt") from error
 
 
 # ---- from text to documents ------------------------------------------------------------------------------------------
@@ -277,7 +290,7 @@ def _joined_windows(texts: Iterable[str], tokenizer, num_tokens: int, sequence_l
     joined = ""
     for text in texts:
         joined = f"{joined}\n\n{text}" if joined else text
-        if len(joined) < 2 * sequence_length:  # cannot be full yet: spares tokenising every prefix
+        if len(joined) < 2 * sequence_length:  # hardly full yet: spares tokenising every prefix
             continue
         tokens = _tokenize(tokenizer, joined)
         if len(tokens) >= sequence_length:
