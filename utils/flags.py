@@ -80,8 +80,7 @@ def check_search_flags(args: argparse.Namespace) -> None:
     if len(survivors) != len(tokens):
         raise ValueError(f"--survivors_per_selection {_words(survivors)} and --tokens_per_selection {_words(tokens)}: "
                          f"{len(survivors)} and {len(tokens)} steps; give one number each for every selection step")
-    for flag in ("offspring", "population_size", "initially_generated", "initial_tokens", "max_mutations",
-                 "calibration_tokens", "eval_tokens", "microbatch_tokens"):
+    for flag in ("offspring", "population_size", "initially_generated", "max_mutations", "microbatch_tokens"):
         value = getattr(args, flag, None)
         if value is not None and value < 1:
             raise ValueError(f"--{flag} {value}: must be at least 1")
@@ -89,10 +88,11 @@ def check_search_flags(args: argparse.Namespace) -> None:
         value = getattr(args, flag)
         if value is not None and value < 0:
             raise ValueError(f"--{flag} {value}: must be 0 or more")
-    for flag in ("calibration_sequence_length", "eval_sequence_length"):
+    for flag in ("calibration_sequence_length", "eval_sequence_length", "calibration_tokens", "eval_tokens",
+                 "initial_tokens"):
         value = getattr(args, flag)
         if value is not None and value < 2:
-            raise ValueError(f"--{flag} {value}: a document needs at least 2 tokens to predict one")
+            raise ValueError(f"--{flag} {value}: at least 2 are needed, one token to predict another")
     if min(survivors) < 1 or min(tokens) < 2:
         raise ValueError(f"--survivors_per_selection {_words(survivors)}, --tokens_per_selection {_words(tokens)}: "
                          f"at least 1 survivor and 2 tokens in every step are needed")
