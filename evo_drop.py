@@ -233,8 +233,8 @@ def main(argv: list[str] | None = None) -> dict:
     with user_errors():
         check_flags(args)
         config = load_config(args.model_name_or_path, args.trust_remote_code)
-        if args.legal_to_drop_path:
-            read_drop_config(args.legal_to_drop_path, config.get_text_config(decoder=True).num_hidden_layers)
+        if num_blocks := getattr(config.get_text_config(decoder=True), "num_hidden_layers", None):
+            build_space(args, [(1, 1)] * num_blocks)         # refuses what cannot be met before the model is loaded
         run = Run(args.output_dir or default_folder("evo_drop", vars(args)), vars(args))
         if run.finished:
             print(f"{run.folder}: this search is finished; raise --generations to go on, or give another --output_dir")
@@ -286,8 +286,8 @@ def main(argv: list[str] | None = None) -> dict:
         first_generation, best, start = 1, ranked[0][0], population[:1]
         run.log({"generation": 0, "fitness": best, "tokens": tokens_spent})
 
-    if args.generations is None:
-        dropped = round(sum(sum(state) for state in space.states(population[0], len(blocks))) / 2)
+    if args.generations is None:                              # by what was dropped at the start: resuming agrees
+        dropped = round(sum(sum(state) for state in space.states(start[0], len(blocks))) / 2)
         args.generations = math.ceil(dropped * (len(blocks) - dropped) / 1.5)
         run.generations = args.generations
     print(f"budget: {describe(space, population[0], blocks)}")
