@@ -285,6 +285,8 @@ def main(argv: list[str] | None = None) -> dict:
         population = [candidate for _, candidate in ranked[:args.population_size]]
         first_generation, best, start = 1, ranked[0][0], population[:1]
         run.log({"generation": 0, "fitness": best, "tokens": tokens_spent})
+        run.checkpoint(generation=0, rng=rng_state(rng), population=population, start=start, fitness=best,
+                       tokens=tokens_spent)
 
     if args.generations is None:                              # by what was dropped at the start: resuming agrees
         dropped = round(sum(sum(state) for state in space.states(start[0], len(blocks))) / 2)
