@@ -1,0 +1,116 @@
+"""Does the search find the optimum? On a model small enough to evaluate every candidate, compare the two.
+
+    python benchmarks/exhaustive.py --model_name_or_path MODEL --calibration_data TEXT
+
+Depth: every way to drop --drop_attn attentions and --drop_mlp MLPs. Bits: every way to give the blocks bitwidths of
+--bitwidths with at most their middle as the average. All candidates are measured on the whole calibration set; then
+each seed's search, selecting on that same set, is compared with the best of them, and the distinct candidates it has
+evaluated are counted.
+"""
+import argparse
+import itertools
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import evo_drop
+import evo_quant
+from utils.fitness import Fitness
+from utils.runs import format_table
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name_or_path", default="demo/model")
+    parser.add_argument("--calibration_data", default="stdlib", help="dataset or local text")
+    parser.add_argument("--calibration_tokens", type=int, default=4096)
+    parser.add_argument("--calibration_sequence_length", type=int, default=256)
+    parser.add_argument("--task", choices=["depth", "bits"], default="depth")
+    parser.add_argument("--drop_attn", type=int, default=2)
+    parser.add_argument("--drop_mlp", type=int, default=2)
+    parser.add_argument("--bitwidths", type=int, nargs=3, default=[2, 3, 4], metavar=("LOW", "TARGET", "HIGH"))
+    parser.add_argument("--quant_weights_path", help="of --task bits: a database with those bitwidths")
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--generations", type=int, default=10)
+    parser.add_argument("--offspring", type=int, default=5)
+    parser.add_argument("--initially_generated", type=int, default=5)
+    return parser.parse_args(argv)
+
+
+class RecordingFitness(Fitness):
+    """The fitness walk, which also keeps the value of every candidate it has ever measured."""
+    seen: dict = {}
+
+    def measure(self, candidates, minibatch=None, kinds=("kl",)):
+        values = super().measure(candidates, minibatch, kinds)
+        self.seen.update(zip(map(tuple, candidates), (value for value, *_ in values)))
+        return values
+
+
+class ExhaustiveFitness(RecordingFitness):
+    """Measures all candidates of the space first, on all documents; `everything` is set by `main`."""
+    everything = None
+    values: dict = {}
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        candidates = self.everything(self.decoder)
+        self.values.update(zip(candidates, (value for value, in Fitness.measure(self, candidates))))
+
+
+def depth_candidates(decoder, drop_attn: int, drop_mlp: int) -> list[tuple]:
+    blocks = range(len(decoder.blocks))
+    return [tuple((i in attn, i in mlp) for i in blocks) for attn in itertools.combinations(blocks, drop_attn)
+            for mlp in itertools.combinations(blocks, drop_mlp)]
+
+
+def bits_candidates(decoder, bitwidths: list[int]) -> list[tuple]:
+    """All allocations of a bitwidth a block with an average of exactly the target (blocks are of equal size)."""
+    widths = [len(block.layers) for block in decoder.blocks]
+    return [tuple((bits,) * width for bits, width in zip(allocation, widths))
+            for allocation in itertools.product(bitwidths, repeat=len(widths))
+            if sum(allocation) == bitwidths[1] * len(widths)]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints a table; returns the number of seeds whose search found the optimum."""
+    args = parse_arguments(argv)
+    tokens = str(args.calibration_tokens)
+    common = ["--model_name_or_path", args.model_name_or_path, "--calibration_data", args.calibration_data,
+              "--calibration_tokens", tokens, "--calibration_sequence_length", str(args.calibration_sequence_length),
+              "--survivors_per_selection", "1", "--tokens_per_selection", tokens, "--initial_tokens", tokens,
+              "--no_eval", "--initially_generated", str(args.initially_generated), "--offspring", str(args.offspring)]
+    if args.task == "depth":
+        module, everything = evo_drop, lambda decoder: depth_candidates(decoder, args.drop_attn, args.drop_mlp)
+        common += ["--drop_attn", str(args.drop_attn), "--drop_mlp", str(args.drop_mlp)]
+    else:
+        module, everything = evo_quant, lambda decoder: bits_candidates(decoder, args.bitwidths)
+        low, target, high = args.bitwidths
+        common += ["--quant_weights_path", args.quant_weights_path or "", "--target_bitwidth", str(target),
+                   "--tie", "block", "--bounds", f"*={low}:{high}"]
+
+    ExhaustiveFitness.everything = staticmethod(everything)
+    rows, found, fitness_class = [["seed", "optimum found", "candidates evaluated", "of", "KL found", "KL optimum"]], 0, module.Fitness
+    try:
+        for seed in range(args.seeds):
+            module.Fitness = RecordingFitness if ExhaustiveFitness.values else ExhaustiveFitness
+            RecordingFitness.seen.clear()
+            with tempfile.TemporaryDirectory() as folder:
+                run = ["--seed", str(seed), "--generations", str(args.generations), "--output_dir", folder]
+                module.main([*common, *run])
+            seen, values = RecordingFitness.seen, ExhaustiveFitness.values
+            best_seen, best = min(seen, key=values.get), min(values, key=values.get)
+            found += best_seen == best
+            rows.append([seed, "yes" if best_seen == best else "no", len(seen), len(values), values[best_seen],
+                         values[best]])
+    finally:
+        module.Fitness = fitness_class
+    print(format_table(rows))
+    print(f"optimum found in {found} of {args.seeds} seeds; at most {max(row[2] for row in rows[1:])} of {rows[1][3]} "
+          f"candidates evaluated")
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""Quality at equal budget on the demo model, several seeds: each search against what it must beat. Makes README's table.
+
+    python benchmarks/quality.py --out results/quality --jobs 2 --write_readme
+
+Depth at 25% and 37.5%: best of 64 random candidates and the ShortGPT ranking. Sparsity at 50, 60 and 70%: uniform.
+Bits at 2.25 and 2.5: best of 32 random allocations; at 3: uniform. Each seed draws other calibration text and another
+search; all are evaluated on the same held-out text. Finished parts are not run again.
+"""
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from utils.runs import format_table
+
+MARKS = ("<!-- quality -->", "<!-- /quality -->")
+SEARCH = ["--offspring", "32", "--eval_every", "0", "--calibration_tokens", "131072"]
+DEPTH = ["--tokens_per_selection", "1024", "8192", "--survivors_per_selection", "2", "1", "--initial_tokens", "2048"]
+LEVELS = ["--tokens_per_selection", "512", "2048", "16384", "--survivors_per_selection", "8", "2", "1",
+          "--initial_tokens", "2048"]
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name_or_path", default=str(ROOT / "demo" / "model"))
+    parser.add_argument("--data", default="stdlib", help="calibration and evaluation text")
+    parser.add_argument("--sequence_length", type=int, default=256)
+    parser.add_argument("--eval_tokens", type=int, default=65536)
+    parser.add_argument("--out", type=Path, default=Path("results/quality"))
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--generations", type=int, default=40)
+    parser.add_argument("--jobs", type=int, default=1, help="searches at once, one thread each")
+    parser.add_argument("--write_readme", action="store_true", help="put the table into README.md")
+    return parser.parse_args()
+
+
+def run(arguments: list[object], log: Path) -> None:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    environment = dict(os.environ, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+    with log.open("w") as stream:
+        done = subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, stdout=stream, stderr=stream,
+                              env=environment)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(map(str, arguments))}\nfailed, see {log}")
+
+
+def main() -> None:
+    args = parse_arguments()
+    out = args.out.resolve()
+    model = ["--model_name_or_path", args.model_name_or_path]
+    calibration = ["--calibration_data", args.data, "--calibration_sequence_length", args.sequence_length]
+    evaluation = ["--eval_datasets", args.data, "--eval_tokens", args.eval_tokens, "--eval_sequence_length",
+                  args.sequence_length]
+    search = [*model, *calibration, *evaluation, *SEARCH, "--generations", args.generations]
+    build = [*model, *calibration, "--calibration_tokens", 131072]
+
+    preparations, searches = [], []
+    for share in (0.25, 0.375):
+        folder = out / f"shortgpt-{share}"
+        preparations.append((folder / "evaluation.json", [
+            ["-m", "baselines.drop_scores", *build, "--scoring_method", "cosine_similarity", "--sparsities",
+             share, "--save_dir", folder],
+            ["eval_config.py", *model, *evaluation, "--drop_config",
+             folder / f"cosine_similarity-{share:g}.txt", "--output", folder / "evaluation.json"]]))
+        for seed in range(args.seeds):
+            searches.append((f"depth {share:.1%}", seed, out / f"depth-{share}-{seed}", [
+                "evo_drop.py", *search, *DEPTH, "--sparsity", share, "--initially_generated", 64]))
+    for share in (0.5, 0.6, 0.7):
+        database = out / f"sparse-{share}"
+        preparations.append((database / "manifest.json", [
+            ["-m", "database.sparsegpt", *build, "--sparsity", share, "--save_dir", database]]))
+        for seed in range(args.seeds):
+            searches.append((f"sparsity {share:.0%}", seed, out / f"sparsity-{share}-{seed}", [
+                "evo_unstructured.py", *search, *LEVELS, "--sparse_weights_path", database, "--configuration_name",
+                f"seed-{seed}.txt"]))
+    preparations.append((out / "quant" / "manifest.json", [
+        ["-m", "database.gptq", *build, "--bitwidth_options", 2, 3, 4, 5, 6, "--calibration_bitwidth", 3, "--group_size",
+         128, "--perchannel", "--save_dir", out / "quant"]]))
+    for target in (2.25, 2.5, 3):
+        for seed in range(args.seeds):
+            searches.append((f"{target} bits", seed, out / f"bits-{target}-{seed}", [
+                "evo_quant.py", *search, *LEVELS, "--quant_weights_path", out / "quant", "--target_bitwidth", target,
+                "--configuration_name", f"{target}-seed-{seed}.txt"]))
+
+    def prepare(item) -> None:
+        result, commands = item
+        for number, command in enumerate(commands):
+            run(command, out / "logs" / f"{result.parent.name}-{number}.log")
+
+    def one(item) -> None:
+        _, seed, folder, command = item
+        run([*command, "--seed", seed, "--output_dir", folder], out / "logs" / f"{folder.name}.log")
+        print(f"{folder.name} done", flush=True)
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(prepare, preparations))
+        list(pool.map(one, searches))
+
+    rows = [["budget", "baseline", "baseline KL", "search KL, median", "range", "seeds below baseline", "baseline ppl",
+             "search ppl, median", "dense ppl"]]
+    for task in dict.fromkeys(task for task, *_ in searches):
+        folders = [folder for name, _, folder, _ in searches if name == task]
+        summaries = [json.loads((folder / "summary.json").read_text())["evaluation"] for folder in folders]
+        start = next(name for name in summaries[0] if name not in ("dense", "search"))
+        baselines = {("best of 64 random" if task.startswith("depth") else start): [
+            summary[start][args.data] for summary in summaries]}
+        if task.startswith("depth"):
+            share = float(task.split()[1].rstrip("%")) / 100
+            measured = json.loads((out / f"shortgpt-{share:g}" / "evaluation.json").read_text())["compressed"]
+            baselines["ShortGPT ranking"] = [measured[args.data]] * len(summaries)
+        found = [summary["search"][args.data] for summary in summaries]
+        for name, values in baselines.items():
+            rows.append([task, name, statistics.median(v["kl"] for v in values), statistics.median(v["kl"] for v in found),
+                         f"{min(v['kl'] for v in found):.4f}–{max(v['kl'] for v in found):.4f}",
+                         f"{sum(f['kl'] < v['kl'] for f, v in zip(found, values))} of {len(found)}",
+                         statistics.median(v["ppl"] for v in values), statistics.median(v["ppl"] for v in found),
+                         summaries[0]["dense"][args.data]["ppl"]])
+    table = format_table(rows)
+    print(table)
+    (out / "table.md").write_text(table + "\n")
+    if args.write_readme:
+        readme = ROOT / "README.md"
+        before, _, rest = readme.read_text().partition(MARKS[0])
+        after = rest.partition(MARKS[1])[2]
+        readme.write_text(f"{before}{MARKS[0]}\n{table}\n{MARKS[1]}{after}")
+
+
+if __name__ == "__main__":
+    main()
