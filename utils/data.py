@@ -287,17 +287,19 @@ def _split_documents(texts: Iterable[str], tokenizer, num_tokens: int, sequence_
 def _joined_windows(texts: Iterable[str], tokenizer, num_tokens: int, sequence_length: int) -> list[torch.Tensor]:
     """C4's train convention: documents joined by two newlines until a window is full, then trimmed to it."""
     windows: list[torch.Tensor] = []
-    joined = ""
+    joined, least_bytes = "", 0  # fewer than this cannot be full: spares tokenising every prefix
     for text in texts:
         joined = f"{joined}\n\n{text}" if joined else text
-        if len(joined) < 2 * sequence_length:  # hardly full yet: spares tokenising every prefix
+        if len(joined.encode()) < least_bytes:
             continue
         tokens = _tokenize(tokenizer, joined)
-        if len(tokens) >= sequence_length:
-            windows.append(tokens[:sequence_length])
-            joined = ""
-            if len(windows) * sequence_length >= num_tokens:
-                break
+        if len(tokens) < sequence_length:
+            least_bytes = len(joined.encode()) + sequence_length - len(tokens)  # a token has at least one byte
+            continue
+        windows.append(tokens[:sequence_length])
+        joined, least_bytes = "", 0
+        if len(windows) * sequence_length >= num_tokens:
+            break
     return windows
 
 
