@@ -271,6 +271,8 @@ def main(argv: list[str] | None = None) -> dict:
         population = [candidate for _, candidate in ranked[:args.population_size]]
         first_generation, best, start = 1, ranked[0][0], population[:1]
         run.log({"generation": 0, "fitness": best, "tokens": tokens_spent})
+        run.checkpoint(generation=0, rng=rng_state(rng), population=population, start=start, fitness=best,
+                       tokens=tokens_spent)
     print(f"budget: {describe(space, population[0], database)}")
 
     began, tokens_before = time.time(), tokens_spent
