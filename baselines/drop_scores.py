@@ -4,10 +4,10 @@
 
 cosine_similarity         ShortGPT (Men et al., 2024), block influence: 1 - cos(block input, block output), over tokens
 window_cosine_similarity  Gromov et al. (2024): the same over a window of consecutive blocks, which go together
-norm_ratio                weight subcloning (Samragh et al., 2023): ‖f(x)‖ / ‖x + f(x)‖ for a block that adds f(x) to x
+norm_ratio                weight subcloning (Samragh et al., 2023): ‖f(x)‖ / ‖x + f(x)‖ of a block that adds f(x)
 perplexity                Shortened Llama (Kim et al., 2024): perplexity without the block
 kl_div                    KL divergence from the whole model without the block
-l2, l2_normalized         ‖h' - h‖, or ‖h' - h‖ / ‖h‖: last block's output (before the final norm) without the block, and with
+l2, l2_normalized         ‖h' - h‖, or that over ‖h‖: the last block's output, before the final norm, without the block
 The lowest scores are dropped. --brute_force measures every combination of blocks instead. Each sparsity gives a file
 <method>-<sparsity>.txt with one of none/attn+mlp a block; <method>.json holds the scores.
 """
@@ -21,11 +21,11 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 
+from baselines.inputs import check_calibration_flags, load_inputs
 from utils.configs import write_drop_config
-from utils.data import calibration_documents, check_dataset, default_sequence_length
 from utils.fitness import Fitness, assemble, default_microbatch_tokens, microbatches
 from utils.flags import add_calibration_flags, add_model_flags
-from utils.model import BlockInputs, Decoder, load_config, load_decoder, load_tokenizer
+from utils.model import BlockInputs, Decoder, load_config
 from utils.runs import check_writable, format_table, user_errors, write_atomic
 
 FITNESS = {"kl_div": "kl", "perplexity": "ppl"}
@@ -69,13 +69,7 @@ def check_flags(args: argparse.Namespace, num_blocks: int) -> None:
     if args.brute_force and not set(args.scoring_method) <= set(FITNESS):
         raise ValueError(f"--brute_force: --scoring_method {' '.join(args.scoring_method)} only scores single blocks; "
                          f"use {' or '.join(FITNESS)}")
-    if args.microbatch_tokens is not None and args.microbatch_tokens < 1:
-        raise ValueError(f"--microbatch_tokens {args.microbatch_tokens}: must be at least 1")
-    for flag in ("calibration_tokens", "calibration_sequence_length"):
-        value = getattr(args, flag)
-        if value is not None and value < 2:
-            raise ValueError(f"--{flag} {value}: at least 2 tokens are needed to predict one")
-    check_dataset(args.calibration_data, "--calibration_data")
+    check_calibration_flags(args)
 
 
 def num_dropped(sparsity: float, num_blocks: int) -> int:
@@ -203,12 +197,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
         config = load_config(args.model_name_or_path, args.trust_remote_code)
         check_flags(args, config.get_text_config(decoder=True).num_hidden_layers)
         check_writable(args.save_dir, "--save_dir")
-        tokenizer = load_tokenizer(args.tokenizer_name or args.model_name_or_path, args.use_fast_tokenizer,
-                                   args.trust_remote_code)
-        documents = calibration_documents(args.calibration_data, tokenizer, args.calibration_tokens,
-                                          args.calibration_sequence_length or default_sequence_length(config), args.seed)
-        decoder = load_decoder(args.model_name_or_path, args.dtype, args.device, args.attn_implementation,
-                               args.trust_remote_code)
+        decoder, documents = load_inputs(args, config)
     num_blocks = len(decoder.blocks)
     counts = {sparsity: num_dropped(sparsity, num_blocks) for sparsity in args.sparsities}
     if set(args.scoring_method) & set(FITNESS):
@@ -224,8 +213,8 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
             dropped = {sparsity: blocks for sparsity, (_, blocks) in found.items()}
             scores = {str(sparsity): value for sparsity, (value, _) in found.items()}
         elif method == "window_cosine_similarity":
-            windows = {sparsity: scores_across_blocks(decoder, documents, cosine_distance, count, args.microbatch_tokens)
-                       for sparsity, count in counts.items()}
+            windows = {sparsity: scores_across_blocks(decoder, documents, cosine_distance, count,
+                                                      args.microbatch_tokens) for sparsity, count in counts.items()}
             dropped = {sparsity: tuple(range(first, first + counts[sparsity])) for sparsity, values in windows.items()
                        for first in lowest(values, 1)}
             scores = {str(sparsity): values for sparsity, values in windows.items()}

@@ -106,7 +106,11 @@ def test_an_impossible_budget_is_named_with_what_is_possible():
         allocate([{2: 1.0}, {2: math.inf}], [{2: 2}, {2: 2}], 10)
 
 
-def test_interpolation_is_linear_between_measured_levels_and_refuses_to_go_beyond():
-    assert interpolate({-4: 0.0, 0: 8.0, 2: 10.0}, [-4, -3, -1, 0, 1, 2]) == {-4: 0, -3: 2, -1: 6, 0: 8, 1: 9, 2: 10}
-    with pytest.raises(ValueError, match="level 3 lies outside the measured ones, -4 to 2"):
-        interpolate({-4: 0.0, 2: 10.0}, [0, 3])
+def test_interpolation_is_exact_for_errors_that_grow_geometrically():
+    truth = {level: 0.3 * 1.7**level for level in range(-8, 9)}
+    measured = {level: truth[level] for level in (-6, 0, 8)}
+    assert interpolate(measured, range(-8, 9)) == pytest.approx(truth)      # -8 and -7 lie beyond what is measured
+    assert interpolate({2: 0.1, 4: 0.0}, [2, 3, 4]) == {2: 0.1, 3: pytest.approx(0.05), 4: 0.0}
+    assert interpolate({3: 0.1}, [3]) == {3: 0.1}
+    with pytest.raises(ValueError, match="level 4: only .3. measured"):
+        interpolate({3: 0.1}, [3, 4])

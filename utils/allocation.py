@@ -4,6 +4,7 @@ A multiple-choice knapsack: every unit takes one level, the costs (bits, or step
 budget or to exactly it, and the sum of the errors is least.
 """
 import math
+from bisect import bisect
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -32,10 +33,10 @@ def allocate(errors: Sequence[Mapping[int, float]], costs: Sequence[Mapping[int,
     cheapest, dearest = ([int(pick(unit)) for unit in unit_costs] for pick in (np.min, np.max))
 
     total, error = np.zeros(1, dtype=np.int64), np.zeros(1)      # of every combination of the units so far that matters
-    came_from: list[np.ndarray] = []                             # index of its predecessor, times levels, plus its level
-    for i, (cost, own_error) in enumerate(zip(unit_costs, unit_errors)):
-        total = (total[:, None] + cost).ravel()
-        error = (error[:, None] + own_error).ravel()
+    came_from: list[np.ndarray] = []                             # its predecessor's index, times levels, plus its level's
+    for i in range(len(levels)):
+        total = (total[:, None] + unit_costs[i]).ravel()
+        error = (error[:, None] + unit_errors[i]).ravel()
         order = np.lexsort((error, total))                       # stable: of equal ones the lower level is first
         fits = total[order] + sum(cheapest[i + 1:]) <= budget
         if exact:
@@ -60,12 +61,22 @@ def allocate(errors: Sequence[Mapping[int, float]], costs: Sequence[Mapping[int,
 
 
 def interpolate(errors: Mapping[int, float], levels: Sequence[int]) -> dict[int, float]:
-    """level -> error at `levels` from the errors of some of them, linear in the level between two.
+    """level -> error at `levels` from the errors of two or more of them.
 
-    Raises ValueError for a level outside the measured ones: errors grow too fast at the ends to be guessed.
+    Errors grow about geometrically with bits taken or weights pruned, so their logarithm is taken to be linear between
+    two measured levels, and beyond the outermost ones; where one of the two is not positive, the error itself.
+    Raises ValueError where fewer than two are measured and more are asked for.
     """
     measured = sorted(errors)
-    outside = [level for level in levels if not measured[0] <= level <= measured[-1]]
-    if outside:
-        raise ValueError(f"level {outside[0]} lies outside the measured ones, {measured[0]} to {measured[-1]}")
-    return dict(zip(levels, np.interp(levels, measured, [errors[level] for level in measured]).tolist()))
+    estimates = {}
+    for level in levels:
+        if level in errors:
+            estimates[level] = errors[level]
+            continue
+        if len(measured) < 2:
+            raise ValueError(f"error at level {level}: only {measured} measured; two levels at least are needed")
+        right = min(max(bisect(measured, level), 1), len(measured) - 1)
+        left, right = measured[right - 1], measured[right]
+        a, b, t = errors[left], errors[right], (level - left) / (right - left)
+        estimates[level] = a ** (1 - t) * b**t if min(a, b) > 0 else a + (b - a) * t
+    return estimates
