@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from database.hessian import Calibration
-from database.store import (FORMAT, MANIFEST, Database, check_no_foreign_files, config_sha256, differences, intact, layer_file,
-                            read_manifest, write_layer, write_manifest)
+from database.store import (FORMAT, MANIFEST, Database, check_no_foreign_files, config_sha256, differences, intact,
+                            layer_file, read_manifest, write_layer, write_manifest)
 from utils.data import calibration_documents, check_dataset, default_sequence_length
 from utils.flags import add_calibration_flags, add_model_flags
 from utils.model import Decoder, default_device, load_config, load_decoder, load_tokenizer
@@ -176,9 +176,10 @@ def solve(name: str, weight: torch.Tensor, hessian: torch.Tensor | None, args: a
           solve_layer: Callable) -> dict:
     """`solve_layer` with its errors under the layer's name, and with a word where something unusual had to be done."""
     if not torch.isfinite(weight).all():
-        raise ValueError(f"{name}: NaN or infinite weights; check the model, or use another --dtype (bfloat16, float32)")
+        raise ValueError(f"{name}: NaN or infinite weights; check the model, or use another --dtype (bfloat16, "
+                         f"float32)")
     if hessian is None:
-        print(f"{name}: saw no calibration token, so its inputs count alike (rounding to nearest, pruning by magnitude)")
+        print(f"{name}: saw no calibration token, so it is rounded to nearest or pruned by magnitude")
         hessian = torch.eye(weight.shape[1], device=weight.device)
     try:
         levels, damping = solve_layer(weight, hessian, args)
@@ -205,8 +206,8 @@ def check_same(manifest: dict | None, header: dict, save_dir: Path) -> None:
     """Raises ValueError naming what differs when an earlier build in the folder was not this one."""
     found = differences(manifest, header) if manifest is not None else []
     if found:
-        raise ValueError(f"--save_dir {save_dir}: holds another build, which differs in {', '.join(found)}; use another "
-                         f"folder, or the same flags to resume it")
+        raise ValueError(f"--save_dir {save_dir}: holds another build, which differs in {', '.join(found)}; use "
+                         f"another folder, or the same flags to resume it")
 
 
 def forget_damaged(save_dir: Path, manifest: dict) -> None:

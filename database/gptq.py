@@ -9,7 +9,7 @@ import torch
 
 from database.build import add_build_flags, build, run
 from database.packing import Packed, pack_quantized
-from database.solver import inverse_factor, lazy_sweep, output_energy, quantize_columns, round_to_grid
+from database.solver import inverse_factor, lazy_sweep, output_errors, quantize_columns, round_to_grid
 
 SMALLEST_SCALE = 2.0**-24        # above zero in half precision
 SHRINKS = [1 - step / 100 for step in range(80)]
@@ -17,7 +17,7 @@ SHRINKS = [1 - step / 100 for step in range(80)]
 
 def fit_grid(w: torch.Tensor, top: torch.Tensor, perchannel: bool = True, sym: bool = False, mse: bool = False,
              importance: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and zero of the grids scale * (code - zero), code in 0..top, over some columns of a layer.
+    """Scale and zero of the grids scale * (code - zero), code in 0..top, that some columns of a layer share.
 
     w: [columns, levels or 1, out]; top: [levels, 1], 2**bits - 1. The grid spans minimum, maximum and zero of a row, or
     of all rows without `perchannel`; symmetric ones have their zero at 2**bits / 2. With `mse` the range is shrunk to
@@ -43,10 +43,10 @@ def fit_grid(w: torch.Tensor, top: torch.Tensor, perchannel: bool = True, sym: b
     least = torch.full_like(scale, torch.inf)
     for shrink in SHRINKS:
         s, z = grid(shrink)
-        error = (round_to_grid(w, s, z, top).sub_(z).mul_(s).sub_(w)).square_()
-        error = (error * importance[:, None, None]).sum(over, keepdim=True)[0]
+        error = round_to_grid(w, s, z, top).sub_(z).mul_(s).sub_(w).square_().mul_(importance[:, None, None])
+        error = error.sum(over, keepdim=True)[0]
         better = error < least
-        scale, zero, least = torch.where(better, s, scale), torch.where(better, z, zero), torch.where(better, error, least)
+        scale, zero, least = (torch.where(better, new, old) for new, old in ((s, scale), (z, zero), (error, least)))
     return scale, zero
 
 
@@ -59,8 +59,8 @@ def quantize(weight: torch.Tensor, hessian: torch.Tensor, bitwidths: list[int], 
     weight: float32 [out, in]; hessian: [in, in]. Without groups there is one grid a row from the original weights; a
     group's grid comes from the updated weights when its first column is reached. `act_order` takes the columns in order
     of falling Hessian diagonal, with the groups' grids from the original weights; the result is in the given order.
-    Returns codes uint8 and dequantized float32, both transposed and stacked [in, levels * out]; scales float16 and zeros
-    uint8 [groups, levels, out or 1]; and the relative damping used.
+    Returns codes uint8 and dequantized weights float32, both transposed and stacked [in, levels * out]; scales float16
+    and zeros uint8 [groups, levels, out or 1]; and the relative damping used.
     """
     (rows, columns), levels = weight.shape, len(bitwidths)
     top = torch.tensor([2.0**bits - 1 for bits in bitwidths], device=weight.device)[:, None]
@@ -73,44 +73,51 @@ def quantize(weight: torch.Tensor, hessian: torch.Tensor, bitwidths: list[int], 
         hessian, group = hessian[order][:, order], group[order]
     u, damping = inverse_factor(hessian, rel_damp)
     importance = u.diagonal().square().reciprocal()
-    w = weight.T[order].repeat(1, levels)
+    w = weight.T[order].contiguous().repeat(1, levels)
     codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
+
+    scales, zeros = w.new_empty(2, -(-columns // size), levels * rows).unbind()
+
+    def set_grid(g: int, values: torch.Tensor, weights: torch.Tensor) -> None:
+        for grids, part in zip((scales, zeros), fit_grid(values, top, perchannel, sym, mse, weights)):
+            grids[g] = part.expand(levels, rows).flatten()
 
     static = act_order or size == columns
     if static:
-        original, natural = weight.T[:, None], torch.empty_like(importance).index_copy_(0, order, importance)
-        grids = [fit_grid(original[i:i + size], top, perchannel, sym, mse, natural[i:i + size])
-                 for i in range(0, columns, size)]
-    else:
-        grids = []
-    for block, inner, err in lazy_sweep(w, u, block_size, None if static else size):
+        natural = torch.empty_like(importance).index_copy_(0, order, importance)
+        for g, start in enumerate(range(0, columns, size)):
+            set_grid(g, weight.T[start:start + size, None], natural[start:start + size])
+    for _, inner, err in lazy_sweep(w, u, block_size, None if static else size):
         if not static and inner.start % size == 0:
             reached = slice(inner.start, inner.start + size)
-            grids.append(fit_grid(w[reached].view(-1, levels, rows), top, perchannel, sym, mse, importance[reached]))
-        scale, zero = (torch.stack([grids[g][part] for g in group[inner]]).expand(-1, levels, rows).flatten(1)
-                       for part in (0, 1))
-        quantize_columns(w[inner], u[inner, inner], scale, zero, row_top, err, codes[inner])
-    codes, w = (torch.empty_like(t).index_copy_(0, order, t) for t in (codes, w)) if act_order else (codes, w)
-    scales, zeros = (torch.stack([grid[part] for grid in grids]) for part in (0, 1))
+            set_grid(inner.start // size, w[reached].view(-1, levels, rows), importance[reached])
+        g = group[inner]
+        quantize_columns(w[inner], u[inner, inner], scales[g], zeros[g], row_top, err, codes[inner])
+    if act_order:
+        codes, w = (torch.empty_like(t).index_copy_(0, order, t) for t in (codes, w))
+    scales, zeros = (grids.view(-1, levels, rows)[:, :, :rows if perchannel else 1] for grids in (scales, zeros))
     return codes, w, scales.half(), zeros.to(torch.uint8), damping
+
+
+def pack_levels(weight: torch.Tensor, hessian: torch.Tensor, bitwidths: list[int], codes: torch.Tensor,
+                dequantized: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor
+                ) -> dict[int, tuple[Packed, dict]]:
+    """bitwidth -> (packed tensors, manifest entry) of what `quantize` returns."""
+    errors = output_errors(weight.float().T.contiguous(), dequantized, hessian)
+    levels = {}
+    for i, (bits, code, error) in enumerate(zip(bitwidths, codes.split(len(weight), dim=1), errors)):
+        packed = pack_quantized(code.T.contiguous(), scales[:, i].T.contiguous(), zeros[:, i].T.contiguous(), bits)
+        levels[bits] = packed, {"bits": bits * code.numel(), "overhead_bits": 24 * packed["scales"].numel(),
+                                "error": error}
+    return levels
 
 
 def solve_layer(weight: torch.Tensor, hessian: torch.Tensor, args: argparse.Namespace
                 ) -> tuple[dict[int, tuple[Packed, dict]], float]:
     """bitwidth -> (packed tensors, manifest entry) of a layer, and the relative damping that was needed."""
-    w, rows = weight.float(), len(weight)
-    codes, dequantized, scales, zeros, damping = quantize(
-        w, hessian, args.bitwidth_options, args.group_size, args.perchannel, args.sym, args.act_order, args.mse,
-        args.rel_damp, args.block_size)
-    energy = output_energy(w.T, hessian)
-    levels = {}
-    for i, bits in enumerate(args.bitwidth_options):
-        columns = slice(i * rows, (i + 1) * rows)
-        packed = pack_quantized(codes[:, columns].T, scales[:, i].T.contiguous(), zeros[:, i].T.contiguous(), bits)
-        error = output_energy(w.T - dequantized[:, columns], hessian)
-        levels[bits] = packed, {"bits": bits * weight.numel(), "overhead_bits": 24 * packed["scales"].numel(),
-                                "error": error / energy if energy else 0.0}
-    return levels, damping
+    *quantized, damping = quantize(weight.float(), hessian, args.bitwidth_options, args.group_size, args.perchannel,
+                                   args.sym, args.act_order, args.mse, args.rel_damp, args.block_size)
+    return pack_levels(weight, hessian, args.bitwidth_options, *quantized), damping
 
 
 def resolve(args: argparse.Namespace, config) -> None:
@@ -123,7 +130,8 @@ def main(args: argparse.Namespace) -> None:
     if not all(1 <= bits <= 8 for bits in args.bitwidth_options):
         raise ValueError(f"--bitwidth_options {words}: must be from 1 to 8, e.g. 2 3 4 5 6")
     if args.calibration_bitwidth not in args.bitwidth_options:
-        raise ValueError(f"--calibration_bitwidth {args.calibration_bitwidth}: must be one of --bitwidth_options {words}")
+        raise ValueError(f"--calibration_bitwidth {args.calibration_bitwidth}: must be one of --bitwidth_options "
+                         f"{words}")
     if args.group_size is not None and args.group_size < 1:
         raise ValueError(f"--group_size {args.group_size}: must be at least 1 column, e.g. 128; leave it out for one "
                          f"grid a row")
@@ -137,9 +145,9 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--bitwidth_options", type=int, nargs="+", default=[2, 3, 4, 5, 6], metavar="BITS",
                        help="from 1 to 8 (default: 2 3 4 5 6)")
     group.add_argument("--calibration_bitwidth", type=int, default=3, metavar="BITS",
-                       help="one of the above, whose weights give the next block's inputs (default: 3, as in the paper)")
+                       help="one of the above; its weights give the next block's inputs (default: 3, as in the paper)")
     group.add_argument("--group_size", type=int, metavar="COLUMNS",
-                       help="inputs that share a scale, e.g. 128; the last group may be smaller (default: all of them)")
+                       help="inputs that share a scale, e.g. 128; the last group may be smaller (default: all)")
     group.add_argument("--perchannel", action="store_true", help="a grid for every output row, not one for all rows")
     group.add_argument("--sym", action="store_true", help="symmetric grids: zero at code 2^bits / 2")
     group.add_argument("--act_order", action="store_true",

@@ -1,4 +1,4 @@
-"""Calibration pass: documents walk through the model block by block, leaving a Hessian for every distinct layer input."""
+"""Calibration pass: documents walk through the model block by block and leave a Hessian for every layer input."""
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,7 +14,8 @@ class Calibration:
     """The hidden states of all calibration documents at the input of one block, `position`, after another."""
 
     def __init__(self, decoder: Decoder, documents: list[torch.Tensor], device: torch.device,
-                 microbatch_tokens: int | None = None, offload_modules: bool = False, offload_activations: bool = False):
+                 microbatch_tokens: int | None = None, offload_modules: bool = False,
+                 offload_activations: bool = False):
         """With `offload_modules` the decoder lives on the CPU and only the working block is on `device`; with
         `offload_activations` only the working microbatch is."""
         self.decoder, self.documents, self.device = decoder, documents, device
@@ -93,8 +94,8 @@ class InputHessians:
         """
         for name in self.names:
             if name in self.source and not torch.isfinite(self.sums[self.source[name]].diagonal()).all():
-                raise ValueError(f"{name}: NaN or infinite values in its input; check the model, or use another --dtype "
-                                 f"(bfloat16, float32)")
+                raise ValueError(f"{name}: NaN or infinite values in its input; check the model, or use another "
+                                 f"--dtype (bfloat16, float32)")
         hessians = {}
         for name, upper in self.sums.items():
             upper.triu_().div_(max(self.tokens[name], 1))
@@ -109,8 +110,8 @@ class InputHessians:
             source = self.source[name]
             if source != name:
                 if self._inputs.get(source) is not x:
-                    raise ValueError(f"{name}: shares its input with {source} in some calls only; leave one of them out "
-                                     f"with --prunable_modules or --quantizable_modules")
+                    raise ValueError(f"{name}: shares its input with {source} in some calls only; leave one of them "
+                                     f"out with --prunable_modules or --quantizable_modules")
                 return
             self._inputs[name] = x
             x = x.reshape(-1, x.shape[-1])

@@ -42,9 +42,9 @@ def packed_bytes(count: int, bits: int) -> int:
     return sum(-(-count * width // 8) for width in _plane_widths(bits))
 
 
-def pack_sparse(weight: torch.Tensor, keep: torch.Tensor, dtype: torch.dtype) -> Packed:
-    """Bitmask of `keep` (bool [out, in]) and the kept weights in `dtype`; a kept weight may be zero."""
-    return {"mask": pack_bits(keep.to(torch.uint8), 1), "values": weight[keep].to(dtype)}
+def pack_sparse(weight: torch.Tensor, keep: torch.Tensor) -> Packed:
+    """Bitmask of `keep` (bool [out, in]) and the kept weights, in their dtype; a kept weight may be zero."""
+    return {"mask": pack_bits(keep.to(torch.uint8), 1), "values": weight.masked_select(keep)}
 
 
 def unpack_sparse(packed: Packed, shape: tuple[int, int]) -> torch.Tensor:

@@ -74,7 +74,7 @@ def prune_columns(w: torch.Tensor, u: torch.Tensor, keep: torch.Tensor, err: tor
     if kernels := _kernels(w.device):
         return kernels.prune_columns(w, u, keep, err)
     for j in range(len(w)):
-        column = torch.addmv(w[j], err[:j].T, u[:j, j], alpha=-1)
+        column = torch.addmm(w[j:j + 1], u[:j, j:j + 1].T, err[:j], alpha=-1)[0]
         torch.mul(column, keep[j], out=w[j])
         torch.sub(column, w[j], out=err[j]).div_(u[j, j])
 
@@ -88,7 +88,7 @@ def quantize_columns(w: torch.Tensor, u: torch.Tensor, scale: torch.Tensor, zero
     if kernels := _kernels(w.device):
         return kernels.quantize_columns(w, u, scale, zero, top, err, codes)
     for j in range(len(w)):
-        column = torch.addmv(w[j], err[:j].T, u[:j, j], alpha=-1)
+        column = torch.addmm(w[j:j + 1], u[:j, j:j + 1].T, err[:j], alpha=-1)[0]
         code = round_to_grid(column, scale[j], zero[j], top)
         codes[j] = code
         torch.mul(code.sub_(zero[j]), scale[j], out=w[j])
@@ -100,14 +100,18 @@ def round_to_grid(w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, top:
     return torch.div(w, scale).round_().add_(zero).clamp_(min=0).minimum(top)
 
 
-def output_energy(w: torch.Tensor, hessian: torch.Tensor) -> float:
-    """tr(wᵀ H w) = ‖wᵀX‖² of a transposed weight [in, out]; H is symmetric, so half of the products suffice."""
-    upper = hessian.triu().mul_(2)
-    upper.diagonal().div_(2)
-    energy = torch.zeros((), dtype=torch.float64, device=w.device)
-    for rows in spans(0, len(w), 256):
-        energy += torch.sum((upper[rows, rows.start:] @ w[rows.start:]).mul_(w[rows]))
-    return energy.item()
+def output_errors(w: torch.Tensor, compressed: torch.Tensor, hessian: torch.Tensor) -> list[float]:
+    """Relative output error ‖(w−ŵ)ᵀX‖² / ‖wᵀX‖² of every level: w [in, out], compressed [in, levels * out]."""
+    # H is symmetric: with the products above its diagonal doubled, those below it can be left out
+    doubled = hessian.triu().mul_(2)
+    doubled.diagonal().div_(2)
+
+    def energy(delta: torch.Tensor) -> torch.Tensor:
+        return sum(torch.sum((doubled[rows, rows.start:] @ delta[rows.start:]).mul_(delta[rows]), dtype=torch.float64)
+                   for rows in spans(0, len(delta), max(128, len(delta) // 16)))
+
+    energies = torch.stack([energy(w)] + [energy(w - level) for level in compressed.split(w.shape[1], dim=1)]).tolist()
+    return [error / energies[0] if energies[0] > 0 else 0.0 for error in energies[1:]]
 
 
 @cache

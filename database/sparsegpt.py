@@ -8,7 +8,7 @@ import torch
 
 from database.build import add_build_flags, build, run
 from database.packing import Packed, pack_sparse
-from database.solver import inverse_factor, lazy_sweep, output_energy, prune_columns
+from database.solver import inverse_factor, lazy_sweep, output_errors, prune_columns
 
 
 def kept_weights(size: int, sparsity: float, num_levels: int, weights_diff: int) -> dict[int, int]:
@@ -26,26 +26,28 @@ def default_weights_diff(sparsity: float, num_levels: int, hidden_size: int) -> 
     return int(0.5 * min(sparsity, 1 - sparsity) / max(num_levels, 1) * hidden_size**2)
 
 
-def prune(weight: torch.Tensor, u: torch.Tensor, kept: list[int], block_size: int = 128
-          ) -> tuple[torch.Tensor, torch.Tensor]:
+def prune(weight: torch.Tensor, hessian: torch.Tensor, kept: list[int], rel_damp: float = 1e-2, block_size: int = 128
+          ) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Prune a layer to each number of `kept` weights, exactly, and update the weights that stay.
 
-    weight: float32 [out, in]; u: upper Cholesky factor of the inverse Hessian [in, in]. In each block of columns the
-    weights with the smallest w² / U_jj² go, over all rows and columns alike, and blocks share `kept` evenly.
-    Returns the pruned weights, float32, and what was kept, bool, both transposed and stacked, [in, levels * out].
+    weight: float32 [out, in]; hessian: [in, in]. In each block of columns the weights with the smallest w² / U_jj² go
+    (U: upper Cholesky factor of the inverse Hessian), over all rows and columns alike, and blocks share `kept` evenly.
+    Returns the pruned weights, float32, and what was kept, bool, both transposed and stacked [in, levels * out]; and
+    the relative damping used.
     """
-    columns = weight.shape[1]
-    w = weight.T.repeat(1, len(kept))
+    rows, columns = weight.shape
+    u, damping = inverse_factor(hessian, rel_damp)
+    w = weight.T.contiguous().repeat(1, len(kept))
     keep = torch.empty(w.shape, dtype=torch.bool, device=w.device)
     for block, inner, err in lazy_sweep(w, u, block_size):
         if inner.start == block.start:
             d = u.diagonal()[block, None]
-            for level, count in enumerate(kept):
-                rows = slice(level * len(weight), (level + 1) * len(weight))
+            for i, count in enumerate(kept):
+                level = slice(i * rows, (i + 1) * rows)
                 count = _share(count, block.stop, columns) - _share(count, block.start, columns)
-                keep[block, rows] = _largest((w[block, rows] / d).square_(), count)
+                keep[block, level] = _largest((w[block, level] / d).square_(), count)
         prune_columns(w[inner], u[inner, inner], keep[inner], err)
-    return w, keep
+    return w, keep, damping
 
 
 def _share(kept: int, end: int, columns: int) -> int:
@@ -54,27 +56,19 @@ def _share(kept: int, end: int, columns: int) -> int:
 
 
 def _largest(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """Mask of exactly the `count` largest scores, whatever the ties: comparing with a threshold would not give that."""
+    """Mask of exactly the `count` largest scores, which comparing with a threshold would not give where scores tie."""
     smallest = scores.flatten().topk(scores.numel() - count, largest=False, sorted=False).indices
     return torch.ones_like(scores, dtype=torch.bool).flatten().scatter_(0, smallest, False).view_as(scores)
 
 
-def solve_layer(weight: torch.Tensor, hessian: torch.Tensor, args: argparse.Namespace
-                ) -> tuple[dict[int, tuple[Packed, dict]], float]:
-    """level -> (packed tensors, manifest entry) of a layer, and the relative damping that was needed."""
-    kept = kept_weights(weight.numel(), args.sparsity, args.num_levels, args.weights_diff)
-    w = weight.float()
-    u, damping = inverse_factor(hessian, args.rel_damp)
-    pruned, keep = prune(w, u, list(kept.values()), args.block_size)
-    energy = output_energy(w.T, hessian)
-    levels = {}
-    for i, (level, count) in enumerate(kept.items()):
-        columns = slice(i * len(w), (i + 1) * len(w))
-        packed = pack_sparse(pruned[:, columns].T, keep[:, columns].T, values_dtype(weight.dtype, pruned[:, columns]))
-        stored = torch.zeros_like(w).masked_scatter_(keep[:, columns].T, packed["values"].float())
-        error = output_energy((w - stored).T, hessian)
-        levels[level] = packed, {"kept": count, "error": error / energy if energy else 0.0}
-    return levels, damping
+def pack_levels(weight: torch.Tensor, hessian: torch.Tensor, kept: dict[int, int], pruned: torch.Tensor,
+                keep: torch.Tensor) -> dict[int, tuple[Packed, dict]]:
+    """level -> (packed tensors, manifest entry) of what `prune` returns; errors are those of the values as stored."""
+    values = [level.to(values_dtype(weight.dtype, level)) for level in pruned.split(len(weight), dim=1)]
+    errors = output_errors(weight.float().T.contiguous(), torch.cat(values, dim=1), hessian)
+    masks = keep.split(len(weight), dim=1)
+    return {level: (pack_sparse(value.T.contiguous(), mask.T.contiguous()), {"kept": count, "error": error})
+            for (level, count), value, mask, error in zip(kept.items(), values, masks, errors)}
 
 
 def values_dtype(dtype: torch.dtype, values: torch.Tensor) -> torch.dtype:
@@ -83,14 +77,22 @@ def values_dtype(dtype: torch.dtype, values: torch.Tensor) -> torch.dtype:
     return torch.bfloat16 if dtype == torch.bfloat16 or overflows else torch.float16
 
 
+def solve_layer(weight: torch.Tensor, hessian: torch.Tensor, args: argparse.Namespace
+                ) -> tuple[dict[int, tuple[Packed, dict]], float]:
+    """level -> (packed tensors, manifest entry) of a layer, and the relative damping that was needed."""
+    kept = kept_weights(weight.numel(), args.sparsity, args.num_levels, args.weights_diff)
+    pruned, keep, damping = prune(weight.float(), hessian, list(kept.values()), args.rel_damp, args.block_size)
+    return pack_levels(weight, hessian, kept, pruned, keep), damping
+
+
 def resolve(args: argparse.Namespace, config) -> None:
     """The default --weights_diff, which depends on the model. Raises ValueError when there can be none."""
     if args.weights_diff is None:
         hidden_size = config.get_text_config(decoder=True).hidden_size
         args.weights_diff = default_weights_diff(args.sparsity, args.num_levels, hidden_size)
     if args.weights_diff < 1 and args.num_levels > 0:
-        raise ValueError(f"--weights_diff {args.weights_diff}: at --sparsity {args.sparsity:g} the default is no weight; "
-                         f"give it, e.g. --weights_diff 1000000, or --num_levels 0")
+        raise ValueError(f"--weights_diff: the default at --sparsity {args.sparsity:g} and --num_levels "
+                         f"{args.num_levels} is no weight at all; give it, e.g. --weights_diff 1000000, or --num_levels 0")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -114,8 +116,8 @@ def make_parser() -> argparse.ArgumentParser:
                        help="pruned from one level to the next in every layer, e.g. 1000000 "
                             "(default: ½ · min(s, 1-s) / num_levels · hidden_size²)")
     group.add_argument("--propagate", choices=["dense", "compressed"], default="dense",
-                       help="weights that the next block's inputs come from: the model's own, as in the paper, or those "
-                            "of level 0 (default: dense)")
+                       help="weights that the next block's inputs come from: the model's own, as in the paper, or "
+                            "those of level 0 (default: dense)")
     return parser
 
 

@@ -171,7 +171,8 @@ def read_manifest(path: Path) -> dict | None:
                  and isinstance(manifest["flags"], dict) and {*HEADER, "model"} <= manifest.keys()
                  and all({"shape", "bytes", "sha256", "levels"} <= entry.keys() for entry in built))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file}: not a manifest of a database ({type(error).__name__}: {error}); {_REBUILD}") from error
+        raise ValueError(f"{file}: not a database's manifest ({type(error).__name__}: {error}); rebuild the database "
+                         f"in an empty folder") from error
     if not sound:
         raise ValueError(f"{file}: not a manifest of format {FORMAT}; rebuild the database in an empty folder")
     for name in names:
@@ -195,7 +196,7 @@ def write_layer(path: Path, manifest: dict, name: str, shape: tuple[int, int],
 
 
 def differences(manifest: dict, header: dict) -> list[str]:
-    """What a manifest was built with that differs from `header`, in words; keys that `header` lacks are not compared."""
+    """What a manifest was built with that differs from `header`, in words; what `header` lacks is not compared."""
     found = []
     words = {"config_sha256": "the model's configuration", "weights_sha256": "the model's weights",
              "calibration_sha256": "the calibration tokens"}
@@ -227,7 +228,8 @@ def layer_file(path: Path, name: str) -> Path:
 
 def check_no_foreign_files(path: Path, names: list[str]) -> None:
     """Raises ValueError naming a safetensors file in the folder that is no layer's."""
-    foreign = sorted({file.name for file in path.glob("*.safetensors")} - {layer_file(path, name).name for name in names})
+    own = {layer_file(path, name) for name in names}
+    foreign = sorted(file.name for file in path.glob("*.safetensors") if file not in own)
     if foreign:
         raise ValueError(f"{path / foreign[0]}: does not belong to this database; move it elsewhere")
 
