@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--vocab_size", type=int, default=1024)
     parser.add_argument("--batch_tokens", type=int, default=4096, help="tokens a step")
     parser.add_argument("--learning_rate", type=float, default=3e-3)
+    parser.add_argument("--init_from", help="folder of a model saved here, to train on with its tokenizer")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
@@ -56,9 +57,12 @@ def main() -> None:
 
     texts = stdlib_texts("train", with_tests=True)
     rng.shuffle(texts)
-    tokenizer = train_tokenizer(texts, args.vocab_size)
+    tokenizer = (PreTrainedTokenizerFast.from_pretrained(args.init_from) if args.init_from
+                 else train_tokenizer(texts, args.vocab_size))
     tokens = torch.cat([torch.tensor(ids) for ids in tokenizer(texts, verbose=False)["input_ids"]])
-    model = build_model(args.vocab_size)
+    model = build_model(len(tokenizer))
+    if args.init_from:
+        model.load_state_dict(LlamaForCausalLM.from_pretrained(args.init_from, dtype=torch.float32).state_dict())
     print(f"{len(texts)} files, {len(tokens):,} tokens, {sum(p.numel() for p in model.parameters()):,} weights", flush=True)
 
     # Muon for the layers' matrices: it needs fewer tokens than AdamW for the same loss
