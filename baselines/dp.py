@@ -48,8 +48,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
                         help="the database's layer errors, or KL of each layer alone at each level, measured on the "
                              "calibration tokens (default: manifest, which needs no model and no tokens)")
     errors.add_argument("--measured_levels", type=int, nargs="+", metavar="LEVEL",
-                        help="of --errors kl: measure only these, or the nearest a layer has, and interpolate the others' "
-                             "logarithm, e.g. -8 -4 0 4 8, or 2 3 4 5 for bits (default: all)")
+                        help="of --errors kl: measure only these, or the outermost of a layer with fewer, and "
+                             "interpolate the others' logarithm, e.g. -8 -4 0 4 8, or 2 3 4 5 for bits (default: all)")
     errors.add_argument("--level_cache_gb", type=float, default=0.0, metavar="GB",
                         help="packed levels kept on the device (default: 0, since each is used once a microbatch)")
     errors.add_argument("--seed", type=int, default=0, help="of the calibration tokens' choice (default: 0)")
@@ -68,6 +68,10 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.sparse_weights_path and (args.target_bitwidth or args.count_overhead):
         raise ValueError("--sparse_weights_path: its budget is --target_sparsity; --target_bitwidth and "
                          "--count_overhead are for quantization")
+    for flag in ("target_sparsity", "target_bitwidth"):
+        for value in getattr(args, flag) or ():
+            if not 0 <= value < math.inf:
+                raise ValueError(f"--{flag} {value}: an average of 0 or more is needed")
     if args.measured_levels and args.errors != "kl":
         raise ValueError(f"--measured_levels {' '.join(map(str, args.measured_levels))}: nothing is measured; add "
                          f"--errors kl or leave it out")
@@ -120,7 +124,7 @@ def manifest_errors(database: Database) -> Errors:
 
 
 def single_layer_switch(decoder: Decoder, database: Database, cache_gb: float) -> Callable[[int, object], None]:
-    """`set_block` for candidates in which a block's state is None (uncompressed) or (name, level): one layer at a level."""
+    """`set_block` for candidates in which a block is uncompressed (None) or has one layer at a level, (name, level)."""
     cache = LevelCache(database, decoder.device, decoder.dtype, int(cache_gb * GIGABYTE))
     layers = decoder.layers
     dense: dict[str, torch.Tensor] = {}      # weights of the few layers that are at a level now
@@ -147,13 +151,15 @@ def measured_errors(fitness: Fitness, levels: Mapping[str, Sequence[int]]) -> Er
     began = shown = time.time()
     for block in blocks:
         changes = [(name, level) for name in block.layers for level in levels.get(name, ())]
+        if not changes:
+            continue
         candidates = [tuple(change if i == block.index else None for i in range(len(blocks))) for change in changes]
         for (name, level), (value,) in zip(changes, fitness.measure(candidates)):
             errors.setdefault(name, {})[level] = value
         if time.time() - shown > 10:
             shown = time.time()
             print(f"measuring single layers: {len(errors)} of {len(levels)}, "
-                  f"{(shown - began) * (len(levels) - len(errors)) / max(len(errors), 1):.0f} s left", flush=True)
+                  f"{(shown - began) * (len(levels) - len(errors)) / len(errors):.0f} s left", flush=True)
     for block in blocks:
         fitness.set_block(block.index, None)
         fitness.decoder.states[block.index] = None
@@ -161,8 +167,10 @@ def measured_errors(fitness: Fitness, levels: Mapping[str, Sequence[int]]) -> Er
 
 
 def levels_to_measure(levels: Sequence[int], grid: Sequence[int] | None) -> list[int]:
-    """A layer's levels on the grid, points beyond its outermost levels moved there. Raises ValueError for fewer than two
-    where it has more."""
+    """A layer's levels on the grid, points beyond its outermost levels moved there.
+
+    Raises ValueError for fewer than two where the layer has more.
+    """
     if grid is None:
         return list(levels)
     chosen = sorted({min(max(point, levels[0]), levels[-1]) for point in grid} & set(levels))

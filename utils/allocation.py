@@ -33,7 +33,7 @@ def allocate(errors: Sequence[Mapping[int, float]], costs: Sequence[Mapping[int,
     cheapest, dearest = ([int(pick(unit)) for unit in unit_costs] for pick in (np.min, np.max))
 
     total, error = np.zeros(1, dtype=np.int64), np.zeros(1)      # of every combination of the units so far that matters
-    came_from: list[np.ndarray] = []                             # its predecessor's index, times levels, plus its level's
+    came_from: list[np.ndarray] = []                             # predecessor's index * levels + level's index
     for i in range(len(levels)):
         total = (total[:, None] + unit_costs[i]).ravel()
         error = (error[:, None] + unit_errors[i]).ravel()
@@ -74,7 +74,7 @@ def interpolate(errors: Mapping[int, float], levels: Sequence[int]) -> dict[int,
             estimates[level] = errors[level]
             continue
         if len(measured) < 2:
-            raise ValueError(f"error at level {level}: only {measured} measured; two levels at least are needed")
+            raise ValueError(f"error at level {level}: only {measured} measured; at least two levels are needed")
         right = min(max(bisect(measured, level), 1), len(measured) - 1)
         left, right = measured[right - 1], measured[right]
         a, b, t = errors[left], errors[right], (level - left) / (right - left)
