@@ -80,6 +80,9 @@ def check_search_flags(args: argparse.Namespace) -> None:
     if len(survivors) != len(tokens):
         raise ValueError(f"--survivors_per_selection {_words(survivors)} and --tokens_per_selection {_words(tokens)}: "
                          f"{len(survivors)} and {len(tokens)} steps; give one number each for every selection step")
+    if min(survivors) < 1 or min(tokens) < 2:
+        raise ValueError(f"--survivors_per_selection {_words(survivors)}, --tokens_per_selection {_words(tokens)}: "
+                         f"at least 1 survivor and 2 tokens in every step are needed")
     for flag in ("offspring", "population_size", "initially_generated", "max_mutations", "microbatch_tokens"):
         value = getattr(args, flag, None)
         if value is not None and value < 1:
@@ -93,9 +96,6 @@ def check_search_flags(args: argparse.Namespace) -> None:
         value = getattr(args, flag)
         if value is not None and value < 2:
             raise ValueError(f"--{flag} {value}: at least 2 are needed, one token to predict another")
-    if min(survivors) < 1 or min(tokens) < 2:
-        raise ValueError(f"--survivors_per_selection {_words(survivors)}, --tokens_per_selection {_words(tokens)}: "
-                         f"at least 1 survivor and 2 tokens in every step are needed")
     if survivors[0] > args.offspring:
         raise ValueError(f"--survivors_per_selection {_words(survivors)}: more survivors than the {args.offspring} "
                          f"--offspring; lower it or raise --offspring")
