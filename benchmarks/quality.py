@@ -20,21 +20,23 @@ sys.path.insert(0, str(ROOT))
 from utils.runs import format_table
 
 MARKS = ("<!-- quality -->", "<!-- /quality -->")
-SEARCH = ["--offspring", "32", "--eval_every", "0", "--calibration_tokens", "131072"]
-DEPTH = ["--tokens_per_selection", "1024", "8192", "--survivors_per_selection", "2", "1", "--initial_tokens", "2048"]
-LEVELS = ["--tokens_per_selection", "512", "2048", "16384", "--survivors_per_selection", "8", "2", "1",
-          "--initial_tokens", "2048"]
+DEPTH = ["--offspring", "24", "--tokens_per_selection", "1024", "8192", "--survivors_per_selection", "2", "1",
+         "--initial_tokens", "1024"]
+LEVELS = ["--offspring", "16", "--tokens_per_selection", "512", "2048", "8192", "--survivors_per_selection", "4", "2",
+          "1", "--initial_tokens", "1024"]
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name_or_path", default=str(ROOT / "demo" / "model"))
     parser.add_argument("--data", default="stdlib", help="calibration and evaluation text")
+    parser.add_argument("--tasks", nargs="+", default=["depth", "sparsity", "bits"], choices=["depth", "sparsity", "bits"])
+    parser.add_argument("--calibration_tokens", type=int, default=65536)
     parser.add_argument("--sequence_length", type=int, default=256)
-    parser.add_argument("--eval_tokens", type=int, default=65536)
+    parser.add_argument("--eval_tokens", type=int, default=32768)
     parser.add_argument("--out", type=Path, default=Path("results/quality"))
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--generations", type=int, default=40)
+    parser.add_argument("--generations", type=int, default=30)
     parser.add_argument("--jobs", type=int, default=1, help="searches at once, one thread each")
     parser.add_argument("--write_readme", action="store_true", help="put the table into README.md")
     return parser.parse_args()
@@ -54,14 +56,15 @@ def main() -> None:
     args = parse_arguments()
     out = args.out.resolve()
     model = ["--model_name_or_path", args.model_name_or_path]
-    calibration = ["--calibration_data", args.data, "--calibration_sequence_length", args.sequence_length]
+    calibration = ["--calibration_data", args.data, "--calibration_sequence_length", args.sequence_length,
+                   "--calibration_tokens", args.calibration_tokens]
     evaluation = ["--eval_datasets", args.data, "--eval_tokens", args.eval_tokens, "--eval_sequence_length",
                   args.sequence_length]
-    search = [*model, *calibration, *evaluation, *SEARCH, "--generations", args.generations]
-    build = [*model, *calibration, "--calibration_tokens", 131072]
+    search = [*model, *calibration, *evaluation, "--eval_every", 0, "--generations", args.generations]
+    build = [*model, *calibration]
 
     preparations, searches = [], []
-    for share in (0.25, 0.375):
+    for share in (0.25, 0.375) if "depth" in args.tasks else ():
         folder = out / f"shortgpt-{share}"
         preparations.append((folder / "evaluation.json", [
             ["-m", "baselines.drop_scores", *build, "--scoring_method", "cosine_similarity", "--sparsities",
@@ -71,7 +74,7 @@ def main() -> None:
         for seed in range(args.seeds):
             searches.append((f"depth {share:.1%}", seed, out / f"depth-{share}-{seed}", [
                 "evo_drop.py", *search, *DEPTH, "--sparsity", share, "--initially_generated", 64]))
-    for share in (0.5, 0.6, 0.7):
+    for share in (0.5, 0.6, 0.7) if "sparsity" in args.tasks else ():
         database = out / f"sparse-{share}"
         preparations.append((database / "manifest.json", [
             ["-m", "database.sparsegpt", *build, "--sparsity", share, "--save_dir", database]]))
@@ -79,10 +82,11 @@ def main() -> None:
             searches.append((f"sparsity {share:.0%}", seed, out / f"sparsity-{share}-{seed}", [
                 "evo_unstructured.py", *search, *LEVELS, "--sparse_weights_path", database, "--configuration_name",
                 f"seed-{seed}.txt"]))
-    preparations.append((out / "quant" / "manifest.json", [
-        ["-m", "database.gptq", *build, "--bitwidth_options", 2, 3, 4, 5, 6, "--calibration_bitwidth", 3, "--group_size",
-         128, "--perchannel", "--save_dir", out / "quant"]]))
-    for target in (2.25, 2.5, 3):
+    if "bits" in args.tasks:
+        preparations.append((out / "quant" / "manifest.json", [
+            ["-m", "database.gptq", *build, "--bitwidth_options", 2, 3, 4, 5, 6, "--calibration_bitwidth", 3,
+             "--group_size", 128, "--perchannel", "--save_dir", out / "quant"]]))
+    for target in (2.25, 2.5, 3) if "bits" in args.tasks else ():
         for seed in range(args.seeds):
             searches.append((f"{target} bits", seed, out / f"bits-{target}-{seed}", [
                 "evo_quant.py", *search, *LEVELS, "--quant_weights_path", out / "quant", "--target_bitwidth", target,

@@ -9,7 +9,7 @@ MODEL=demo/model
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_VERBOSITY=error HF_HUB_DISABLE_PROGRESS_BARS=1
 
 model=(--model_name_or_path "$MODEL" --calibration_data stdlib --calibration_sequence_length 256)
-evaluation=(--eval_datasets stdlib --eval_tokens 65536 --eval_sequence_length 256)
+evaluation=(--eval_datasets stdlib --eval_tokens 32768 --eval_sequence_length 256)
 search=("${model[@]}" "${evaluation[@]}" --calibration_tokens 65536 --eval_every 0)
 
 echo "== 1/6 depth: ShortGPT ranking, 4 of 16 blocks"

@@ -27,7 +27,7 @@ class Evaluation:
                  set_block: Callable[[int, Hashable], None], microbatch_tokens: int | None = None):
         self.sets = {name: Fitness(decoder, texts, set_block, microbatch_tokens=microbatch_tokens,
                                    progress=f"uncompressed model on {name}") for name, texts in documents.items()}
-        self.dense = self([None] * len(decoder.blocks))
+        self.dense = {name: {"ppl": fitness.teacher_perplexity(), "kl": 0.0} for name, fitness in self.sets.items()}
 
     def __call__(self, candidate: Candidate) -> dict[str, dict[str, float]]:
         """{dataset: {"ppl": perplexity, "kl": nats a token}} of one candidate."""

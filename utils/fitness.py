@@ -57,6 +57,17 @@ class Fitness:
         values = [tuple(_exp(mean) if kind == "ppl" else mean for mean, kind in zip(row, kinds)) for row in means]
         return [tuple(value if math.isfinite(value) else math.inf for value in row) for row in values]
 
+    @torch.no_grad()
+    def teacher_perplexity(self) -> float:
+        """Perplexity of the uncompressed model on all documents, from its hidden states: runs no block."""
+        total, predicted = 0.0, 0
+        for i, document in enumerate(self.documents):
+            log_p = torch.cat([chunk for chunk, _ in self._teacher_distributions([[(i, len(document))]])])
+            targets = document[1:].to(log_p.device)
+            total += float(F.nll_loss(log_p, targets, reduction="none").double().sum())
+            predicted += len(targets)
+        return _exp(total / predicted)
+
     def _walk(self, candidates: Sequence[Candidate], rows: list[Row], kinds: Sequence[str]) -> torch.Tensor:
         """Sums over the microbatch's predicted tokens, float64 [candidates, kinds]."""
         input_ids, position_ids, predicting = assemble(self.documents, rows)
