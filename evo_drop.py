@@ -327,7 +327,7 @@ def main(argv: list[str] | None = None) -> dict:
             wandb.log(record)
 
     winner = space.states(population[0], len(blocks))        # the best of the last step, which is what is saved
-    for folder in filter(None, (args.output_dir or run.folder, args.drop_config_dir)):
+    for folder in filter(None, (run.folder, args.drop_config_dir)):
         write_drop_config(f"{folder}/layer_drop_config.txt", winner)
     evaluations = {}
     if evaluation_sets:
