@@ -36,7 +36,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--eval_tokens", type=int, default=32768)
     parser.add_argument("--out", type=Path, default=Path("results/quality"))
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--generations", type=int, default=30)
+    parser.add_argument("--generations", type=int, default=20)
     parser.add_argument("--jobs", type=int, default=1, help="searches at once, one thread each")
     parser.add_argument("--write_readme", action="store_true", help="put the table into README.md")
     return parser.parse_args()
