@@ -1,0 +1,290 @@
+"""Write a compressed model as a checkpoint that other runtimes load: a configuration is half a result.
+
+    python export.py --model_name_or_path meta-llama/Meta-Llama-3-8B --drop_config layer_drop_config.txt --save_dir out
+    python export.py --model_name_or_path meta-llama/Meta-Llama-3-8B --quant_weights_path db --quant_config_path \\
+        evo-kl-configuration-3.txt --fuse promote --save_dir out
+
+Dropped sub-blocks become fewer blocks; sparse weights are zeros in place; quantized weights are the database's integers
+in compressed-tensors' format (transformers, vLLM), a GGUF file (llama.cpp), or dequantized (--format dense).
+"""
+import argparse
+import json
+import os
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from database.levels import add_configuration_flags, check_configuration_flags, load_configuration, open_configuration
+from database.store import Database
+from utils import pack_quantized
+from utils.configs import DROP_WORDS, read_drop_config
+from utils.model import DTYPES, Decoder, load_config, load_decoder, load_tokenizer
+from utils.pack_quantized import Quantized
+from utils.regroup import Regrouped, regroup
+from utils.runs import check_writable, evaluation_rows, format_table, user_errors, write_atomic
+
+MARK = "export.json"             # in every finished export: --overwrite replaces nothing else
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    model = parser.add_argument_group("model")
+    model.add_argument("--model_name_or_path", required=True, metavar="NAME",
+                       help="hub name or folder of a causal language model, e.g. meta-llama/Meta-Llama-3-8B")
+    model.add_argument("--tokenizer_name", metavar="NAME", help="tokenizer, if not the model's own")
+    model.add_argument("--dtype", default="auto", choices=["auto", *DTYPES],
+                       help="of weights that are not quantized; auto: the checkpoint's own (default: auto)")
+    model.add_argument("--device", help="cpu, cuda or cuda:N (default: the first GPU, else the CPU)")
+    model.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
+    add_configuration_flags(parser)
+    output = parser.add_argument_group("output")
+    output.add_argument("--save_dir", required=True, metavar="FOLDER", help="a new folder for the exported model")
+    output.add_argument("--overwrite", action="store_true", help="replace an export that is there already")
+    output.add_argument("--format", default="auto", choices=["auto", "dense", "compressed-tensors", "gguf"],
+                        help="auto: compressed-tensors for a quantized model, else dense (default: auto)")
+    output.add_argument("--fuse", default="none", choices=["none", "promote"],
+                        help="compressed-tensors: pack q/k/v and gate/up in the widest bitwidth among them, as vLLM "
+                             "needs, without changing a weight (default: none)")
+    output.add_argument("--max_shard_size", default="5GB", metavar="SIZE",
+                        help="of a safetensors file, e.g. 500MB (default: 5GB)")
+    output.add_argument("--evaluation", metavar="FILE",
+                        help="JSON that eval_config.py --output wrote, for the model card (default: the summary.json "
+                             "beside the configuration, if it is of that configuration)")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Export what the flags name; returns what export.json holds."""
+    args = parse_arguments(argv)
+    command = shlex.join(["python", "export.py", *(sys.argv[1:] if argv is None else argv)])
+    with user_errors():
+        config = load_config(args.model_name_or_path, args.trust_remote_code)
+        check_flags(args, config)
+        evaluation = read_evaluation(args)
+        opened = open_configuration(args)
+        tokenizer = load_tokenizer(args.tokenizer_name or args.model_name_or_path,
+                                   trust_remote_code=args.trust_remote_code)
+        dtype = args.dtype if args.dtype != "auto" else str(config.dtype or torch.float32).removeprefix("torch.")
+        decoder = load_decoder(args.model_name_or_path, dtype, args.device, trust_remote_code=args.trust_remote_code)
+        dense = count(decoder.model)
+        set_block, candidate = load_configuration(args, decoder)
+        for index, state in enumerate(candidate):
+            set_block(index, state)                  # from here on, decoder.model is the model that was searched
+        dropped = [drop for drop, _ in candidate]
+        regrouped = regroup(decoder, dropped)
+
+    quantized = quantized_layers(regrouped, *opened) if args.quant_config_path and args.format != "dense" else {}
+    with finished_or_nothing(args.save_dir) as folder:
+        if args.format == "gguf":
+            from utils.gguf_file import write_gguf   # needs the optional gguf package
+            report = write_gguf(folder / "model.gguf", regrouped.model, tokenizer, quantized)
+        else:
+            report = write_checkpoint(folder, regrouped.model, tokenizer, quantized, args)
+        report = {"format": args.format, "model": args.model_name_or_path, "command": command,
+                  "blocks": {"dense": len(decoder.blocks), "exported": len(regrouped.pairs)},
+                  "parameters": {"dense": dense["parameters"], "exported": count(regrouped.model)["parameters"]},
+                  "bytes": {"dense": dense["bytes"], "exported": weight_bytes(folder)},
+                  "zeros": sum(int((parameter == 0).sum()) for parameter in regrouped.model.parameters()), **report}
+        lines = describe(report, dropped, regrouped)
+        write_atomic(folder / "README.md", model_card(report, lines, evaluation))
+        write_atomic(folder / MARK, json.dumps(report, indent=2) + "\n")
+    print("\n".join(lines))
+    print(f"saved: {args.save_dir}")
+    return report
+
+
+# ---- before the model is loaded --------------------------------------------------------------------------------------
+
+
+def check_flags(args: argparse.Namespace, config) -> None:
+    """Raise ValueError for what can be known to fail before the model is loaded. Resolves --format auto."""
+    if args.format == "auto":
+        args.format = "compressed-tensors" if args.quant_config_path else "dense"
+    if not (args.drop_config or args.sparse_config_path or args.quant_config_path):
+        raise ValueError("--drop_config, --sparse_config_path, --quant_config_path: nothing to export; give a configuration")
+    check_configuration_flags(args, config)
+    if args.format == "compressed-tensors" and not args.quant_config_path:
+        raise ValueError("--format compressed-tensors: holds quantized weights; give --quant_weights_path and "
+                         "--quant_config_path, or use --format dense")
+    if args.fuse == "promote" and args.format != "compressed-tensors":
+        raise ValueError(f"--fuse promote: is for --format compressed-tensors, not {args.format}; leave it out")
+    if not re.fullmatch(r"[1-9]\d*[KMGT]B", args.max_shard_size):
+        raise ValueError(f"--max_shard_size {args.max_shard_size}: not a size; write it like 500MB or 5GB")
+    if args.format == "gguf":
+        from utils.gguf_file import check_gguf
+        check_gguf(config)
+    folder = Path(args.save_dir)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if not args.overwrite:
+            raise ValueError(f"--save_dir {folder}: is there already; add --overwrite to replace it, or name another")
+        if not (folder / MARK).is_file():
+            raise ValueError(f"--save_dir {folder}: --overwrite replaces only finished exports, and there is no {MARK} "
+                             f"in it; name another folder")
+        inside = [path for path in (args.model_name_or_path, args.drop_config, args.quant_weights_path,
+                                    args.sparse_weights_path, args.quant_config_path, args.sparse_config_path)
+                  if path and Path(path).exists() and Path(path).resolve().is_relative_to(folder.resolve())]
+        if inside:
+            raise ValueError(f"--save_dir {folder}: replacing it would delete {inside[0]}, which this export reads; "
+                             f"name another folder")
+    check_writable(folder.absolute().parent, "--save_dir")
+
+
+def read_evaluation(args: argparse.Namespace) -> dict | None:
+    """{who: {dataset: {"ppl", "kl"}}} for the model card; None where nothing was measured."""
+    if args.evaluation:
+        try:
+            evaluation = json.loads(Path(args.evaluation).read_text(encoding="utf-8"))
+            evaluation_rows(evaluation)
+        except (OSError, ValueError, AttributeError, TypeError) as error:
+            raise ValueError(f"--evaluation {args.evaluation}: not the JSON that eval_config.py --output writes "
+                             f"({error}); give that, or leave it out") from error
+        return evaluation
+    files = [file for file in (args.drop_config, args.sparse_config_path, args.quant_config_path) if file]
+    beside = Path(files[0]).parent / "summary.json"
+    if len(files) > 1 or not Path(files[0]).is_file() or not beside.is_file():
+        return None                                  # a summary says nothing about two configurations together
+    try:
+        summary = json.loads(beside.read_text(encoding="utf-8"))
+        if args.drop_config:
+            words = {state: word for word, state in DROP_WORDS.items()}
+            same = summary["dropped"] == " ".join(words[state] for state in read_drop_config(args.drop_config))
+        else:
+            same = summary["levels"] == open_configuration(args)[1]
+        return summary["evaluation"] or None if same else None
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def finished_or_nothing(save_dir: str) -> Iterator[Path]:
+    """A folder beside `save_dir` that takes its name, and the place of what is there, once all of it is written."""
+    target = Path(save_dir).absolute()
+    partial, replaced = (target.with_name(f".{target.name}.{suffix}") for suffix in ("partial", "replaced"))
+    shutil.rmtree(partial, ignore_errors=True)       # of an export that was killed
+    partial.mkdir()
+    try:
+        yield partial
+        shutil.rmtree(replaced, ignore_errors=True)
+        if target.exists():
+            os.replace(target, replaced)
+        os.replace(partial, target)
+        shutil.rmtree(replaced, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def quantized_layers(regrouped: Regrouped, database: Database, levels: Mapping[str, int]) -> dict[str, Quantized]:
+    """Codes of the model's quantized layers, by their names in the new model; zeroed ones are quantized zeros."""
+    layers = {}
+    for name in linear_layers(regrouped.model):
+        source = regrouped.sources[f"{name}.weight"].removesuffix(".weight")
+        if source in levels and f"{name}.weight" in regrouped.zeroed:
+            layers[name] = pack_quantized.zero_layer(database.shape(source))
+        elif source in levels:
+            layers[name] = Quantized(*database.codes(source, levels[source]), levels[source], database.group_size(source))
+    return layers
+
+
+def write_checkpoint(folder: Path, model: nn.Module, tokenizer, quantized: Mapping[str, Quantized],
+                     args: argparse.Namespace) -> dict:
+    """Write the files that `from_pretrained` reads; returns what to report of the quantized layers."""
+    tokenizer.save_pretrained(folder)
+    if not quantized:
+        model.save_pretrained(folder, max_shard_size=args.max_shard_size)
+        return {}
+    linear = linear_layers(model)
+    schemes = pack_quantized.choose_schemes(quantized, promote=args.fuse == "promote")
+    state, stored = model.state_dict(), 0
+    for name, layer in quantized.items():
+        packed = pack_quantized.pack(name, layer, schemes[name])
+        stored += sum(tensor.nbytes for tensor in packed.values())
+        del state[f"{name}.weight"]
+        state.update(packed)
+    model.config.quantization_config = pack_quantized.quantization_config(
+        schemes, ignore=[name for name in linear if name not in schemes])
+    model.save_pretrained(folder, state_dict=state, max_shard_size=args.max_shard_size)
+    uneven = pack_quantized.unevenly_packed(linear, schemes)
+    odd = [name for name, layer in quantized.items() if layer.codes.shape[0] % 32]
+    notes = [f"vLLM's kernels take output sizes that are multiples of 32; {len(odd)} quantized layers (first {odd[0]}) "
+             f"are not."] if odd else []
+    if model.dtype == torch.bfloat16:
+        notes.append("Scales are float16, and loading in bfloat16, this file's default, rounds them; load it in float16 "
+                     "or float32, or export with that --dtype, for the weights to the bit.")
+    return {"vllm_fused_rule": not uneven, "unevenly_packed": uneven, "notes": notes, **bits_a_weight(quantized, stored)}
+
+
+def bits_a_weight(quantized: Mapping[str, Quantized], stored: int) -> dict:
+    """Bits of a weight of the quantized layers: of its code as searched, and of all that is stored for it."""
+    weights = sum(layer.codes.numel() for layer in quantized.values())
+    codes = sum(layer.codes.numel() * layer.bits for layer in quantized.values())
+    return {"bits_a_weight": {"codes": codes / weights, "stored": 8 * stored / weights}}
+
+
+def linear_layers(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+
+
+# ---- sizes and the model card ----------------------------------------------------------------------------------------
+
+
+def count(model: nn.Module) -> dict[str, int]:
+    """Parameters, tied ones once, and their bytes."""
+    parameters = list(model.parameters())
+    return {"parameters": sum(p.numel() for p in parameters), "bytes": sum(p.nbytes for p in parameters)}
+
+
+def weight_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir() if file.suffix in (".safetensors", ".gguf"))
+
+
+def describe(report: dict, dropped: list[tuple[bool, bool]], regrouped: Regrouped) -> list[str]:
+    """What the export is, in lines of Markdown."""
+    dense, exported = ([report[key][side] for key in ("bytes", "parameters", "blocks")] for side in ("dense", "exported"))
+    rows = [["", "dense", "exported"],
+            ["bytes on disk", f"{dense[0]:,}", f"{exported[0]:,}"],
+            ["parameters", f"{dense[1]:,}", f"{exported[1]:,}"],
+            ["blocks", *(str(report["blocks"][side]) for side in ("dense", "exported"))],
+            ["bits a parameter, all files", 8 * dense[0] / dense[1], 8 * exported[0] / exported[1]]]
+    lines = [f"{dense[1] - exported[1]:,} of {dense[1]:,} parameters removed ({1 - exported[1] / dense[1]:.2%}); "
+             f"{report['zeros']:,} of the others are zero ({report['zeros'] / exported[1]:.2%})."]
+    if "bits_a_weight" in report:
+        bits = report["bits_a_weight"]
+        lines.append(f"Quantized layers: {bits['codes']:.3f} bits a weight as searched, {bits['stored']:.3f} as stored, "
+                     f"with scales and zeros.")
+    if report["blocks"]["exported"] < report["blocks"]["dense"] or any(map(any, dropped)):
+        halves = sum(half is None for pair in regrouped.pairs for half in pair)
+        lines.append(f"Dropped: {sum(attn for attn, _ in dropped)} attentions and {sum(mlp for _, mlp in dropped)} MLPs; "
+                     f"{halves} unpaired halves are zeros.")
+    if "vllm_fused_rule" in report:
+        uneven = report["unevenly_packed"]
+        lines.append("vLLM's rule that fused layers (q/k/v, gate/up) share their packing holds." if not uneven else
+                     f"vLLM's rule that fused layers share their packing does not hold for {len(uneven)} sets of layers "
+                     f"(first {', '.join(uneven[0])}), so vLLM cannot load this; --fuse promote makes it hold.")
+    return [format_table(rows), "", *lines, *report.get("notes", ())]
+
+
+def model_card(report: dict, lines: list[str], evaluation: dict | None) -> str:
+    """README.md: what was measured and the command that made it; says so where nothing was measured."""
+    measured = format_table(evaluation_rows(evaluation)) if evaluation else (
+        "Not measured: no --evaluation was given, and no summary.json of this configuration is beside it.")
+    tag = "" if os.path.exists(report["model"]) else f"base_model: {report['model']}\n"
+    return (f"---\n{tag}tags:\n- evopress\n---\n"
+            f"# {Path(report['model']).name}, compressed\n\n"
+            f"Made by EvoPress (arXiv 2410.14649) with\n\n```\n{report['command']}\n```\n\n"
+            f"## Quality\nPerplexity, and KL divergence from the uncompressed model in nats a token.\n\n{measured}\n\n"
+            f"## Size\n" + "\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""Write quantized layers in compressed-tensors' `pack-quantized` format, from their codes and without rounding again.
+
+A layer is scale * (code - zero) with unsigned codes and zeros. The format stores code - 2**(bits-1), so the same codes
+and zeros fit any wider asymmetric container, and with zeros of 2**(bits-1) throughout, a symmetric one.
+"""
+import math
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+# linear layers that vLLM runs as one, so that they must be packed alike (its packed_modules_mapping)
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+class Quantized(NamedTuple):
+    """One layer: scale * (code - zero)."""
+    codes: torch.Tensor          # uint8 [out, in], below 2**bits
+    scales: torch.Tensor         # float16 [out, groups]
+    zeros: torch.Tensor          # uint8 [out, groups]
+    bits: int                    # 1 to 8
+    group_size: int              # input columns that share a scale; the last group may have fewer
+
+    @property
+    def symmetric(self) -> bool:
+        return bool((self.zeros == 1 << (self.bits - 1)).all())
+
+
+class Scheme(NamedTuple):
+    """How a layer is packed."""
+    bits: int
+    symmetric: bool
+    group_size: int | None       # None: the whole row
+
+
+def zero_layer(shape: Iterable[int]) -> Quantized:
+    """A layer of zeros [out, in], as small as the format allows in vLLM: 2 bits."""
+    out, columns = shape
+    return Quantized(torch.full((out, columns), 2, dtype=torch.uint8), torch.ones(out, 1, dtype=torch.float16),
+                     torch.full((out, 1), 2, dtype=torch.uint8), 2, columns)
+
+
+def choose_schemes(layers: Mapping[str, Quantized], promote: bool) -> dict[str, Scheme]:
+    """How each layer is packed; with `promote`, fused layers as the widest of them, which changes no weight."""
+    schemes = {name: Scheme(layer.bits, layer.symmetric, _even_group_size(layer)) for name, layer in layers.items()}
+    for names in fused_layers(layers) if promote else ():
+        bits = max(schemes[name].bits for name in names)
+        symmetric = all(schemes[name].symmetric for name in names)
+        schemes.update({name: Scheme(bits, symmetric, schemes[name].group_size) for name in names})
+    return schemes
+
+
+def fused_layers(names: Iterable[str]) -> list[list[str]]:
+    """The sets of two or more layers among `names` that vLLM runs as one."""
+    found: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        for members in FUSED:
+            if child in members:
+                found.setdefault((parent, members), []).append(name)
+    return [layers for layers in found.values() if len(layers) > 1]
+
+
+def unevenly_packed(linear: Iterable[str], schemes: Mapping[str, Scheme]) -> list[list[str]]:
+    """The sets of fused layers, among all `linear` layers of the model, that are not packed alike: vLLM refuses them."""
+    return [names for names in fused_layers(linear) if len({schemes.get(name) for name in names}) > 1]
+
+
+def pack(name: str, layer: Quantized, scheme: Scheme) -> dict[str, torch.Tensor]:
+    """The layer's tensors, by the names they have in the checkpoint."""
+    codes, scales, zeros = layer.codes.short(), layer.scales, layer.zeros.short()
+    if scheme.symmetric:
+        codes = codes + (1 << (scheme.bits - 1)) - (1 << (layer.bits - 1))
+    if scheme.group_size is not None:
+        columns = torch.arange(0, codes.shape[1], scheme.group_size) // layer.group_size
+        scales, zeros = scales[:, columns], zeros[:, columns]
+    offset = 1 << (scheme.bits - 1)
+    tensors = {"weight_packed": pack_to_int32((codes - offset).to(torch.int8), scheme.bits),
+               "weight_scale": scales.contiguous(), "weight_shape": torch.tensor(codes.shape)}
+    if not scheme.symmetric:
+        packed = pack_to_int32((zeros - offset).to(torch.int8), scheme.bits, packed_dim=0)
+        tensors["weight_zero_point"] = packed.contiguous()
+    return {f"{name}.{part}": tensor for part, tensor in tensors.items()}
+
+
+def quantization_config(schemes: Mapping[str, Scheme], ignore: list[str]) -> dict:
+    """The `quantization_config` of config.json; `ignore`: linear layers that are not quantized."""
+    groups: dict[Scheme, list[str]] = {}
+    for name, scheme in schemes.items():
+        groups.setdefault(scheme, []).append(name)
+    return {"quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
+            "ignore": ignore, "config_groups": {f"group_{number}": {
+                "targets": names,
+                "weights": {"num_bits": scheme.bits, "type": "int", "symmetric": scheme.symmetric, "dynamic": False,
+                            **({"strategy": "channel"} if scheme.group_size is None else
+                               {"strategy": "group", "group_size": scheme.group_size})},
+            } for number, (scheme, names) in enumerate(groups.items())}}
+
+
+def _even_group_size(layer: Quantized) -> int | None:
+    """The format takes no shorter last group: then every group is split into equal ones, with the scale repeated."""
+    columns = layer.codes.shape[1]
+    return None if layer.scales.shape[1] == 1 else math.gcd(layer.group_size, columns)
