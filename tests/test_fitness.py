@@ -1,6 +1,7 @@
 """The walk gives what running every candidate's whole model on every document alone gives, and runs no block twice."""
 import math
 import random
+from collections import Counter
 from copy import deepcopy
 
 import pytest
@@ -13,7 +14,7 @@ from utils.model import Decoder
 
 LENGTHS = [37, 2, 19, 23, 37, 3, 14, 30, 2]
 MINIBATCH = [(7, 30), (1, 2), (4, 37), (3, 23), (0, 37), (6, 14), (5, 3), (8, 2), (2, 11)]      # the last one trimmed
-MICROBATCH_TOKENS = 80                                                 # two rows of the longest document: several batches
+MICROBATCH_TOKENS = 80                                                 # two rows of the longest document
 NOTHING = ((False, False),) * NUM_BLOCKS
 SINGLE_DROPS = [tuple((block == i and half == 0, block == i and half == 1) for block in range(NUM_BLOCKS))
                 for i in range(NUM_BLOCKS) for half in (0, 1)]
@@ -73,7 +74,7 @@ def test_walk_equals_every_document_alone_through_every_full_model(family):
     measured = fitness.measure(candidates, MINIBATCH, ("kl", "ppl", "sparse_kl"))
     assert len(microbatches(MINIBATCH, MICROBATCH_TOKENS, fitness.decoder.packed_rows)) > 2
     for candidate, plainly, (kl, ppl, sparse_kl) in zip(candidates, expected, measured):
-        assert plainly["kl"] > 0.01 or not any(map(any, candidate)), "dropping costs too little for the test to mean much"
+        assert plainly["kl"] > 0.01 or not any(map(any, candidate)), "costs too little to mean much"
         assert abs(kl - plainly["kl"]) <= 1e-5 * plainly["kl"] + 1e-7
         assert abs(sparse_kl - plainly["sparse_kl"]) <= 1e-5 * plainly["sparse_kl"] + 1e-7
         assert ppl == pytest.approx(plainly["ppl"], rel=1e-5)
@@ -173,10 +174,9 @@ def test_every_distinct_prefix_is_run_once(family):
     trie = prefixes(candidates)
     assert len(trie) < 0.7 * len(candidates) * NUM_BLOCKS                          # there is something to share
     assert fitness.blocks_run == batches * len(trie)
-    identities = [prefix for prefix in trie if prefix[-1] == (True, True)]         # a block with nothing in it is not run
-    assert len(executed) == batches * (len(trie) - len(identities))
-    assert [executed.count(i) for i in range(NUM_BLOCKS)] == [
-        batches * sum(len(prefix) == i + 1 and prefix[-1] != (True, True) for prefix in trie) for i in range(NUM_BLOCKS)]
+    really_run = [len(prefix) - 1 for prefix in trie if prefix[-1] != (True, True)]  # a block with nothing in it is not
+    assert len(really_run) < len(trie)
+    assert Counter(executed) == {index: batches * count for index, count in Counter(really_run).items()}
 
 
 def test_blocks_are_switched_only_where_a_candidate_differs():

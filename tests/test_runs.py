@@ -59,7 +59,7 @@ def test_fresh_run_has_no_state_and_clears_the_log_of_one_that_never_checkpointe
 
 
 def test_run_resumes_at_its_last_checkpoint_and_forgets_what_was_logged_after_it(tmp_path):
-    checkpointed(tmp_path).log({"generation": 3, "fitness": 0.1})                          # killed before its checkpoint
+    checkpointed(tmp_path).log({"generation": 3, "fitness": 0.1})                # killed before its checkpoint
     with open(tmp_path / "log.jsonl", "a") as log:
         log.write('{"generation": 4, "fit')
     run = Run(tmp_path, FLAGS)
