@@ -53,6 +53,9 @@ def own_pairs(dropped: Sequence[tuple[bool, bool]], remove: bool) -> Pairs:
 @torch.no_grad()
 def regroup(decoder: Decoder, dropped: Sequence[tuple[bool, bool]]) -> Regrouped:
     """A plain model that computes what `decoder`, whose sub-blocks are dropped as `dropped` says, computes."""
+    if not any(map(any, dropped)):
+        names = list(decoder.model.state_dict())
+        return Regrouped(decoder.model, pair_up(dropped), dict(zip(names, names)), set())
     generator = torch.Generator().manual_seed(0)
     text_config = decoder.config.get_text_config(decoder=True)
     length = min(PROBE_TOKENS, getattr(text_config, "max_position_embeddings", PROBE_TOKENS))

@@ -1,0 +1,295 @@
+"""Depth and sparsity exports: reloaded in a fresh process by plain transformers, they are the searched model to the bit."""
+import json
+import multiprocessing
+import random
+import time
+from pathlib import Path
+
+import export
+import families
+import pytest
+import torch
+from exports import greedy, reload, save_model, write_database, write_levels
+from safetensors.torch import load_file
+
+from database.store import Database
+from utils.configs import write_drop_config
+from utils.model import Decoder
+from utils.regroup import pair_up, regroup
+
+FAMILIES = ["llama", "qwen2", "qwen3", "gemma2", "phi3", "gpt_neox"]
+SIX = dict(num_hidden_layers=6)
+DROPPED = [(False, True), (True, False), (False, True), (True, False), (True, True), (False, False)]
+MIXED_TYPES = ["sliding_attention", "full_attention", "full_attention", "sliding_attention", "full_attention",
+               "sliding_attention"]
+
+
+def six_blocks(name: str, **overrides) -> torch.nn.Module:
+    if "layer_types" in families.FAMILIES[name][1]:
+        overrides["layer_types"] = MIXED_TYPES
+    return families.build(name, **SIX, **overrides)
+
+
+def export_dropped(tmp_path, model_folder: str, dropped, *flags: str) -> Path:
+    write_drop_config(tmp_path / "drop.txt", dropped)
+    out = tmp_path / f"out-{Path(model_folder).name}"
+    export.main(["--model_name_or_path", model_folder, "--drop_config", str(tmp_path / "drop.txt"), "--save_dir",
+                 str(out), *flags])
+    return out
+
+
+# ---- depth -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def depth_exports(tmp_path_factory, tokenizer):
+    """{family: (searched model, the export's folder, what a fresh process gets from it)}, and the tokens."""
+    tmp_path = tmp_path_factory.mktemp("depth")
+    tokens = torch.randint(3, families.VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(3))
+    models = {}
+    for name in FAMILIES:
+        model = six_blocks(name)
+        folder = save_model(tmp_path / name, model, tokenizer)
+        out = export_dropped(tmp_path, folder, DROPPED)
+        models[name] = families.dropped_copy(model, DROPPED), out, reload(out, tokens)
+    return models, tokens
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_depth_export_is_the_searched_model_to_the_bit(depth_exports, family):
+    searched, _, loaded = depth_exports[0][family]
+    with torch.no_grad():
+        expected = searched(input_ids=depth_exports[1]).logits
+    assert torch.equal(loaded["logits"], expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_depth_export_generates_alike_with_and_without_cache(depth_exports, family):
+    searched, _, loaded = depth_exports[0][family]
+    expected = greedy(searched, depth_exports[1][:1, :8])
+    assert expected.shape == (1, 40)
+    assert torch.equal(loaded["cached"], expected) and torch.equal(loaded["uncached"], expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_depth_export_has_the_fewest_blocks(depth_exports, family):
+    config = json.loads((depth_exports[0][family][1] / "config.json").read_text())
+    assert config["num_hidden_layers"] == (5 if family == "gpt_neox" else 3)   # a parallel residual pairs nothing
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma2"])
+def test_layer_types_follow_the_attention(depth_exports, family):
+    config = json.loads((depth_exports[0][family][1] / "config.json").read_text())
+    assert config["layer_types"] == [MIXED_TYPES[index] for index in (0, 2, 5)]
+
+
+def test_kept_sub_blocks_stay_in_order_and_blocks_are_fewest():
+    rng = random.Random(0)
+    fewer = 0
+    for _ in range(300):
+        dropped = [(rng.random() < 0.4, rng.random() < 0.4) for _ in range(rng.randint(1, 12))]
+        kept = [(index, half) for index, state in enumerate(dropped) for half in (0, 1) if not state[half]]
+        pairs = pair_up(dropped)
+        assert [(pair[half], half) for pair in pairs for half in (0, 1) if pair[half] is not None] == kept
+        reference = sum(not all(state) for state in dropped)         # blocks that zeroing leaves, whole ones removed
+        assert len(pairs) <= max(reference, 1)
+        fewer += len(pairs) < reference
+        # two neighbours that could share a block would be one too many
+        assert not any(attn is not None and mlp is None and attn2 is None for (attn, mlp), (attn2, _) in
+                       zip(pairs, pairs[1:]))
+    assert fewer > 100
+
+
+@pytest.mark.parametrize("family", sorted(families.FAMILIES))
+def test_random_configurations_regroup_in_every_family(family):
+    decoder = Decoder(six_blocks(family) if family not in ("gpt2", "falcon") else families.build(family))
+    tokens = torch.randint(families.VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(5))
+    rng = random.Random(family)
+    for _ in range(3):
+        dropped = [(rng.random() < 0.4, rng.random() < 0.4) for _ in decoder.blocks]
+        for block, state in zip(decoder.blocks, dropped):
+            block.drop(*state)
+        regrouped = regroup(decoder, dropped)
+        with torch.no_grad():
+            assert torch.equal(regrouped.model(input_ids=tokens).logits, decoder.model(input_ids=tokens).logits)
+        if family not in ("gpt_neox", "falcon"):
+            assert regrouped.pairs == pair_up(dropped)
+
+
+def test_blocks_of_unlike_kinds_follow_their_halves():
+    """Block 1 has a plain MLP, the others experts: the index in mlp_only_layers moves with the MLP."""
+    decoder = Decoder(families.build("qwen2_moe"))
+    dropped = [(False, True), (True, False), (False, False), (True, True)]
+    for block, state in zip(decoder.blocks, dropped):
+        block.drop(*state)
+    regrouped = regroup(decoder, dropped)
+    assert regrouped.pairs == [(0, 1), (2, 2)] and regrouped.model.config.mlp_only_layers == [0]
+
+
+def test_windows_longer_than_any_probe_follow_the_attention():
+    """With a window of 4096 no short text shows which attention slides; the settings do."""
+    decoder = Decoder(six_blocks("gemma2", sliding_window=4096, max_position_embeddings=8192))
+    dropped = [(True, True), *[(False, False)] * 5]
+    decoder.blocks[0].drop(True, True)
+    model = regroup(decoder, dropped).model
+    assert [layer.self_attn.sliding_window for layer in model.model.layers] == [None, None, 4096, None, 4096]
+
+
+def test_everything_dropped_still_loads(tmp_path, tokenizer):
+    model = six_blocks("llama")
+    out = export_dropped(tmp_path, save_model(tmp_path / "m", model, tokenizer), [(True, True)] * 6)
+    tokens = torch.randint(families.VOCABULARY, (1, 9))
+    loaded = reload(out, tokens)
+    with torch.no_grad():
+        assert torch.equal(loaded["logits"], families.dropped_copy(model, [(True, True)] * 6)(tokens).logits)
+
+
+# ---- sparsity --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("drop", [False, True])
+def test_sparse_export_has_the_databases_weights_tied_and_sharded(tmp_path, tokenizer, drop):
+    model = families.build("qwen2", dtype=torch.bfloat16, tie_word_embeddings=True)
+    folder = save_model(tmp_path / "m", model, tokenizer)
+    database = write_database(tmp_path / "db", folder, "sparsegpt", [-1, 0, 1])
+    config = write_levels(tmp_path / "levels.txt", database, lambda number, name: number % 3 - 1)
+    dropped = [(False, True), (True, False), (False, False), (False, False)] if drop else [(False, False)] * 4
+    write_drop_config(tmp_path / "drop.txt", dropped)
+    out = tmp_path / "out"
+    report = export.main(["--model_name_or_path", folder, "--sparse_weights_path", database, "--sparse_config_path",
+                          config, "--save_dir", str(out), "--max_shard_size", "20KB",
+                          *(["--drop_config", str(tmp_path / "drop.txt")] if drop else [])])
+    database = Database.open(database)
+    for number, name in enumerate(database.layers):
+        model.get_submodule(name).weight.data.copy_(database.weight(name, number % 3 - 1))
+    searched = families.dropped_copy(model, dropped)
+    tokens = torch.randint(3, families.VOCABULARY, (2, 16))
+    loaded = reload(out, tokens)
+    with torch.no_grad():
+        assert torch.equal(loaded["logits"], searched(tokens).logits)
+    assert loaded["logits"].dtype == torch.bfloat16                  # the checkpoint's own, also on a CPU
+    assert torch.equal(loaded["cached"], loaded["uncached"])
+    shards = sorted(out.glob("*.safetensors"))
+    assert len(shards) > 1 and not any("lm_head.weight" in load_file(shard) for shard in shards)
+    assert report["bytes"]["exported"] == sum(shard.stat().st_size for shard in shards)
+    assert report["zeros"] > 0.3 * report["parameters"]["exported"]
+
+
+# ---- the folder ------------------------------------------------------------------------------------------------------
+
+
+def test_sizes_are_counted_from_what_was_written(depth_exports):
+    _, out, _ = depth_exports[0]["llama"]
+    report = json.loads((out / "export.json").read_text())
+    tensors = load_file(out / "model.safetensors")
+    assert report["parameters"]["exported"] == sum(tensor.numel() for tensor in tensors.values())
+    assert report["bytes"]["exported"] == (out / "model.safetensors").stat().st_size
+    block = sum(tensor.numel() for name, tensor in tensors.items() if ".layers.0." in name)
+    assert report["parameters"]["dense"] - report["parameters"]["exported"] == 3 * block
+    assert report["zeros"] == 0                                      # three whole blocks: no unpaired half
+
+
+def test_card_has_the_command_and_says_when_nothing_was_measured(depth_exports):
+    card = (depth_exports[0]["llama"][1] / "README.md").read_text()
+    assert "python export.py --model_name_or_path" in card and "Not measured" in card and "ppl" not in card
+
+
+@pytest.mark.parametrize("matching", [True, False])
+def test_card_takes_the_searchs_own_measurements_and_no_other(tmp_path, checkpoint, matching):
+    words = "attn none none none none mlp" if matching else "mlp none none none none mlp"
+    summary = {"dropped": words, "evaluation": {"dense": {"text": {"ppl": 11.25, "kl": 0.0}},
+                                                "search": {"text": {"ppl": 13.75, "kl": 0.125}}}}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    dropped = [(True, False), *[(False, False)] * 4, (False, True)]
+    card = (export_dropped(tmp_path, checkpoint, dropped) / "README.md").read_text()
+    assert ("13.75" in card) == matching and ("Not measured" in card) != matching
+
+
+def test_card_takes_what_eval_config_wrote(tmp_path, checkpoint):
+    (tmp_path / "e.json").write_text('{"dense": {"text": {"ppl": 17.5, "kl": 0.0}}}')
+    out = export_dropped(tmp_path, checkpoint, DROPPED, "--evaluation", str(tmp_path / "e.json"))
+    assert "17.50" in (out / "README.md").read_text()
+
+
+def test_existing_folder_needs_overwrite_and_is_replaced_whole(tmp_path, checkpoint, capsys):
+    out = export_dropped(tmp_path, checkpoint, DROPPED)
+    (out / "stale.txt").write_text("")
+    with pytest.raises(SystemExit, match=r"--save_dir .*add --overwrite"):
+        export_dropped(tmp_path, checkpoint, DROPPED)
+    assert (out / "stale.txt").exists()
+    export_dropped(tmp_path, checkpoint, DROPPED, "--overwrite")
+    assert (out / "config.json").exists() and not (out / "stale.txt").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["drop.txt", out.name]
+
+
+def test_overwrite_deletes_nothing_but_exports(tmp_path, checkpoint):
+    out = tmp_path / f"out-{Path(checkpoint).name}"
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work")
+    with pytest.raises(SystemExit, match="replaces only finished exports"):
+        export_dropped(tmp_path, checkpoint, DROPPED, "--overwrite")
+    assert (out / "thesis.txt").read_text() == "years of work"
+
+
+def test_overwrite_does_not_delete_what_it_reads(tmp_path, checkpoint):
+    first = export_dropped(tmp_path, checkpoint, DROPPED)
+    write_drop_config(first / "drop.txt", [(True, False)] * 6)
+    with pytest.raises(SystemExit, match="would delete"):
+        export.main(["--model_name_or_path", checkpoint, "--drop_config", str(first / "drop.txt"), "--save_dir",
+                     str(first), "--overwrite"])
+
+
+def test_failed_export_leaves_nothing_and_the_old_one_whole(tmp_path, checkpoint, monkeypatch):
+    out = export_dropped(tmp_path, checkpoint, DROPPED)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    def full_disk(*args):
+        raise OSError("no space left on device")
+    monkeypatch.setattr(export, "model_card", full_disk)
+    with pytest.raises(OSError):
+        export_dropped(tmp_path, checkpoint, [(True, False)] * 6, "--overwrite")
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["drop.txt", out.name]
+
+
+def test_killed_export_leaves_nothing_that_looks_finished_and_the_next_one_cleans_up(tmp_path, checkpoint):
+    write_drop_config(tmp_path / "drop.txt", DROPPED)
+    out = tmp_path / f"out-{Path(checkpoint).name}"
+    command = ["--model_name_or_path", checkpoint, "--drop_config", str(tmp_path / "drop.txt"), "--save_dir", str(out)]
+    partial = out.with_name(f".{out.name}.partial")
+
+    def halted():
+        export.model_card = lambda *args: time.sleep(600)
+        export.main(command)
+
+    process = multiprocessing.get_context("fork").Process(target=halted)
+    process.start()
+    while process.is_alive() and not (partial / "model.safetensors").exists():
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    assert not out.exists() and partial.exists() and not (partial / "export.json").exists()
+    export.main(command)
+    assert (out / "export.json").exists() and not partial.exists()
+
+
+# ---- user errors -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--fuse", "none"], "nothing to export"),
+    (["--drop_config", "DROP", "--format", "compressed-tensors"], "--format compressed-tensors: holds quantized"),
+    (["--drop_config", "DROP", "--fuse", "promote"], "--fuse promote: is for"),
+    (["--drop_config", "DROP", "--max_shard_size", "5"], "--max_shard_size 5: not a size"),
+    (["--drop_config", "DROP", "--evaluation", "nowhere.json"], "--evaluation nowhere.json: not the JSON"),
+    (["--drop_config", "nowhere.txt"], "nowhere.txt: cannot be read"),
+    (["--drop_config", "DROP", "--quant_weights_path", "db"], "a configuration needs its database"),
+])
+def test_user_errors_are_one_sentence_before_the_model_is_loaded(tmp_path, checkpoint, monkeypatch, flags, message):
+    write_drop_config(tmp_path / "drop.txt", DROPPED)
+    monkeypatch.setattr(export, "load_decoder", lambda *args, **kwargs: pytest.fail("the model was loaded"))
+    flags = [flag.replace("DROP", str(tmp_path / "drop.txt")) for flag in flags]
+    with pytest.raises(SystemExit) as error:
+        export.main(["--model_name_or_path", checkpoint, "--save_dir", str(tmp_path / "out"), *flags])
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
