@@ -16,6 +16,7 @@ from database.store import (FORMAT, MANIFEST, Database, check_no_foreign_files, 
 from utils.data import calibration_documents, check_dataset, default_sequence_length
 from utils.flags import add_calibration_flags, add_model_flags
 from utils.model import Decoder, default_device, load_config, load_decoder, load_tokenizer
+from utils.runs import check_writable
 
 # what decides where and how a build runs or what it is called, but not what is built
 NOT_COMPARED = ("model_name_or_path", "tokenizer_name", "use_fast_tokenizer", "device", "trust_remote_code", "save_dir",
@@ -116,6 +117,7 @@ def build(args: argparse.Namespace, method: str, layers_flag: str, solve_layer: 
             print(f"{args.save_dir}: finished, {len(manifest['layers'])} layers")
             return
 
+    check_writable(args.save_dir, "--save_dir")
     device = default_device(args.device)
     home, dtype = device, args.dtype
     if args.cpu_offload_modules and device.type != "cpu":
@@ -127,9 +129,8 @@ def build(args: argparse.Namespace, method: str, layers_flag: str, solve_layer: 
     check_same(manifest, header, args.save_dir)
     if manifest is None:
         manifest = {**header, "layers": {name: None for block in layers for name in block}}
-        args.save_dir.mkdir(parents=True, exist_ok=True)
-    for left_over in args.save_dir.glob(".*"):           # of a write that was cut short
-        if left_over.name.startswith(f".{MANIFEST}.") or ".safetensors." in left_over.name:
+    for left_over in args.save_dir.glob(".*"):           # of writes that were cut short
+        if left_over.name.startswith((f".{MANIFEST}.", ".writable", "..writable")) or ".safetensors." in left_over.name:
             left_over.unlink()
     check_no_foreign_files(args.save_dir, list(manifest["layers"]))
     write_manifest(args.save_dir, manifest)

@@ -22,7 +22,7 @@ def fit_grid(w: torch.Tensor, top: torch.Tensor, perchannel: bool = True, sym: b
     w: [columns, levels or 1, out]; top: [levels, 1], 2**bits - 1. The grid spans minimum, maximum and zero of a row, or
     of all rows without `perchannel`; symmetric ones have their zero at 2**bits / 2. With `mse` the range is shrunk to
     where the squared rounding error, weighted by `importance` [columns], is least.
-    Returns scale, already rounded to half precision, and zero, an integer: float32 [levels, out or 1].
+    Returns scale, already rounded to half precision, and zero, an integer: [levels, out or 1] in w's dtype.
     """
     over = (0,) if perchannel else (0, 2)
     low, high = (w.amin(over, keepdim=True)[0].clamp(max=0), w.amax(over, keepdim=True)[0].clamp(min=0))
@@ -33,7 +33,7 @@ def fit_grid(w: torch.Tensor, top: torch.Tensor, perchannel: bool = True, sym: b
     low, high = torch.where(empty, -1.0, low), torch.where(empty, 1.0, high)
 
     def grid(shrink: float) -> tuple[torch.Tensor, torch.Tensor]:
-        scale = ((high - low) * shrink / top).half().float().clamp(SMALLEST_SCALE, torch.finfo(torch.float16).max)
+        scale = ((high - low) * shrink / top).half().to(w.dtype).clamp(SMALLEST_SCALE, torch.finfo(torch.float16).max)
         zero = ((top + 1) / 2).expand_as(scale) if sym else (-low * shrink / scale).round().minimum(top)
         return scale, zero
 
@@ -56,14 +56,14 @@ def quantize(weight: torch.Tensor, hessian: torch.Tensor, bitwidths: list[int], 
              ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float]:
     """Quantize a layer to each of `bitwidths`, making up for every column's error in the columns after it.
 
-    weight: float32 [out, in]; hessian: [in, in]. Without groups there is one grid a row from the original weights; a
-    group's grid comes from the updated weights when its first column is reached. `act_order` takes the columns in order
-    of falling Hessian diagonal, with the groups' grids from the original weights; the result is in the given order.
-    Returns codes uint8 and dequantized weights float32, both transposed and stacked [in, levels * out]; scales float16
+    weight: float32 (or float64) [out, in]; hessian: [in, in]. Without groups there is one grid a row from the original
+    weights; a group's grid comes from the updated weights when its first column is reached. `act_order` takes the
+    columns in order of falling Hessian diagonal, with the groups' grids from the original weights; the result is in the
+    columns' own order. Returns codes uint8 and dequantized weights, both transposed and stacked [in, levels * out]; scales float16
     and zeros uint8 [groups, levels, out or 1]; and the relative damping used.
     """
     (rows, columns), levels = weight.shape, len(bitwidths)
-    top = torch.tensor([2.0**bits - 1 for bits in bitwidths], device=weight.device)[:, None]
+    top = weight.new_tensor([2**bits - 1 for bits in bitwidths])[:, None]
     row_top = top.expand(levels, rows).flatten()
     size = min(group_size or columns, columns)
     order = torch.arange(columns, device=weight.device)
@@ -72,6 +72,7 @@ def quantize(weight: torch.Tensor, hessian: torch.Tensor, bitwidths: list[int], 
         order = hessian.diagonal().argsort(descending=True, stable=True)
         hessian, group = hessian[order][:, order], group[order]
     u, damping = inverse_factor(hessian, rel_damp)
+    u = u.to(weight.dtype)
     importance = u.diagonal().square().reciprocal()
     w = weight.T[order].contiguous().repeat(1, levels)
     codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)

@@ -16,7 +16,7 @@ NOISE = 1e-7                     # of the mean diagonal: smaller pivots are roun
 
 
 def inverse_factor(hessian: torch.Tensor, rel_damp: float) -> tuple[torch.Tensor, float]:
-    """Upper Cholesky factor U [in, in] of the damped inverse, UᵀU = (H + λI)⁻¹, and the relative damping used.
+    """Upper Cholesky factor U of the damped inverse, UᵀU = (H + λI)⁻¹, float64 [in, in], and the relative damping used.
 
     λ is `rel_damp` times the mean diagonal of H, and ten times more as long as H + λI is not positive definite.
     A Hessian of zeros (no input ever seen) gives the identity: rounding to nearest, pruning by magnitude.
@@ -27,7 +27,7 @@ def inverse_factor(hessian: torch.Tensor, rel_damp: float) -> tuple[torch.Tensor
     identity = torch.eye(len(hessian), dtype=torch.float64, device=hessian.device)
     scale = hessian.diagonal().double().mean()
     if scale == 0:
-        return identity.float(), rel_damp
+        return identity, rel_damp
     damping = rel_damp
     while damping <= max(rel_damp, MAX_RELATIVE_DAMPING):
         # reversing rows and columns turns H = LLᵀ into H = VVᵀ with V upper triangular, and U = V⁻¹ follows without
@@ -35,7 +35,7 @@ def inverse_factor(hessian: torch.Tensor, rel_damp: float) -> tuple[torch.Tensor
         reverse = (hessian.double() + damping * scale * identity).flip(0, 1)
         lower, failed = torch.linalg.cholesky_ex(reverse)
         if not failed and lower.diagonal().min() ** 2 > NOISE * scale:
-            return torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True).float().contiguous(), damping
+            return torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True).contiguous(), damping
         damping = max(10 * damping, 1e-6)
     raise ValueError(f"the Hessian is not positive definite even with a damping of {MAX_RELATIVE_DAMPING} times its "
                      f"mean diagonal; use other or more calibration data")

@@ -30,13 +30,14 @@ def prune(weight: torch.Tensor, hessian: torch.Tensor, kept: list[int], rel_damp
           ) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Prune a layer to each number of `kept` weights, exactly, and update the weights that stay.
 
-    weight: float32 [out, in]; hessian: [in, in]. In each block of columns the weights with the smallest w² / U_jj² go
-    (U: upper Cholesky factor of the inverse Hessian), over all rows and columns alike, and blocks share `kept` evenly.
-    Returns the pruned weights, float32, and what was kept, bool, both transposed and stacked [in, levels * out]; and
-    the relative damping used.
+    weight: float32 (or float64) [out, in]; hessian: [in, in]. In each block of columns the weights with the smallest
+    w² / U_jj² go (U: upper Cholesky factor of the inverse Hessian), over all rows and columns alike, and blocks share
+    `kept` evenly. Returns the pruned weights and what was kept, bool, both transposed and stacked [in, levels * out];
+    and the relative damping used.
     """
     rows, columns = weight.shape
     u, damping = inverse_factor(hessian, rel_damp)
+    u = u.to(weight.dtype)
     w = weight.T.contiguous().repeat(1, len(kept))
     keep = torch.empty(w.shape, dtype=torch.bool, device=w.device)
     for block, inner, err in lazy_sweep(w, u, block_size):
@@ -72,7 +73,7 @@ def pack_levels(weight: torch.Tensor, hessian: torch.Tensor, kept: dict[int, int
 
 
 def values_dtype(dtype: torch.dtype, values: torch.Tensor) -> torch.dtype:
-    """16-bit dtype for kept values: the model's own; float16 for a float32 model; bfloat16 where float16 overflows."""
+    """16-bit dtype of kept values: the model's own; float16 for a float32 model; bfloat16 where float16 overflows."""
     overflows = values.abs().max() > torch.finfo(torch.float16).max
     return torch.bfloat16 if dtype == torch.bfloat16 or overflows else torch.float16
 
