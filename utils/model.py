@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Cache
 
 ATTENTION_ARGUMENTS = {"attention_mask", "position_embeddings", "past_key_values", "past_key_value", "layer_past"}
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
@@ -96,6 +96,10 @@ class SubBlock:
 def _zeros_forward(module: nn.Module):
     def forward(*args, **kwargs):
         hidden_states = args[0] if args else kwargs["hidden_states"]
+        cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
+        if cache is not None:            # positions and masks are sized by what layers have cached: one number a token
+            placeholder = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
+            cache.update(placeholder, placeholder, module.layer_idx)
         width = module.out_features if isinstance(module, nn.Linear) else hidden_states.shape[-1]
         return _as_output(module, hidden_states.new_zeros(*hidden_states.shape[:-1], width))
     return forward
