@@ -25,6 +25,7 @@ from database.levels import add_configuration_flags, check_configuration_flags, 
 from database.store import Database
 from utils import pack_quantized
 from utils.configs import DROP_WORDS, read_drop_config
+from utils.gguf_file import check_gguf, write_gguf
 from utils.model import DTYPES, Decoder, load_config, load_decoder, load_tokenizer
 from utils.pack_quantized import Quantized
 from utils.regroup import Regrouped, regroup
@@ -71,6 +72,8 @@ def main(argv: list[str] | None = None) -> dict:
         opened = open_configuration(args)
         tokenizer = load_tokenizer(args.tokenizer_name or args.model_name_or_path,
                                    trust_remote_code=args.trust_remote_code)
+        if args.format == "gguf":
+            check_gguf(config, tokenizer)
         dtype = args.dtype if args.dtype != "auto" else str(config.dtype or torch.float32).removeprefix("torch.")
         decoder = load_decoder(args.model_name_or_path, dtype, args.device, trust_remote_code=args.trust_remote_code)
         dense = count(decoder.model)
@@ -83,7 +86,6 @@ def main(argv: list[str] | None = None) -> dict:
     quantized = quantized_layers(regrouped, *opened) if args.quant_config_path and args.format != "dense" else {}
     with finished_or_nothing(args.save_dir) as folder:
         if args.format == "gguf":
-            from utils.gguf_file import write_gguf   # needs the optional gguf package
             report = write_gguf(folder / "model.gguf", regrouped.model, tokenizer, quantized)
         else:
             report = write_checkpoint(folder, regrouped.model, tokenizer, quantized, args)
@@ -117,9 +119,6 @@ def check_flags(args: argparse.Namespace, config) -> None:
         raise ValueError(f"--fuse promote: is for --format compressed-tensors, not {args.format}; leave it out")
     if not re.fullmatch(r"[1-9]\d*[KMGT]B", args.max_shard_size):
         raise ValueError(f"--max_shard_size {args.max_shard_size}: not a size; write it like 500MB or 5GB")
-    if args.format == "gguf":
-        from utils.gguf_file import check_gguf
-        check_gguf(config)
     folder = Path(args.save_dir)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         if not args.overwrite:
@@ -221,14 +220,7 @@ def write_checkpoint(folder: Path, model: nn.Module, tokenizer, quantized: Mappi
     if model.dtype == torch.bfloat16:
         notes.append("Scales are float16, and loading in bfloat16, this file's default, rounds them; load it in float16 "
                      "or float32, or export with that --dtype, for the weights to the bit.")
-    return {"vllm_fused_rule": not uneven, "unevenly_packed": uneven, "notes": notes, **bits_a_weight(quantized, stored)}
-
-
-def bits_a_weight(quantized: Mapping[str, Quantized], stored: int) -> dict:
-    """Bits of a weight of the quantized layers: of its code as searched, and of all that is stored for it."""
-    weights = sum(layer.codes.numel() for layer in quantized.values())
-    codes = sum(layer.codes.numel() * layer.bits for layer in quantized.values())
-    return {"bits_a_weight": {"codes": codes / weights, "stored": 8 * stored / weights}}
+    return {"vllm_fused_rule": not uneven, "unevenly_packed": uneven, "notes": notes, **pack_quantized.bits_a_weight(quantized.values(), stored)}
 
 
 def linear_layers(model: nn.Module) -> list[str]:

@@ -98,6 +98,15 @@ def quantization_config(schemes: Mapping[str, Scheme], ignore: list[str]) -> dic
             } for number, (scheme, names) in enumerate(groups.items())}}
 
 
+def bits_a_weight(layers: Iterable[Quantized], stored: int) -> dict:
+    """What to report: bits of a weight's code as searched, and of all `stored` bytes of these layers."""
+    weights = codes = 0
+    for layer in layers:
+        weights += layer.codes.numel()
+        codes += layer.codes.numel() * layer.bits
+    return {"bits_a_weight": {"codes": codes / weights, "stored": 8 * stored / weights}}
+
+
 def _even_group_size(layer: Quantized) -> int | None:
     """The format takes no shorter last group: then every group is split into equal ones, with the scale repeated."""
     columns = layer.codes.shape[1]

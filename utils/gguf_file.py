@@ -1,0 +1,233 @@
+"""Write a model as a GGUF file for llama.cpp, with the optional `gguf` package (requirements-gguf.txt).
+
+Quantized layers go, tensor by tensor and without rounding again, into the smallest of GGUF's legacy blocks of 32 that
+holds their integers: Q4_0 from -8 to 7, Q5_0 from -16 to 15, Q8_0 from -128 to 127, each with a float16 scale. What
+does not fit (asymmetric 8-bit levels, rows or groups that blocks of 32 do not divide) is written as F32 and named.
+"""
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from utils.pack_quantized import Quantized, bits_a_weight
+
+ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}    # model_type -> GGUF's name
+BLOCK = 32
+HALF_RANGES = {"Q4_0": 8, "Q5_0": 16, "Q8_0": 128}      # a type holds integers from minus this to this less one
+# regular expressions with which tokenizers split text, and llama.cpp's names for them
+_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+          r"\s+(?!\S)|\s+")
+SPLITS = {None: "gpt-2", _SPLIT % "{1,3}": "llama-bpe", _SPLIT % "": "qwen2"}
+
+
+def check_gguf(config, tokenizer) -> None:
+    """Raise ValueError where the package is missing, or llama.cpp would not run such a model or tokenizer alike."""
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise ValueError("--format gguf: the gguf package is not installed; pip install -r requirements-gguf.txt") from error
+    if config.model_type not in ARCHITECTURES:
+        raise ValueError(f"--format gguf: {config.model_type} models are not supported, only "
+                         f"{', '.join(ARCHITECTURES)}; use another --format")
+    window = getattr(config, "sliding_window", None)
+    types = getattr(config, "layer_types", None) or ["sliding_attention"]
+    if window and window < config.max_position_embeddings and "sliding_attention" in types:
+        raise ValueError(f"--format gguf: llama.cpp would ignore this model's sliding window of {window} tokens; use "
+                         f"another --format")
+    rope_type = config.rope_parameters.get("rope_type", "default")
+    if rope_type != "default" and (rope_type not in ("llama3", "linear") or config.model_type != "llama"):
+        raise ValueError(f"--format gguf: rotary embeddings of type {rope_type} are not supported for "
+                         f"{config.model_type}; use another --format")
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(f"--tokenizer_name: has {len(tokenizer)} tokens, but the model only {config.vocab_size}, which "
+                         f"llama.cpp does not load; give the model's own tokenizer")
+    split_name(tokenizer_json(tokenizer))
+
+
+def write_gguf(path: Path, model: nn.Module, tokenizer, quantized: Mapping[str, Quantized]) -> dict:
+    """Write `model`, whose layers in `quantized` keep their integers; returns what to report of them."""
+    import gguf
+    config = model.config
+    architecture = ARCHITECTURES[config.model_type]
+    writer = gguf.GGUFWriter(path, architecture)
+    write_hyperparameters(writer, config)
+    write_tokenizer(writer, tokenizer, config.vocab_size)
+    names = gguf.get_tensor_name_map(next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == architecture),
+                                     config.num_hidden_layers)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads} if architecture == "llama" else {}
+    if config.rope_parameters.get("rope_type", "default") != "default":
+        writer.add_tensor("rope_freqs.weight", rope_factors(model).numpy())
+    stored, as_f32 = 0, []
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue                                 # llama.cpp takes the embedding when there is no output
+        target = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if target is None:
+            raise ValueError(f"--format gguf: {name} has no place in GGUF's {architecture}; use another --format")
+        layer_name, _, part = name.rpartition(".")
+        num_heads = heads.get(layer_name.rpartition(".")[2])
+        layer = quantized.get(layer_name) if part == "weight" else None
+        if layer is not None:
+            rows = interleaved_rows(len(tensor), num_heads)
+            layer = layer._replace(codes=layer.codes[rows], scales=layer.scales[rows], zeros=layer.zeros[rows])
+            kind, data = encode(layer)
+            if kind == "F32":
+                as_f32.append(f"{target} ({data})")
+                data = dequantize(layer).numpy()
+            writer.add_tensor(target, data, raw_dtype=gguf.GGMLQuantizationType[kind])
+            stored += data.nbytes
+        else:
+            tensor = tensor.cpu()[interleaved_rows(len(tensor), num_heads)]
+            if tensor.dim() == 1 or tensor.dtype not in (torch.float16, torch.bfloat16):
+                writer.add_tensor(target, tensor.float().numpy())
+            elif tensor.dtype == torch.float16:
+                writer.add_tensor(target, tensor.numpy())
+            else:
+                writer.add_tensor(target, tensor.contiguous().view(torch.uint8).numpy(),
+                                  raw_dtype=gguf.GGMLQuantizationType.BF16)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    if not quantized:
+        return {}
+    notes = [f"Written as F32, since no block type holds them: {', '.join(as_f32)}."] if as_f32 else []
+    return {"written_as_f32": as_f32, "notes": notes, **bits_a_weight(quantized.values(), stored)}
+
+
+# ---- tensors ---------------------------------------------------------------------------------------------------------
+
+
+def encode(layer: Quantized) -> tuple[str, np.ndarray | str]:
+    """(type, its bytes uint8 [out, bytes a row]); ("F32", the reason) where no type holds the layer exactly."""
+    out, columns = layer.codes.shape
+    if columns % BLOCK:
+        return "F32", f"rows of {columns}"
+    if layer.scales.shape[1] > 1 and layer.group_size % BLOCK:
+        return "F32", f"groups of {layer.group_size}"
+    scales, zeros = expand(layer)
+    values = layer.codes.short() - zeros.short()
+    low, high = int(values.min()), int(values.max())
+    kind = next((kind for kind, half in HALF_RANGES.items() if -half <= low and high < half), None)
+    if kind is None:
+        return "F32", f"integers from {low} to {high}"
+    scale = scales[:, ::BLOCK].contiguous().view(torch.uint8).numpy().reshape(out, -1, 2)
+    if kind == "Q8_0":
+        numbers = values.to(torch.int8).view(torch.uint8).numpy().reshape(out, -1, BLOCK)
+        return kind, np.concatenate([scale, numbers], axis=-1).reshape(out, -1)
+    numbers = (values + HALF_RANGES[kind]).to(torch.uint8).numpy().reshape(out, -1, BLOCK)
+    low_half, high_half = numbers[..., :BLOCK // 2], numbers[..., BLOCK // 2:]
+    nibbles = (low_half & 15) | (high_half << 4)
+    fifth_bits = [np.packbits(numbers >> 4, axis=-1, bitorder="little")] if kind == "Q5_0" else []
+    return kind, np.concatenate([scale, *fifth_bits, nibbles], axis=-1).reshape(out, -1)
+
+
+def expand(layer: Quantized) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales and zeros of every weight, [out, in]."""
+    groups = torch.arange(layer.codes.shape[1]) // layer.group_size
+    return layer.scales[:, groups], layer.zeros[:, groups]
+
+
+def dequantize(layer: Quantized) -> torch.Tensor:
+    """float32 [out, in], exact."""
+    scales, zeros = expand(layer)
+    return (layer.codes.float() - zeros) * scales
+
+
+def interleaved_rows(rows: int, num_heads: int | None) -> torch.Tensor:
+    """Order of output rows: GGUF's llama rotates neighbours (0, 1), transformers halves (0, size / 2) of every head."""
+    order = torch.arange(rows)
+    return order if num_heads is None else order.view(num_heads, 2, -1).transpose(1, 2).flatten()
+
+
+def rope_factors(model: nn.Module) -> torch.Tensor:
+    """What each plain rotary frequency is divided by, float32 [head size / 2]: scaled frequencies in llama.cpp's form."""
+    actual = model.get_decoder().rotary_emb.inv_freq.float().cpu()
+    exponents = torch.arange(len(actual), dtype=torch.float32) / len(actual)
+    return model.config.rope_parameters["rope_theta"]**-exponents / actual
+
+
+# ---- metadata --------------------------------------------------------------------------------------------------------
+
+
+def write_hyperparameters(writer, config) -> None:
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(head_size)
+    writer.add_value_length(head_size)
+    writer.add_rope_dimension_count(head_size)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+
+
+def tokenizer_json(tokenizer) -> dict:
+    """What is in tokenizer.json. Raises ValueError for a tokenizer without one."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError("--tokenizer_name: --format gguf reads tokenizers with a tokenizer.json; give such a one")
+    return json.loads(tokenizer.backend_tokenizer.to_str())
+
+
+def split_name(description: dict) -> str | None:
+    """llama.cpp's name for how a byte-level BPE tokenizer splits text; None for one with byte fallback, which does not.
+
+    Raises ValueError for others: they would tokenize differently there.
+    """
+    model, splitter = description["model"], description["pre_tokenizer"]
+    if model["type"] == "BPE" and model.get("byte_fallback"):
+        return None
+    steps = (splitter or {}).get("pretokenizers", [splitter or {}])
+    if model["type"] == "BPE" and steps[-1].get("type") == "ByteLevel":
+        patterns = [step["pattern"].get("Regex") for step in steps if step["type"] == "Split"]
+        pattern = patterns[0] if patterns else None
+        if pattern in SPLITS:
+            return SPLITS[pattern]
+    raise ValueError("--format gguf: llama.cpp would split text unlike this tokenizer; supported are BPE tokenizers with "
+                     "byte fallback and the byte-level ones of GPT-2, Llama 3 and Qwen 2, so use another --format")
+
+
+def write_tokenizer(writer, tokenizer, vocab_size: int) -> None:
+    """Tokens, merges and special tokens; what the model's vocabulary has beyond the tokenizer's is unused."""
+    from gguf import TokenType
+    description = tokenizer_json(tokenizer)
+    split = split_name(description)
+    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in description["model"]["merges"]]
+    tokens = [f"[PAD{index}]" for index in range(vocab_size)]
+    types = [TokenType.UNUSED] * vocab_size
+    for token, index in tokenizer.get_vocab().items():
+        is_byte = split is None and re.fullmatch("<0x[0-9A-F]{2}>", token)
+        tokens[index], types[index] = token, TokenType.BYTE if is_byte else TokenType.NORMAL
+    for added in description["added_tokens"]:
+        types[added["id"]] = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
+    if split is None:
+        # llama.cpp joins the pair with the best score first: the order of the merges, as BPE does
+        ranks = {left + right: -float(rank) for rank, (left, right) in reversed(list(enumerate(merges)))}
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list(tokens)
+        writer.add_token_scores([ranks.get(token, -1e6) for token in tokens])
+        writer.add_add_space_prefix('"prepend"' in json.dumps(description["normalizer"]))
+        if tokenizer.unk_token_id is not None:
+            types[tokenizer.unk_token_id] = TokenType.UNKNOWN
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(split)
+        writer.add_token_list(tokens)
+        writer.add_token_merges([" ".join(merge) for merge in merges])
+    writer.add_token_types(types)
+    for token_id, add in ((tokenizer.bos_token_id, writer.add_bos_token_id),
+                          (tokenizer.eos_token_id, writer.add_eos_token_id),
+                          (tokenizer.pad_token_id, writer.add_pad_token_id)):
+        if token_id is not None:
+            add(token_id)
+    writer.add_add_bos_token(tokenizer.bos_token_id is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id)
+    if isinstance(tokenizer.chat_template, str):
+        writer.add_chat_template(tokenizer.chat_template)
