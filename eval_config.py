@@ -1,9 +1,10 @@
-"""Perplexity, and KL divergence from the uncompressed model, of found configurations.
+"""Perplexity, KL divergence from the uncompressed model, and lm-eval tasks, of found configurations.
 
     python eval_config.py --model_name_or_path meta-llama/Meta-Llama-3-8B --drop_config layer_drop_config.txt
-    python eval_config.py --model_name_or_path meta-llama/Meta-Llama-3-8B --quant_weights_path db --quant_config_path 3
+    python eval_config.py --model_name_or_path meta-llama/Meta-Llama-3-8B --quant_weights_path db --quant_config_path 3 \\
+        --tasks arc_easy,arc_challenge,winogrande,hellaswag,piqa
 
-Without a configuration only the dense model is evaluated. Prints a table and, with --output, writes JSON.
+Without a configuration only the dense model is evaluated. Prints tables and, with --output, writes JSON.
 """
 import argparse
 import json
@@ -14,6 +15,7 @@ from utils.evaluation import Evaluation, load_evaluation_documents
 from utils.flags import add_evaluation_flags, add_model_flags
 from utils.model import load_config, load_decoder, load_tokenizer
 from utils.runs import check_writable_file, evaluation_rows, format_table, user_errors, write_atomic
+from utils.tasks import add_task_flags, average_accuracy, check_task_flags, find_tasks, run_tasks, task_rows
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -21,33 +23,50 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add_model_flags(parser)
     add_configuration_flags(parser)
     add_evaluation_flags(parser, in_search=False)
+    add_task_flags(parser)
+    parser.add_argument("--no_perplexity", action="store_true", help="run the tasks alone")
     parser.add_argument("--output", metavar="FILE", help="write the results as JSON there")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """Evaluate what the flags name; returns {"dense" or "compressed": {dataset: {"ppl", "kl"}}}."""
+    """Evaluate what the flags name; returns {"dense" or "compressed": {dataset: {"ppl", "kl"}}}, and with --tasks
+    "tasks": {task: {metric: value}} and "average_accuracy", in percent, of the configuration."""
     args = parse_arguments(argv)
     with user_errors():
-        for name in args.eval_datasets:
+        check_task_flags(args)
+        if args.no_perplexity and not args.tasks:
+            raise ValueError("--no_perplexity: leaves nothing to evaluate; name --tasks, or leave it out")
+        datasets = [] if args.no_perplexity else args.eval_datasets
+        for name in datasets:
             check_dataset(name, "--eval_datasets")
         if args.output:
             check_writable_file(args.output, "--output")
         config = load_config(args.model_name_or_path, args.trust_remote_code)
         check_configuration_flags(args, config)
+        tasks = find_tasks(args.tasks, args.include_path) if args.tasks else None
         tokenizer = load_tokenizer(args.tokenizer_name or args.model_name_or_path, args.use_fast_tokenizer,
                                    args.trust_remote_code)
-        documents = load_evaluation_documents(args.eval_datasets, tokenizer, args.eval_tokens,
+        documents = load_evaluation_documents(datasets, tokenizer, args.eval_tokens,
                                               args.eval_sequence_length or default_sequence_length(config))
         decoder = load_decoder(args.model_name_or_path, args.dtype, args.device, args.attn_implementation,
                                args.trust_remote_code)
         set_block, candidate = load_configuration(args, decoder)
 
-    evaluation = Evaluation(decoder, documents, set_block, args.microbatch_tokens)
-    results = {"dense": evaluation.dense}
-    if args.drop_config or args.sparse_config_path or args.quant_config_path:
-        results["compressed"] = evaluation(candidate)
-    print(format_table(evaluation_rows(results)))
+    compressed = bool(args.drop_config or args.sparse_config_path or args.quant_config_path)
+    results = {}
+    if datasets:
+        evaluation = Evaluation(decoder, documents, set_block, args.microbatch_tokens)
+        results["dense"] = evaluation.dense
+        if compressed:
+            results["compressed"] = evaluation(candidate)
+        print(format_table(evaluation_rows(results)))
+    if tasks:
+        for index, state in enumerate(candidate):
+            set_block(index, state)
+        measured = run_tasks(args, tasks, decoder.model, tokenizer)
+        print(format_table(task_rows("compressed" if compressed else "dense", measured)))
+        results |= {"tasks": measured, "average_accuracy": average_accuracy(measured)}
     if args.output:
         write_atomic(args.output, json.dumps(results, indent=2) + "\n")
     return results

@@ -1,0 +1,190 @@
+"""eval_config.py: lm-eval on compressed models equals the harness on the same weights; skipped attentions generate."""
+import inspect
+import json
+import textwrap
+
+import lm_eval
+import pytest
+import torch
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks import manager as harness_manager
+
+import eval_config
+import families
+from database.store import Database
+from test_evo_levels import databases  # noqa: F401  (a fixture)
+from utils.configs import write_drop_config, write_level_config
+from utils.model import Decoder, load_decoder
+from utils.tasks import average_accuracy
+
+DROPPED = [(True, False), (False, True), (True, True), (False, False), (True, False), (False, False)]
+TASKS = "choice,rolling"
+
+
+@pytest.fixture(scope="session")
+def tasks(tmp_path_factory):
+    """Folder of a multiple-choice and a perplexity task in YAML, with their data."""
+    folder = tmp_path_factory.mktemp("tasks")
+    words = textwrap.__doc__.split() + inspect.getdoc(textwrap.wrap).split() + inspect.getdoc(textwrap.fill).split()
+    rows = {"choice": [{"question": " ".join(words[i:i + 6]), "choices": [words[i + 6], words[i + 1], words[-i - 1]],
+                        "answer": i % 3} for i in range(24)],
+            "rolling": [{"text": inspect.getdoc(function)} for function in (textwrap.wrap, textwrap.dedent, textwrap.fill)]}
+    own = {"choice": "output_type: multiple_choice\ndoc_to_text: '{{question}}'\ndoc_to_choice: '{{choices}}'\n"
+                     "doc_to_target: answer\nmetric_list: [{metric: acc}, {metric: acc_norm}]\n",
+           "rolling": "output_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: '{{text}}'\n"
+                      "metric_list: [{metric: word_perplexity}, {metric: byte_perplexity}]\n"}
+    for name, lines in rows.items():
+        data = folder / f"{name}.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in lines))
+        (folder / f"{name}.yaml").write_text(
+            f"task: {name}\ndataset_path: json\ndataset_kwargs: {{data_files: {{validation: {data}}}}}\n"
+            f"validation_split: validation\nfewshot_split: validation\n{own[name]}")
+    return folder
+
+
+def harness(folder, tasks, **options) -> dict:
+    """{task: metrics} of the checkpoint in `folder`, which the harness loads by itself."""
+    model = HFLM(pretrained=str(folder), dtype="float32", device="cpu", batch_size=8)
+    return lm_eval.simple_evaluate(model, tasks=TASKS.split(","), log_samples=False,
+                                   task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
+                                   **options)["results"]
+
+
+def ours(checkpoint, tasks, *more: str) -> dict:
+    return eval_config.main(["--model_name_or_path", str(checkpoint), "--tasks", TASKS, "--include_path", str(tasks),
+                             "--no_perplexity", "--batch_size", "8", *more])
+
+
+def check_same(results, expected) -> None:
+    for task, metric in (("choice", "acc,none"), ("choice", "acc_norm,none"), ("rolling", "word_perplexity,none"),
+                         ("rolling", "byte_perplexity,none")):
+        assert results["tasks"][task][metric] == pytest.approx(expected[task][metric], rel=1e-5), (task, metric)
+
+
+@pytest.fixture(scope="session")
+def dense(checkpoint, tasks):
+    return harness(checkpoint, tasks)
+
+
+# ---- tasks -----------------------------------------------------------------------------------------------------------
+
+
+def test_tasks_on_the_dense_model_give_what_the_harness_gives(checkpoint, tasks, dense, tmp_path, capsys):
+    results = ours(checkpoint, tasks, "--output", str(tmp_path / "results.json"))
+    check_same(results, dense)
+    assert results["average_accuracy"] == pytest.approx(100 * dense["choice"]["acc,none"])
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+    header, _, row = capsys.readouterr().out.strip().splitlines()[-3:]
+    assert [cell.strip() for cell in header.split("|")[2:-1]] == ["choice", "rolling", "average accuracy"]
+    assert row.split("|")[1].strip() == "dense" and f"{results['average_accuracy']:.2f}" in row
+
+
+def test_limit_and_few_shot_are_those_of_the_harness(checkpoint, tasks):
+    expected = harness(checkpoint, tasks, limit=10, num_fewshot=2)
+    check_same(ours(checkpoint, tasks, "--limit", "10", "--num_fewshot", "2"), expected)
+
+
+def save_copy(checkpoint, tokenizer, folder, change) -> str:
+    """A dense checkpoint of the model after `change(model)`."""
+    model = load_decoder(str(checkpoint), dtype="float32", device="cpu").model
+    model = change(model) or model
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_tasks_on_a_drop_configuration_equal_the_harness_on_zeroed_weights(checkpoint, tokenizer, tasks, dense, tmp_path):
+    write_drop_config(tmp_path / "drop.txt", DROPPED)
+    folder = save_copy(checkpoint, tokenizer, tmp_path / "dense", lambda model: families.dropped_copy(model, DROPPED))
+    results = ours(checkpoint, tasks, "--drop_config", str(tmp_path / "drop.txt"))
+    check_same(results, harness(folder, tasks))
+    assert results["tasks"]["rolling"] != dense["rolling"]
+
+
+@pytest.mark.parametrize("kind, uniform", [("sparse", None), ("quant", None), ("sparse", 2), ("quant", 3)])
+def test_tasks_on_levels_equal_the_harness_on_the_same_weights(checkpoint, tokenizer, databases, tasks, dense,  # noqa: F811
+                                                               tmp_path, kind, uniform):
+    database = Database.open(databases[kind])
+    levels = {name: database.levels(name)[i % 3] if uniform is None else uniform
+              for i, name in enumerate(database.layers)}
+    write_level_config(tmp_path / "levels.txt", levels)
+
+    def compress(model):
+        for name, level in levels.items():
+            model.get_submodule(name).weight.data.copy_(database.weight(name, level, torch.device("cpu")))
+
+    folder = save_copy(checkpoint, tokenizer, tmp_path / "dense", compress)
+    results = ours(checkpoint, tasks, f"--{kind}_weights_path", str(databases[kind]), f"--{kind}_config_path",
+                   str(tmp_path / "levels.txt" if uniform is None else uniform))
+    check_same(results, harness(folder, tasks))
+    assert results["tasks"]["rolling"] != dense["rolling"]
+
+
+def test_perplexities_and_tasks_of_one_run_are_those_of_two(checkpoint, tasks, tmp_path):
+    write_drop_config(tmp_path / "drop.txt", DROPPED)
+    text = ["--eval_datasets", "stdlib", "--eval_tokens", "512", "--eval_sequence_length", "32"]
+    drop = ["--drop_config", str(tmp_path / "drop.txt")]
+    perplexities = eval_config.main(["--model_name_or_path", str(checkpoint), *text, *drop])
+    both = eval_config.main(["--model_name_or_path", str(checkpoint), *text, *drop, "--tasks", TASKS, "--batch_size", "8",
+                             "--include_path", str(tasks)])
+    assert both == perplexities | ours(checkpoint, tasks, *drop)
+    assert set(perplexities) == {"dense", "compressed"}
+
+
+def test_average_is_over_the_tasks_that_have_an_accuracy():
+    results = {"a": {"acc,none": 0.5, "acc_norm,none": 0.9}, "b": {"acc,none": 0.25}, "c": {"word_perplexity,none": 9.0}}
+    assert average_accuracy(results) == pytest.approx(37.5)
+    assert average_accuracy({"c": results["c"]}) is None
+
+
+@pytest.mark.parametrize("more, sentence", [
+    (["--tasks", "choise"], "--tasks choise: no such task; did you mean choice"),
+    (["--tasks", "broken"], "--tasks broken: its data cannot be loaded"),
+    (["--num_fewshot", "-1"], "--num_fewshot -1: must be 0 or more"),
+    (["--batch_size", "0"], "--batch_size 0: must be auto or at least 1"),
+    (["--limit", "0"], "--limit 0: must be above 0"),
+    (["--include_path", "nowhere"], "--include_path nowhere: is not a folder"),
+    (["--tasks", ""], "--no_perplexity: leaves nothing to evaluate"),
+])
+def test_bad_input_ends_in_one_sentence_before_the_model_is_loaded(checkpoint, tasks, tmp_path, monkeypatch, more, sentence):
+    monkeypatch.setattr(harness_manager, "__file__", str(tmp_path / "none" / "manager.py"))    # 14,000 files to read
+    (tmp_path / "none").mkdir()
+    monkeypatch.setattr(eval_config, "load_decoder", None)
+    (tmp_path / "tasks").mkdir()
+    for file in tasks.iterdir():
+        (tmp_path / "tasks" / file.name).write_text(file.read_text())
+    (tmp_path / "tasks" / "broken.yaml").write_text((tasks / "choice.yaml").read_text().replace("choice.jsonl", "gone.jsonl")
+                                                    .replace("task: choice", "task: broken"))
+    with pytest.raises(SystemExit, match=sentence):
+        ours(checkpoint, tmp_path / "tasks", *more)
+
+
+# ---- generation with a cache -----------------------------------------------------------------------------------------
+
+SKIPPING = {"first attention": [(True, False), (False, True), (True, True), (False, False)],
+            "every other attention": [(True, False), (False, False)] * 2,
+            "all attentions": [(True, False)] * 4}
+
+
+@pytest.mark.parametrize("states", SKIPPING.values(), ids=SKIPPING)
+@pytest.mark.parametrize("family", families.FAMILIES)
+@torch.no_grad()
+def test_skipped_attentions_generate_with_a_cache_as_zeroed_ones_do(family, states):
+    model = families.build(family)
+    zeroed = families.dropped_copy(model, states)
+    for block, state in zip(Decoder(model).blocks, states):
+        block.drop(*state)
+    tokens = torch.randint(3, families.VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(0))
+
+    caches = [m(input_ids=tokens[:, :12], use_cache=True).past_key_values for m in (model, zeroed)]
+    logits = [m(input_ids=tokens[:, 12:], past_key_values=cache).logits for m, cache in zip((model, zeroed), caches)]
+    assert torch.allclose(*logits, atol=1e-4)
+
+    mask = torch.ones_like(tokens)
+    mask[0, :7] = 0                                          # the first prompt is shorter, padded on the left
+    options = dict(attention_mask=mask, max_new_tokens=8, do_sample=False, use_cache=True, pad_token_id=0,
+                   eos_token_id=None, output_logits=True, return_dict_in_generate=True)
+    generated, expected = (m.generate(tokens, **options) for m in (model, zeroed))
+    assert torch.equal(generated.sequences, expected.sequences)
+    assert torch.allclose(torch.stack(generated.logits), torch.stack(expected.logits), atol=1e-4)
