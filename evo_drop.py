@@ -197,10 +197,11 @@ def draw_distinct(draw: Callable[[], Candidate | None], count: int, known: set[C
     return found
 
 
-def mutate(space: Space, parents: list[Candidate], max_mutations: int, rng: random.Random) -> Candidate | None:
-    """A copy of a random parent with min(U1, U2) level switches."""
+def mutate(space: Space, parents: list[Candidate], max_mutations: int, rng: random.Random,
+           fixed_mutations: int | None = None) -> Candidate | None:
+    """A copy of a random parent with min(U1, U2) level switches, or with a fixed number of them."""
     child = rng.choice(parents)
-    for _ in range(min(rng.randint(1, max_mutations), rng.randint(1, max_mutations))):
+    for _ in range(fixed_mutations or min(rng.randint(1, max_mutations), rng.randint(1, max_mutations))):
         child = child and switch(space, child, rng)
     return child
 
@@ -296,8 +297,8 @@ def main(argv: list[str] | None = None) -> dict:
 
     began, tokens_before = time.time(), tokens_spent
     for generation in range(first_generation, args.generations + 1):
-        offspring = draw_distinct(lambda: mutate(space, population, args.max_mutations, rng), args.offspring,
-                                  set(population))
+        offspring = draw_distinct(lambda: mutate(space, population, args.max_mutations, rng, args.fixed_mutations),
+                                  args.offspring, set(population))
         if not offspring:
             print("no other candidate meets the budget: nothing to search")
             break

@@ -66,6 +66,8 @@ def add_search_flags(parser: argparse.ArgumentParser, generations: int | None, o
                        help=f"of each selection step's minibatch (default: {' '.join(map(str, tokens))})")
     group.add_argument("--max_mutations", type=int, default=3, metavar="SWITCHES",
                        help="an offspring differs by min(U1, U2) level switches, U uniform in 1..this (default: 3)")
+    group.add_argument("--fixed_mutations", type=int, metavar="SWITCHES",
+                       help="every offspring differs by this many level switches instead, for the paper's ablation")
     group.add_argument("--fitness_fn", choices=fitness, default="kl",
                        help="kl: mean KL divergence from the uncompressed model, nats a token (default: kl)")
     group.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
@@ -83,7 +85,8 @@ def check_search_flags(args: argparse.Namespace) -> None:
     if min(survivors) < 1 or min(tokens) < 2:
         raise ValueError(f"--survivors_per_selection {_words(survivors)}, --tokens_per_selection {_words(tokens)}: "
                          f"at least 1 survivor and 2 tokens in every step are needed")
-    for flag in ("offspring", "population_size", "initially_generated", "max_mutations", "microbatch_tokens"):
+    for flag in ("offspring", "population_size", "initially_generated", "max_mutations", "fixed_mutations",
+                 "microbatch_tokens"):
         value = getattr(args, flag, None)
         if value is not None and value < 1:
             raise ValueError(f"--{flag} {value}: must be at least 1")
