@@ -1,10 +1,14 @@
 """Databases built through the command line: exact, resumable after any kill, and never read when damaged."""
+import argparse
+import heapq
+import inspect
 import json
 import multiprocessing
 import os
 import random
 import shutil
 import signal
+import textwrap
 import time
 from pathlib import Path
 
@@ -20,15 +24,20 @@ from database.store import Database, LevelCache
 
 MODULES = {"sparsegpt": sparsegpt, "gptq": gptq}
 FLAGS = {"sparsegpt": ["--sparsity", "0.5", "--num_levels", "2", "--propagate", "compressed"],
-         "gptq": ["--bitwidth_options", "2", "3", "4", "--calibration_bitwidth", "2", "--group_size", "20", "--perchannel"]}
+         "gptq": ["--bitwidth_options", "2", "3", "4", "--calibration_bitwidth", "2", "--group_size", "20",
+                  "--perchannel"]}
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory, tokenizer):
-    """Folder of a Llama of three blocks, with k and v a quarter of the size of q, in half precision."""
-    folder = families.save_llama(tmp_path_factory.mktemp("model"), tokenizer, num_hidden_layers=3, num_key_value_heads=1)
+    """Folder of a Llama of three blocks, with k and v a quarter of the size of q, in half precision, and some text."""
+    folder = families.save_llama(tmp_path_factory.mktemp("model"), tokenizer, num_hidden_layers=3,
+                                 num_key_value_heads=1)
     half = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16)
     half.save_pretrained(folder)
+    with open(f"{folder}/text.jsonl", "w") as file:
+        for module in (argparse, heapq, json, random, shutil, textwrap):
+            file.write(json.dumps({"text": inspect.getsource(module)}) + "\n")
     return folder
 
 
@@ -42,9 +51,9 @@ def built(request, model, tmp_path_factory):
 
 def run(method, model, folder, *flags):
     parser = MODULES[method].make_parser()
-    MODULES[method].main(parser.parse_args(["--model_name_or_path", str(model), "--calibration_data", "stdlib",
-                                            "--calibration_tokens", "2048", "--save_dir", str(folder), "--device", "cpu",
-                                            *FLAGS[method], *flags]))
+    MODULES[method].main(parser.parse_args([
+        "--model_name_or_path", str(model), "--calibration_data", f"{model}/text.jsonl", "--calibration_tokens", "2048",
+        "--save_dir", str(folder), "--device", "cpu", *FLAGS[method], *flags]))
 
 
 def contents(folder):
@@ -86,7 +95,8 @@ def test_every_level_has_exactly_the_promised_weights_or_bits(built, model):
                 assert database.bits(name, level, overhead=True) == size * level + 24 * groups
                 assert 8 * stored[level] - database.bits(name, level, overhead=True) in range(3 * 8)
                 codes, scales, zeros = database.codes(name, level)
-                assert codes.max() < 2**level and scales.shape == zeros.shape == (layer.out_features, groups // len(codes))
+                assert codes.max() < 2**level
+                assert scales.shape == zeros.shape == (layer.out_features, groups // layer.out_features)
                 column = torch.arange(layer.in_features) // 20
                 weight = (codes.float() - zeros[:, column]) * scales[:, column].float()
                 assert torch.equal(database.weight(name, level), weight)
@@ -102,7 +112,8 @@ def test_errors_fall_as_levels_keep_more(built):
     database = Database.open(built)
     for name in database.layers:
         errors = [database.error(name, level) for level in database.levels(name)]
-        assert errors == sorted(errors, reverse=database.method == "gptq") and 0 <= min(errors) and max(errors) <= 1 + 1e-6
+        assert errors == sorted(errors, reverse=database.method == "gptq")
+        assert 0 <= min(errors) and max(errors) <= 1 + 1e-6
 
 
 def test_nothing_pruned_is_the_model_itself(built, model):
@@ -165,14 +176,15 @@ def test_other_method_model_weights_and_text_are_refused(built, model, tmp_path,
     with pytest.raises(ValueError, match=f"method {other}"):
         run(other, model, folder)
     with pytest.raises(ValueError, match="the model's configuration"):
-        run(built.name, families.save_llama(tmp_path / "wider", tokenizer, intermediate_size=64), folder)
+        run(built.name, families.save_llama(tmp_path / "wider", tokenizer, intermediate_size=64), folder,
+            "--calibration_data", f"{model}/text.jsonl")
     (folder / "model.layers.0.mlp.up_proj.safetensors").unlink()         # else it is finished before weights are seen
     retrained = AutoModelForCausalLM.from_pretrained(model)
     families.scale_weights(retrained, seed=5)
     shutil.copytree(model, tmp_path / "retrained")
     retrained.save_pretrained(tmp_path / "retrained")
     with pytest.raises(ValueError, match="the model's weights"):
-        run(built.name, tmp_path / "retrained", folder)
+        run(built.name, tmp_path / "retrained", folder, "--calibration_data", f"{model}/text.jsonl")
     monkeypatch.setattr(build, "calibration_documents", lambda *args: [torch.arange(2048)])
     with pytest.raises(ValueError, match="the calibration tokens"):
         run(built.name, model, folder)
@@ -299,7 +311,8 @@ def test_killed_at_ten_random_moments_and_resumed_it_is_the_same_database(built,
         kills += process.is_alive()
         process.kill()
         process.join()
-        if (folder / "manifest.json").exists() and all(json.loads((folder / "manifest.json").read_text())["layers"].values()):
+        manifest = folder / "manifest.json"
+        if manifest.exists() and all(json.loads(manifest.read_text())["layers"].values()):
             assert contents(folder) == contents(built)
             shutil.rmtree(folder)                    # once more from the start
     process, _ = start(folder)
@@ -309,7 +322,7 @@ def test_killed_at_ten_random_moments_and_resumed_it_is_the_same_database(built,
 
 def test_killed_around_any_write_and_resumed_it_is_the_same_database(built, model, tmp_path, processes):
     # renames: .writable, a manifest, then seven layers and a manifest a block
-    for first, second in ((2, 3), (9, 18), (19, 6), (35, 4)):
+    for first, second in ((2, 9), (19, 6)):
         folder = tmp_path / f"killed-{first}"
         for dies_at_write, code in ((first, -signal.SIGKILL), (second, -signal.SIGKILL), (None, 0)):
             process = processes.Process(target=run_quietly, args=(built.name, model, folder, dies_at_write))
@@ -331,11 +344,12 @@ def test_killed_around_any_write_and_resumed_it_is_the_same_database(built, mode
     ("gptq", ["--bitwidth_options", "3", "9"], "--bitwidth_options 3 9: must be from 1 to 8"),
     ("gptq", ["--calibration_bitwidth", "5"], "--calibration_bitwidth 5: must be one of --bitwidth_options 2 3 4"),
     ("gptq", ["--group_size", "0"], "--group_size 0"), ("gptq", ["--rel_damp", "-1"], "--rel_damp -1"),
-    ("gptq", ["--block_size", "0"], "--block_size 0"), ("gptq", ["--calibration_tokens", "1"], "--calibration_tokens 1"),
+    ("gptq", ["--block_size", "0"], "--block_size 0"),
+    ("gptq", ["--calibration_tokens", "1"], "--calibration_tokens 1"),
     ("gptq", ["--calibration_data", "nowhere.txt"], "--calibration_data nowhere.txt: no such dataset"),
     ("gptq", ["--device", "cuda:99"], "--device cuda:99: not available"),
     ("gptq", ["--model_name_or_path", "/nowhere/at/all"], "--model_name_or_path /nowhere/at/all"),
-    ("gptq", ["--calibration_tokens", "999999999"], "--calibration_tokens 999999999: stdlib holds only")])
+    ("gptq", ["--calibration_tokens", "999999999"], "--calibration_tokens 999999999: .* holds only")])
 def test_mistakes_are_told_before_the_model_is_loaded(model, tmp_path, monkeypatch, method, flags, named):
     monkeypatch.setattr(build, "load_decoder", lambda *args, **kwargs: pytest.fail("loaded the model"))
     with pytest.raises(ValueError, match=named):
@@ -358,8 +372,8 @@ def test_a_save_dir_that_cannot_be_written_is_named_before_the_model_is_loaded(m
 def test_reference_command_lines_run_and_ignored_flags_are_told(model, tmp_path, capsys):
     run("gptq", model, tmp_path / "db", "--quantizable_modules", r".*layers.*((q|k|v|o|gate|up|down)_proj)$",
         "--pre_block_modules", "model.embed_tokens", "--block_modules", "model.layers", "--post_block_modules",
-        "model.norm", "lm_head", "--low_cpu_mem_usage", "--cpu_offload_modules", "--cpu_offload_activations", "--verbose",
-        "--attn_implementation", "sdpa", "--dtype", "float32", "--act_order", "--sym")
+        "model.norm", "lm_head", "--low_cpu_mem_usage", "--cpu_offload_modules", "--cpu_offload_activations",
+        "--verbose", "--attn_implementation", "sdpa", "--dtype", "float32", "--act_order", "--sym")
     output = capsys.readouterr().out
     for flag in ("--pre_block_modules", "--block_modules", "--post_block_modules", "--low_cpu_mem_usage"):
         assert f"{flag} is ignored" in output
