@@ -305,6 +305,10 @@ def test_number_of_switches_is_the_smaller_of_two_uniform_ones(monkeypatch):
         seen[len(made)] += 1
     assert {switches: round(9 * count / 9000, 1) for switches, count in seen.items()} == pytest.approx(
         {1: 5, 2: 3, 3: 1}, abs=0.2)
+    for fixed in (1, 7):
+        made.clear()
+        evo_drop.mutate(None, [(True, False)], 3, rng, fixed_mutations=fixed)
+        assert len(made) == fixed
 
 
 # ---- selection -------------------------------------------------------------------------------------------------------
@@ -575,6 +579,7 @@ def test_budget_that_makes_no_sense_is_refused(changes, message, refused):
     ({"calibration_sequence_length": 1}, "--calibration_sequence_length 1: at least 2 are needed"),
     ({"offspring": 0}, "--offspring 0: must be at least 1"),
     ({"max_mutations": 0}, "--max_mutations 0: must be at least 1"),
+    ({"fixed_mutations": 0}, "--fixed_mutations 0: must be at least 1"),
     ({"generations": -1}, "--generations -1: must be 0 or more"),
     ({"microbatch_tokens": 0}, "--microbatch_tokens 0: must be at least 1"),
 ])

@@ -56,6 +56,18 @@ def test_dropping_equals_zeroed_parameters_and_can_be_undone(family):
     assert torch.equal(logits(model), before)
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "opt", "gpt_neox"])
+@torch.no_grad()
+def test_dropped_model_gives_the_same_with_a_cache(family):
+    model = families.build(family)
+    for block, state in zip(Decoder(model).blocks, STATES):
+        block.drop(*state)                                               # the first attention among them
+    whole = logits(model)
+    first = model(input_ids=TOKENS[:, :15], use_cache=True)
+    second = model(input_ids=TOKENS[:, 15:], past_key_values=first.past_key_values)
+    assert torch.allclose(torch.cat([first.logits, second.logits], dim=1), whole, atol=1e-4)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_documents_are_packed_only_where_that_is_exact(family):
     decoder = Decoder(families.build(family))
