@@ -12,6 +12,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from utils.configs import DROP_WORDS, read_drop_config, write_drop_config
 from utils.data import calibration_documents, default_sequence_length, draw_minibatch
@@ -20,8 +21,8 @@ from utils.fitness import Fitness
 from utils.flags import (add_calibration_flags, add_evaluation_flags, add_model_flags, add_search_flags,
                          check_search_flags)
 from utils.model import Decoder, load_config, load_decoder, load_tokenizer, save_dropped
-from utils.runs import (Run, check_writable, default_folder, evaluation_rows, format_table, open_wandb, plot_search, rng_state,
-                        set_rng_state, user_errors)
+from utils.runs import (Run, check_writable, default_folder, evaluation_rows, format_table, open_wandb, plot_search,
+                        rng_state, set_rng_state, user_errors)
 
 Candidate = tuple[bool, ...]     # of every unit: dropped?
 FAILED_DRAWS = 200               # draws without a new candidate after which a generation makes do with fewer offspring
@@ -336,8 +337,8 @@ def main(argv: list[str] | None = None) -> dict:
                        "search": evaluation(winner)}
         print(format_table(evaluation_rows(evaluations)))
     plot_search(run.folder / "search.png", run.records(), [[state[half] for state in winner] for half in (0, 1)],
-                ["attention", "MLP"], f"{args.model_name_or_path}: {describe(space, population[0], blocks)}", "dropped",
-                f"{args.fitness_fn} of the best candidate")
+                ["attention", "MLP"], f"{Path(args.model_name_or_path).name}: "
+                f"{describe(space, population[0], blocks)}", "dropped", args.fitness_fn)
     if args.save_dir:
         for index, state in enumerate(winner):
             set_block(index, state)

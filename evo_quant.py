@@ -12,6 +12,7 @@ import math
 import random
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from database.levels import LevelSwitcher
 from database.store import Database
@@ -318,8 +319,7 @@ def main(argv: list[str] | None = None) -> dict:
                        "search": evaluation(states(population[0]))}
         print(format_table(evaluation_rows(evaluations)))
     plot_search(run.folder / "search.png", run.records(), *level_map(switcher.names, winner),
-                f"{args.model_name_or_path}: {describe(space, population[0], database)}", "bits",
-                f"{args.fitness_fn} of the best candidate")
+                f"{Path(args.model_name_or_path).name}: {describe(space, population[0], database)}", "bits", args.fitness_fn)
     seconds = time.time() - run.began
     summary = {"task": "evo_quant", "model": args.model_name_or_path, "database": str(database.path),
                "budget": describe(space, population[0], database), "fitness": best, "fitness_fn": args.fitness_fn,

@@ -12,6 +12,7 @@ import math
 import random
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from database.levels import LevelSwitcher
 from database.store import Database
@@ -268,8 +269,8 @@ def main(argv: list[str] | None = None) -> dict:
         print(format_table(evaluation_rows(evaluations)))
     sparsity = {name: 1 - database.kept(name, level) / math.prod(database.shape(name)) for name, level in winner.items()}
     plot_search(run.folder / "search.png", run.records(), *level_map(switcher.names, sparsity),
-                f"{args.model_name_or_path}: {describe(space, population[0], database)}", "sparsity",
-                f"{args.fitness_fn} of the best candidate")
+                f"{Path(args.model_name_or_path).name}: {describe(space, population[0], database)}", "sparsity",
+                args.fitness_fn)
     seconds = time.time() - run.began
     summary = {"task": "evo_unstructured", "model": args.model_name_or_path, "database": str(database.path),
                "budget": describe(space, population[0], database), "fitness": best, "fitness_fn": args.fitness_fn,

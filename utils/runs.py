@@ -173,23 +173,30 @@ def evaluation_rows(evaluations: dict[str, dict[str, dict[str, float]]]) -> list
 
 
 def plot_search(path: str | Path, records: list[dict], levels: Sequence[Sequence[float]], row_names: Sequence[str],
-                title: str, level_label: str, fitness_label: str) -> None:
-    """search.png: the winner's fitness over tokens spent, above a map of levels, [rows, blocks]."""
+                title: str, level_label: str, fitness_fn: str) -> None:
+    """search.png: the best candidate's fitness over tokens spent, above a map of the winner's levels [rows, blocks]."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, (curve, picture) = pyplot.subplots(
-        2, 1, figsize=(9, 4.6 + 0.28 * len(row_names)), height_ratios=[3, 0.7 + 0.28 * len(row_names)],
+        2, 1, figsize=(9, 4.4 + 0.3 * len(row_names)), height_ratios=[3, 0.6 + 0.3 * len(row_names)],
         layout="constrained")
-    curve.plot([record["tokens"] for record in records], [record["fitness"] for record in records],
+    figure.suptitle(title, fontsize=10, wrap=True)
+    curve.plot([record["tokens"] / 1e6 for record in records], [record["fitness"] for record in records],
                color="tab:blue", marker=".", markersize=4, linewidth=1)
-    curve.set(xlabel="tokens spent", ylabel=fitness_label, title=title)
+    curve.set(xlabel="tokens spent, millions", ylabel=f"{fitness_fn} of the best candidate,\non its last minibatch")
     curve.grid(alpha=0.3)
     image = picture.imshow(levels, aspect="auto", cmap="viridis", interpolation="nearest")
     picture.set_yticks(range(len(row_names)), row_names)
-    picture.set_xlabel("block")
-    figure.colorbar(image, ax=picture, label=level_label)
+    picture.set(xlabel="block")
+    picture.xaxis.get_major_locator().set_params(integer=True)
+    for edge in range(1, len(levels[0])):
+        picture.axvline(edge - 0.5, color="white", linewidth=0.5)
+    values = sorted({value for row in levels for value in row if value == value})
+    bar = figure.colorbar(image, ax=picture, label=level_label)
+    if len(values) <= 8:
+        bar.set_ticks(values, labels=[f"{value:.3g}" for value in values])
     beside = Path(path).with_suffix(".partial.png")
     figure.savefig(beside, dpi=120)
     pyplot.close(figure)
