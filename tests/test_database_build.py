@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import families
+import plain_solvers
 import pytest
 import torch
 from safetensors import safe_open
@@ -21,6 +22,8 @@ from transformers import AutoModelForCausalLM
 
 from database import build, gptq, sparsegpt, store
 from database.store import Database, LevelCache
+from utils.data import calibration_documents
+from utils.model import load_tokenizer
 
 MODULES = {"sparsegpt": sparsegpt, "gptq": gptq}
 FLAGS = {"sparsegpt": ["--sparsity", "0.5", "--num_levels", "2", "--propagate", "compressed"],
@@ -123,6 +126,31 @@ def test_nothing_pruned_is_the_model_itself(built, model):
         name = "model.layers.2.self_attn.v_proj"
         assert torch.equal(database.weight(name, -1), layers[name].weight)
         assert not database.weight(name, 1).any()
+
+
+@pytest.mark.parametrize("method, flags, level", [
+    ("sparsegpt", ["--propagate", "dense"], None), ("sparsegpt", ["--propagate", "compressed"], 0),
+    ("gptq", ["--calibration_bitwidth", "2"], 2), ("gptq", ["--calibration_bitwidth", "4"], 4)])
+@torch.no_grad()
+def test_the_next_block_sees_the_weights_of_the_level_that_feeds_forward(model, tmp_path, method, flags, level):
+    run(method, model, tmp_path / "db", *flags)
+    database = Database.open(tmp_path / "db")
+    whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    layers = dict(whole.named_modules())
+    if level is not None:
+        for name in database.layers[:7]:
+            layers[name].weight.copy_(database.weight(name, level))
+    documents = calibration_documents(f"{model}/text.jsonl", load_tokenizer(model), 2048, 256)
+    inputs = []
+    name = "model.layers.1.mlp.down_proj"
+    layers[name].register_forward_pre_hook(lambda module, args: inputs.append(args[0][0]))
+    for document in documents:
+        whole(input_ids=document[None], use_cache=False)
+    x, weight = torch.cat(inputs), layers[name].weight
+    assert len(x) == 2048
+    for level in database.levels(name):
+        error = plain_solvers.relative_error(weight, database.weight(name, level), x.T @ x)
+        assert database.error(name, level) == pytest.approx(error, rel=1e-3, abs=1e-9)
 
 
 def test_layers_that_a_regular_expression_leaves_out(model, tmp_path):
