@@ -16,13 +16,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[0] = str(ROOT)
 from utils.runs import format_table
 
 MARKS = ("<!-- quality -->", "<!-- /quality -->")
-DEPTH = ["--offspring", "24", "--tokens_per_selection", "1024", "8192", "--survivors_per_selection", "2", "1",
+DEPTH = ["--generations", "20", "--offspring", "24", "--tokens_per_selection", "1024", "8192", "--survivors_per_selection", "2", "1",
          "--initial_tokens", "1024"]
-LEVELS = ["--offspring", "16", "--tokens_per_selection", "512", "2048", "8192", "--survivors_per_selection", "4", "2",
+LEVELS = ["--generations", "12", "--offspring", "16", "--tokens_per_selection", "512", "2048", "8192", "--survivors_per_selection", "4", "2",
           "1", "--initial_tokens", "1024"]
 
 
@@ -36,7 +36,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--eval_tokens", type=int, default=32768)
     parser.add_argument("--out", type=Path, default=Path("results/quality"))
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--generations", type=int, default=20)
     parser.add_argument("--jobs", type=int, default=1, help="searches at once, one thread each")
     parser.add_argument("--write_readme", action="store_true", help="put the table into README.md")
     return parser.parse_args()
@@ -60,7 +59,7 @@ def main() -> None:
                    "--calibration_tokens", args.calibration_tokens]
     evaluation = ["--eval_datasets", args.data, "--eval_tokens", args.eval_tokens, "--eval_sequence_length",
                   args.sequence_length]
-    search = [*model, *calibration, *evaluation, "--eval_every", 0, "--generations", args.generations]
+    search = [*model, *calibration, *evaluation, "--eval_every", 0]
     build = [*model, *calibration]
 
     preparations, searches = [], []
