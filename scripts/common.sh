@@ -1,0 +1,161 @@
+# What the scripts of this folder share; each is one table or figure of the paper. From the environment:
+#   MODEL      one or several hub names or folders (default: the paper's models of that table)
+#   OUT        where results go; the same command goes on where it was, and finished parts are not run again
+#   DATA       calibration text (default: fineweb_edu)        EVAL_DATA  held-out text (default: the paper's three)
+#   TASKS      lm-eval tasks, or nothing (default: the paper's five)
+#   LEVELS     of the table, e.g. LEVELS="50 70" (default: the paper's)
+#   ESTIMATE=1 print what it would take and stop
+#   SMALL=1    the demo model, Python's own library as text and scaled-down counts, without network or GPU: the same
+#              code path in minutes, a test of these scripts and no result of the paper
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+[ -n "${PYTHON:-}" ] || PYTHON=$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)
+SMALL=${SMALL:-} ESTIMATE=${ESTIMATE:-}
+
+llama2=meta-llama/Llama-2-7b-hf
+llama3=meta-llama/Meta-Llama-3-8B
+llama31=meta-llama/Llama-3.1-8B
+mistral=mistralai/Mistral-7B-v0.3
+phi3=microsoft/Phi-3-medium-128k-instruct
+
+if [ -z "$SMALL" ]; then
+    OUT=${OUT:-results/tables}
+    DATA=${DATA:-fineweb_edu}
+    evaluation=(--eval_datasets ${EVAL_DATA:-wikitext2 c4 fineweb_edu})
+    TASKS=${TASKS-arc_challenge,arc_easy,hellaswag,piqa,winogrande}
+    tasks=(--tasks "$TASKS" --batch_size auto)
+    length=()                             # the paper's: the context length, at most 8,192
+    depth_search=(--calibration_tokens 131072 --offspring 32 --initially_generated 64 --initial_tokens 2048
+                  --survivors_per_selection 2 1 --tokens_per_selection 2048 32768)
+    sparsity_search=(--calibration_tokens 524288 --generations 400 --offspring 64
+                     --survivors_per_selection 8 2 1 --tokens_per_selection 2048 16384 65536)
+    quant_search=(--calibration_tokens 524288 --generations 150 --offspring 128 --initially_generated 32
+                  --initial_tokens 2048 --survivors_per_selection 16 4 1 --tokens_per_selection 2048 16384 131072)
+    superfast_search=(--calibration_tokens 524288 --generations 400 --offspring 16 --initially_generated 32
+                      --initial_tokens 2048 --survivors_per_selection 1 1 --tokens_per_selection 512 8192)
+    baseline=(--calibration_tokens 131072)
+    owl_grid=(--calibration_tokens 524288)
+    database=(--calibration_tokens 8388608 --rel_damp 0.01 --block_size 128 --cpu_offload_activations)
+    sparse_levels=(--num_levels 8 --weights_diff 1000000)
+else
+    OUT=${OUT:-results/tables-small}
+    DATA=${DATA:-stdlib}
+    MODEL=${MODEL:-demo/model}
+    evaluation=(--eval_datasets ${EVAL_DATA:-stdlib} --eval_tokens 8192 --eval_sequence_length 256)
+    TASKS=${TASKS-next_line}
+    tasks=(--tasks "$TASKS" --include_path "$OUT/small_task" --limit 24)
+    length=(--calibration_sequence_length 256)
+    depth_search=(--calibration_tokens 8192 --generations 8 --offspring 12 --initially_generated 16
+                  --initial_tokens 512 --survivors_per_selection 2 1 --tokens_per_selection 512 2048)
+    sparsity_search=(--calibration_tokens 8192 --generations 6 --offspring 12
+                     --survivors_per_selection 4 2 1 --tokens_per_selection 512 1024 2048)
+    quant_search=(--calibration_tokens 8192 --generations 6 --offspring 12 --initially_generated 16
+                  --initial_tokens 512 --survivors_per_selection 4 2 1 --tokens_per_selection 512 1024 2048)
+    superfast_search=(--calibration_tokens 8192 --generations 12 --offspring 6 --initially_generated 16
+                      --initial_tokens 512 --survivors_per_selection 1 1 --tokens_per_selection 256 1024)
+    baseline=(--calibration_tokens 8192)
+    owl_grid=(--calibration_tokens 8192 --owl_lambda 0.05 0.1 --owl_m 5)
+    database=(--calibration_tokens 8192 --rel_damp 0.01 --block_size 128)
+    sparse_levels=(--num_levels 4)
+    export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
+fi
+[ -n "$TASKS" ] || tasks=()
+quant_levels=(--bitwidth_options 2 3 4 5 6 --calibration_bitwidth 3 --group_size 128 --perchannel)
+export TRANSFORMERS_VERBOSITY=error TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
+
+# tables FUNCTION: what it takes for every model of $MODEL, then FUNCTION for every one. FUNCTION runs twice: the first
+# time its parts are only written down, and scripts/estimate.py reads from them what they need.
+tables() {
+    local model plan PLANNING
+    plan=$(mktemp)
+    PLANNING=$plan
+    for model in $MODEL; do
+        begin "$model"
+        : > "$plan"
+        "$1"
+        echo "== $model: what the parts that are not finished need"
+        $PYTHON scripts/estimate.py "$plan"
+    done
+    rm "$plan"
+    [ -z "$ESTIMATE" ] || exit 0
+    PLANNING=
+    [ -z "$SMALL" ] || [ -z "$TASKS" ] || part small_task scripts/small_task.py "$OUT/small_task"
+    for model in $MODEL; do
+        begin "$model"
+        "$1"
+    done
+}
+
+begin() {
+    runs=$OUT/$(basename "$1")
+    rows=()
+    base=(--model_name_or_path "$1")
+    calibrated=("${base[@]}" --calibration_data "$DATA" "${length[@]}")
+    mkdir -p "$runs"
+}
+
+# part NAME COMMAND...: run a Python program once; its output also goes to NAME.log. A finished part is known by
+# NAME.done, which holds its command, so a part with other flags is not taken for it.
+part() {
+    local name=$1 file=$runs/$1
+    shift
+    if [ "$(cat "$file.done" 2>/dev/null)" = "$*" ]; then
+        [ -n "$PLANNING" ] || echo "== $name: finished"
+        return
+    fi
+    if [ -n "$PLANNING" ]; then
+        printf '%q ' "$@" >> "$PLANNING"
+        echo >> "$PLANNING"
+        return
+    fi
+    echo "== $name"
+    mkdir -p "$(dirname "$file")"
+    $PYTHON "$@" 2>&1 | tee "$file.log"
+    echo "$*" > "$file.done"
+}
+
+# measured TABLE LEVEL METHOD NAME FLAGS...: evaluate a configuration, and make it a row of the report; the first three
+# are the key of the paper's figures in paper_tables.csv
+measured() {
+    local table=$1 level=$2 method=$3 name=$4
+    shift 4
+    part "eval/$name" eval_config.py "${base[@]}" "${evaluation[@]}" "${tasks[@]}" "$@" --output "$runs/eval/$name.json"
+    rows+=(--row "$table" "$level" "$method" "$runs/eval/$name.json")
+}
+
+# the rows so far beside the paper's; fails where one is empty
+report() {
+    [ -n "$PLANNING" ] || $PYTHON scripts/report.py "${base[1]}" "${rows[@]}"
+}
+
+sparse_database() {                       # LEVEL, in percent
+    part "databases/sparse-$1" -m database.sparsegpt "${calibrated[@]}" "${database[@]}" "${sparse_levels[@]}" \
+        --sparsity "$(fraction "$1")" --save_dir "$runs/databases/sparse-$1"
+}
+
+quant_database() {
+    part databases/quant -m database.gptq "${calibrated[@]}" "${database[@]}" "${quant_levels[@]}" \
+        --save_dir "$runs/databases/quant"
+}
+
+# search_sparsity LEVEL METHOD NAME FLAGS...: search on the level's database and evaluate the result
+search_sparsity() {
+    local level=$1 method=$2 name=$3 folder=$runs/databases/sparse-$1
+    shift 3
+    part "$name" evo_unstructured.py "${calibrated[@]}" --sparse_weights_path "$folder" --no_eval \
+        --configuration_name "$name.txt" --output_dir "$runs/$name" "$@"
+    measured sparsity "$level" "$method" "$name" --sparse_weights_path "$folder" --sparse_config_path "$runs/$name/$name.txt"
+}
+
+# search_bits LEVEL METHOD NAME FLAGS...: search at an average of LEVEL bits and evaluate the result
+search_bits() {
+    local level=$1 method=$2 name=$3 folder=$runs/databases/quant
+    shift 3
+    part "$name" evo_quant.py "${calibrated[@]}" --quant_weights_path "$folder" --target_bitwidth "$level" --no_eval \
+        --configuration_name "$name.txt" --output_dir "$runs/$name" "$@"
+    measured quant "$level" "$method" "$name" --quant_weights_path "$folder" --quant_config_path "$runs/$name/$name.txt"
+}
+
+fraction() { awk "BEGIN { print $1 / 100 }"; }
+
+in_bits() { awk "BEGIN { exit !($1 < 10) }"; }   # in tables that have both, a level below 10 is bits, above percent

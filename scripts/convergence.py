@@ -1,0 +1,95 @@
+"""Rank the best candidate of every generation of a search among all candidates there are.
+
+    python evo_drop.py ... --sparsity 0.375 --drop_entire_block --drop_two_consecutive --output_dir run
+    python scripts/convergence.py ... --sparsity 0.375 --search run --output convergence.json
+
+Every way to drop that share of the pairs of consecutive blocks is measured by KL divergence from the whole model on
+tokens of the search's own calibration text. Beside the JSON, convergence-optimum.txt has the best one.
+"""
+import argparse
+import itertools
+import json
+import math
+import random
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from baselines.drop_scores import BATCH, without
+from baselines.inputs import check_calibration_flags, load_inputs
+from utils.configs import DROP_WORDS, write_drop_config
+from utils.data import draw_minibatch
+from utils.fitness import Fitness
+from utils.flags import add_calibration_flags, add_model_flags
+from utils.model import load_config
+from utils.runs import check_writable_file, format_table, user_errors, write_atomic
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_flags(parser)
+    add_calibration_flags(parser, tokens=131072)
+    parser.add_argument("--sparsity", type=float, required=True, metavar="FRACTION", help="as in the search, e.g. 0.375")
+    parser.add_argument("--brute_force_tokens", type=int, default=8192, metavar="TOKENS",
+                        help="of the calibration text, on which every candidate is measured (default: 8192)")
+    parser.add_argument("--search", type=Path, required=True, metavar="FOLDER", help="of the run of evo_drop.py")
+    parser.add_argument("--seed", type=int, default=0, help="of the search (default: 0)")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="write the ranks as JSON there")
+    return parser.parse_args(argv)
+
+
+def pairs_dropped(sparsity: float, num_blocks: int) -> int:
+    return math.floor(sparsity * (num_blocks // 2) + 1e-9)
+
+
+def first_reached(ranks: list[int]) -> list[tuple[int, int]]:
+    """(generation, rank) of every generation in which the best candidate so far changes its rank."""
+    return [(generation, rank) for generation, (rank, before) in enumerate(zip(ranks, [None, *ranks]), 1)
+            if rank != before]
+
+
+def main(argv: list[str] | None = None) -> dict:
+    args = parse_arguments(argv)
+    with user_errors():
+        config = load_config(args.model_name_or_path, args.trust_remote_code)
+        check_calibration_flags(args)
+        check_writable_file(args.output, "--output")
+        winners = [record["dropped"] for record in map(json.loads, (args.search / "log.jsonl").read_text().splitlines())
+                   if "dropped" in record]
+        decoder, documents = load_inputs(args, config)
+    num_blocks = len(decoder.blocks)
+    fitness = Fitness(decoder, documents, lambda i, state: decoder.blocks[i].drop(*state),
+                      microbatch_tokens=args.microbatch_tokens, progress="uncompressed model on calibration data")
+    minibatch = draw_minibatch(documents, args.brute_force_tokens, random.Random(args.seed))
+    words = {state: word for word, state in DROP_WORDS.items()}
+    divergences: dict[str, float] = {}
+    count = pairs_dropped(args.sparsity, num_blocks)
+    total = math.comb(num_blocks // 2, count)
+    combinations = itertools.combinations(range(num_blocks // 2), count)
+    began = shown = time.time()
+    while batch := list(itertools.islice(combinations, BATCH)):
+        candidates = [without(tuple(block for pair in pairs for block in (2 * pair, 2 * pair + 1)), num_blocks)
+                      for pairs in batch]
+        for candidate, (value,) in zip(candidates, fitness.measure(candidates, minibatch)):
+            divergences[" ".join(words[state] for state in candidate)] = value
+        if time.time() - shown > 10:
+            shown = time.time()
+            print(f"brute force: {len(divergences):,} of {total:,}, "
+                  f"{(shown - began) * (total - len(divergences)) / len(divergences):.0f} s left", flush=True)
+
+    ranked = sorted(divergences, key=divergences.get)
+    ranks = [ranked.index(winner) + 1 for winner in winners]
+    print(format_table([["generation", "rank of the best", "of", "KL", "optimum's KL"],
+                        *[[generation, rank, total, divergences[ranked[rank - 1]], divergences[ranked[0]]]
+                          for generation, rank in first_reached(ranks)]]))
+    write_drop_config(args.output.with_name("convergence-optimum.txt"),
+                      [DROP_WORDS[word] for word in ranked[0].split()])
+    result = {"model": args.model_name_or_path, "candidates": total, "ranks": ranks,
+              "KL": [divergences[winner] for winner in winners], "optimum": ranked[0], "optimum's KL": divergences[ranked[0]]}
+    write_atomic(args.output, json.dumps(result) + "\n")
+    return result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Dropping more can lose less: of all sets of up to three blocks, the two A and B, B being A and one more block, for which
+# dropping B has the least of A's KL divergence. Found on calibration text, shown on held-out text.
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+MODEL=${MODEL:-"$llama3 $llama2 $mistral"}
+sets=(--most 3 --calibration_tokens 8192)
+[ -z "$SMALL" ] || sets=(--most 2 --calibration_tokens 1024)
+
+table() {
+    part nonmonotonicity scripts/nonmonotonicity.py "${calibrated[@]}" "${sets[@]}" --save_dir "$runs/nonmonotonicity"
+    measured depth 0 Dense dense
+    measured depth fewer A nonmonotonicity-fewer --drop_config "$runs/nonmonotonicity/fewer.txt"
+    measured depth more "A and one block" nonmonotonicity-more --drop_config "$runs/nonmonotonicity/more.txt"
+    report
+}
+
+tables table
