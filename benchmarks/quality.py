@@ -20,10 +20,11 @@ sys.path[0] = str(ROOT)
 from utils.runs import format_table
 
 MARKS = ("<!-- quality -->", "<!-- /quality -->")
-DEPTH = ["--generations", "20", "--offspring", "24", "--tokens_per_selection", "1024", "8192", "--survivors_per_selection", "2", "1",
-         "--initial_tokens", "1024"]
-LEVELS = ["--generations", "12", "--offspring", "16", "--tokens_per_selection", "512", "2048", "8192", "--survivors_per_selection", "4", "2",
-          "1", "--initial_tokens", "1024"]
+DEPTH = ["--generations", "20", "--offspring", "24", "--tokens_per_selection", "1024", "8192",
+         "--survivors_per_selection", "2", "1", "--initial_tokens", "1024"]
+LEVELS = ["--generations", "10", "--offspring", "16", "--tokens_per_selection", "512", "2048", "4096",
+          "--survivors_per_selection", "4", "2", "1", "--initial_tokens", "1024", "--calibration_tokens", "32768",
+          "--eval_tokens", "16384"]
 
 
 def parse_arguments() -> argparse.Namespace:
