@@ -31,8 +31,9 @@ def read_paper(path: Path = PAPER) -> Figures:
         return {(row["table"], row["model"], row["level"], row["method"]): row for row in csv.DictReader(stream)}
 
 
-def read_measured(path: Path) -> dict[str, float]:
-    """Column -> value: a perplexity of every dataset, the KL divergence on the first, the average accuracy."""
+def read_measured(path: Path) -> dict[str, float | None]:
+    """Column -> value: a perplexity of every dataset, the KL divergence on the first, the average accuracy. NaN, which
+    is no measurement, is None."""
     try:
         results = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -42,7 +43,7 @@ def read_measured(path: Path) -> dict[str, float]:
     values |= {f"{dataset} KL": figures["kl"] for dataset, figures in list(datasets.items())[:1]}
     if results.get("average_accuracy") is not None:
         values["avg. acc."] = results["average_accuracy"]
-    return {column: value for column, value in values.items() if not math.isnan(value)}
+    return {column: None if math.isnan(value) else value for column, value in values.items()}
 
 
 def side_by_side(model: str, rows: list[tuple[str, str, str, Path]], paper: Figures
@@ -61,7 +62,7 @@ def side_by_side(model: str, rows: list[tuple[str, str, str, Path]], paper: Figu
                       *[values.get(column) for column in columns]])
         if figures.get("note"):
             notes.append(f"paper, {level} {method}: {figures['note']}")
-        empty = [column for column in columns if column not in values] or ([] if columns else ["everything"])
+        empty = [column for column in columns if values.get(column) is None] or ([] if columns else ["everything"])
         if empty:
             missing.append(f"{level} {method}: no {', '.join(empty)} in {path}")
     return table, notes, missing
