@@ -61,7 +61,7 @@ else
 fi
 [ -n "$TASKS" ] || tasks=()
 quant_levels=(--bitwidth_options 2 3 4 5 6 --calibration_bitwidth 3 --group_size 128 --perchannel)
-export TRANSFORMERS_VERBOSITY=error TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
+export TRANSFORMERS_VERBOSITY=error HF_HUB_DISABLE_PROGRESS_BARS=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 
 # tables FUNCTION: what it takes for every model of $MODEL, then FUNCTION for every one. FUNCTION runs twice: the first
 # time its parts are only written down, and scripts/estimate.py reads from them what they need.
@@ -117,10 +117,10 @@ part() {
 # measured TABLE LEVEL METHOD NAME FLAGS...: evaluate a configuration, and make it a row of the report; the first three
 # are the key of the paper's figures in paper_tables.csv
 measured() {
-    local table=$1 level=$2 method=$3 name=$4
+    local table=$1 level=$2 method=$3 name=eval${TASKS:+-tasks}/$4
     shift 4
-    part "eval/$name" eval_config.py "${base[@]}" "${evaluation[@]}" "${tasks[@]}" "$@" --output "$runs/eval/$name.json"
-    rows+=(--row "$table" "$level" "$method" "$runs/eval/$name.json")
+    part "$name" eval_config.py "${base[@]}" "${evaluation[@]}" "${tasks[@]}" "$@" --output "$runs/$name.json"
+    rows+=(--row "$table" "$level" "$method" "$runs/$name.json")
 }
 
 # the rows so far beside the paper's; fails where one is empty
