@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> dict:
                   "blocks": {"dense": len(decoder.blocks), "exported": len(regrouped.pairs)},
                   "parameters": {"dense": dense["parameters"], "exported": count(regrouped.model)["parameters"]},
                   "bytes": {"dense": dense["bytes"], "exported": weight_bytes(folder)},
-                  "zeros": sum(int((parameter == 0).sum()) for parameter in regrouped.model.parameters()), **report}
+                  "zeros": sum(int((weight == 0).sum()) for weight in regrouped.model.parameters()), **report}
         lines = describe(report, dropped, regrouped)
         write_atomic(folder / "README.md", model_card(report, lines, evaluation))
         write_atomic(folder / MARK, json.dumps(report, indent=2) + "\n")
@@ -110,7 +110,8 @@ def check_flags(args: argparse.Namespace, config) -> None:
     if args.format == "auto":
         args.format = "compressed-tensors" if args.quant_config_path else "dense"
     if not (args.drop_config or args.sparse_config_path or args.quant_config_path):
-        raise ValueError("--drop_config, --sparse_config_path, --quant_config_path: nothing to export; give a configuration")
+        raise ValueError("--drop_config, --sparse_config_path, --quant_config_path: nothing to export; give a "
+                         "configuration")
     check_configuration_flags(args, config)
     if args.format == "compressed-tensors" and not args.quant_config_path:
         raise ValueError("--format compressed-tensors: holds quantized weights; give --quant_weights_path and "
@@ -140,6 +141,8 @@ def read_evaluation(args: argparse.Namespace) -> dict | None:
     if args.evaluation:
         try:
             evaluation = json.loads(Path(args.evaluation).read_text(encoding="utf-8"))
+            if not evaluation:
+                raise ValueError("it is empty")
             evaluation_rows(evaluation)
         except (OSError, ValueError, AttributeError, TypeError) as error:
             raise ValueError(f"--evaluation {args.evaluation}: not the JSON that eval_config.py --output writes "
@@ -191,7 +194,8 @@ def quantized_layers(regrouped: Regrouped, database: Database, levels: Mapping[s
         if source in levels and f"{name}.weight" in regrouped.zeroed:
             layers[name] = pack_quantized.zero_layer(database.shape(source))
         elif source in levels:
-            layers[name] = Quantized(*database.codes(source, levels[source]), levels[source], database.group_size(source))
+            level = levels[source]
+            layers[name] = Quantized(*database.codes(source, level), level, database.group_size(source))
     return layers
 
 
@@ -199,6 +203,10 @@ def write_checkpoint(folder: Path, model: nn.Module, tokenizer, quantized: Mappi
                      args: argparse.Namespace) -> dict:
     """Write the files that `from_pretrained` reads; returns what to report of the quantized layers."""
     tokenizer.save_pretrained(folder)
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:                               # transformers loads a temperature without sampling, but saves none
+        model.generation_config.do_sample = True
     if not quantized:
         model.save_pretrained(folder, max_shard_size=args.max_shard_size)
         return {}
@@ -218,9 +226,10 @@ def write_checkpoint(folder: Path, model: nn.Module, tokenizer, quantized: Mappi
     notes = [f"vLLM's kernels take output sizes that are multiples of 32; {len(odd)} quantized layers (first {odd[0]}) "
              f"are not."] if odd else []
     if model.dtype == torch.bfloat16:
-        notes.append("Scales are float16, and loading in bfloat16, this file's default, rounds them; load it in float16 "
-                     "or float32, or export with that --dtype, for the weights to the bit.")
-    return {"vllm_fused_rule": not uneven, "unevenly_packed": uneven, "notes": notes, **pack_quantized.bits_a_weight(quantized.values(), stored)}
+        notes.append("Scales are float16, and loading in bfloat16, this file's default, rounds them; load it in "
+                     "float16 or float32, or export with that --dtype, for the weights to the bit.")
+    return {"vllm_fused_rule": not uneven, "unevenly_packed": uneven, "notes": notes,
+            **pack_quantized.bits_a_weight(quantized.values(), stored)}
 
 
 def linear_layers(model: nn.Module) -> list[str]:
@@ -242,27 +251,31 @@ def weight_bytes(folder: Path) -> int:
 
 def describe(report: dict, dropped: list[tuple[bool, bool]], regrouped: Regrouped) -> list[str]:
     """What the export is, in lines of Markdown."""
-    dense, exported = ([report[key][side] for key in ("bytes", "parameters", "blocks")] for side in ("dense", "exported"))
-    rows = [["", "dense", "exported"],
-            ["bytes on disk", f"{dense[0]:,}", f"{exported[0]:,}"],
-            ["parameters", f"{dense[1]:,}", f"{exported[1]:,}"],
-            ["blocks", *(str(report["blocks"][side]) for side in ("dense", "exported"))],
-            ["bits a parameter, all files", 8 * dense[0] / dense[1], 8 * exported[0] / exported[1]]]
-    lines = [f"{dense[1] - exported[1]:,} of {dense[1]:,} parameters removed ({1 - exported[1] / dense[1]:.2%}); "
-             f"{report['zeros']:,} of the others are zero ({report['zeros'] / exported[1]:.2%})."]
+    sides = ("dense", "exported")
+    rows = [["", *sides],
+            ["bytes on disk", *(f"{report['bytes'][side]:,}" for side in sides)],
+            ["parameters", *(f"{report['parameters'][side]:,}" for side in sides)],
+            ["blocks", *(str(report["blocks"][side]) for side in sides)],
+            ["bits a parameter, all files",
+             *(8 * report["bytes"][side] / report["parameters"][side] for side in sides)]]
+    before, after = (report["parameters"][side] for side in sides)
+    lines = [f"{before - after:,} of {before:,} parameters removed ({1 - after / before:.2%})."]
     if "bits_a_weight" in report:
         bits = report["bits_a_weight"]
-        lines.append(f"Quantized layers: {bits['codes']:.3f} bits a weight as searched, {bits['stored']:.3f} as stored, "
-                     f"with scales and zeros.")
-    if report["blocks"]["exported"] < report["blocks"]["dense"] or any(map(any, dropped)):
+        lines.append(f"Quantized layers: {bits['codes']:.3f} bits a weight as searched, {bits['stored']:.3f} as "
+                     f"stored, with scales and zeros.")
+    else:
+        lines.append(f"{report['zeros']:,} of the parameters that are left are zero ({report['zeros'] / after:.2%}).")
+    if any(map(any, dropped)):
         halves = sum(half is None for pair in regrouped.pairs for half in pair)
-        lines.append(f"Dropped: {sum(attn for attn, _ in dropped)} attentions and {sum(mlp for _, mlp in dropped)} MLPs; "
-                     f"{halves} unpaired halves are zeros.")
+        lines.append(f"Dropped: {sum(attn for attn, _ in dropped)} attentions and {sum(mlp for _, mlp in dropped)} "
+                     f"MLPs; {halves} unpaired halves are zeros.")
     if "vllm_fused_rule" in report:
         uneven = report["unevenly_packed"]
         lines.append("vLLM's rule that fused layers (q/k/v, gate/up) share their packing holds." if not uneven else
-                     f"vLLM's rule that fused layers share their packing does not hold for {len(uneven)} sets of layers "
-                     f"(first {', '.join(uneven[0])}), so vLLM cannot load this; --fuse promote makes it hold.")
+                     f"vLLM's rule that fused layers share their packing does not hold for {len(uneven)} sets of "
+                     f"layers (first {', '.join(uneven[0])}), so vLLM cannot load this; --fuse promote makes it hold "
+                     f"where all of them are quantized.")
     return [format_table(rows), "", *lines, *report.get("notes", ())]
 
 

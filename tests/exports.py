@@ -1,4 +1,4 @@
-"""What the export tests share: databases with codes of our choosing, and checkpoints reloaded in a process of their own."""
+"""What the export tests share: databases of random levels, and checkpoints reloaded in a process of their own."""
 import atexit
 import functools
 import json

@@ -1,7 +1,8 @@
-"""Depth and sparsity exports: reloaded in a fresh process by plain transformers, they are the searched model to the bit."""
+"""Depth and sparsity exports: reloaded in a fresh process by plain transformers, they are the searched model."""
 import json
 import multiprocessing
 import random
+import shutil
 import time
 from pathlib import Path
 
@@ -142,6 +143,14 @@ def test_everything_dropped_still_loads(tmp_path, tokenizer):
     loaded = reload(out, tokens)
     with torch.no_grad():
         assert torch.equal(loaded["logits"], families.dropped_copy(model, [(True, True)] * 6)(tokens).logits)
+
+
+def test_generation_config_is_kept_even_where_transformers_refuses_to_save_it(tmp_path, checkpoint):
+    folder = shutil.copytree(checkpoint, tmp_path / "m")
+    (folder / "generation_config.json").write_text('{"temperature": 0.6, "max_length": 99, "do_sample": false}')
+    out = export_dropped(tmp_path, str(folder), DROPPED)
+    saved = json.loads((out / "generation_config.json").read_text())
+    assert saved["temperature"] == 0.6 and saved["max_length"] == 99
 
 
 # ---- sparsity --------------------------------------------------------------------------------------------------------

@@ -12,6 +12,8 @@ import families
 import pytest
 import torch
 from exports import random_quantized, save_model, write_database, write_levels
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from database import packing
 from database.store import Database
@@ -46,8 +48,8 @@ class LlamaCpp:
         The binding reports them, as they are before any bias, together with a sampled token that is text: the bias
         makes it sample the letter that the tests' tokenizer has as token 66.
         """
-        answer = self.server.handle_completions({"prompt": tokens, "n_predict": 1, "n_probs": vocabulary, "temperature": 0,
-                                                 "logit_bias": [[66, 1000]], "cache_prompt": False})
+        answer = self.server.handle_completions({"prompt": tokens, "n_predict": 1, "n_probs": vocabulary,
+                                                 "temperature": 0, "logit_bias": [[66, 1000]], "cache_prompt": False})
         found = {entry["id"]: entry["logprob"] for entry in
                  answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]}
         return torch.tensor([found[token] for token in range(vocabulary)], dtype=torch.float64)
@@ -85,8 +87,8 @@ def layer_of(bits: int, group_size: int, sym: bool, shape=(5, 64)) -> Quantized:
 
 @needs_gguf
 @pytest.mark.parametrize("bits, sym, kind", [
-    (2, False, "Q4_0"), (3, False, "Q4_0"), (4, False, "Q5_0"), (4, True, "Q4_0"), (5, False, "Q8_0"), (5, True, "Q5_0"),
-    (6, False, "Q8_0"), (6, True, "Q8_0"), (7, False, "Q8_0"), (8, True, "Q8_0")])
+    (2, False, "Q4_0"), (3, False, "Q4_0"), (4, False, "Q5_0"), (4, True, "Q4_0"), (5, False, "Q8_0"),
+    (5, True, "Q5_0"), (6, False, "Q8_0"), (6, True, "Q8_0"), (7, False, "Q8_0"), (8, True, "Q8_0")])
 @pytest.mark.parametrize("group_size", [32, 64, 96])
 def test_blocks_hold_the_databases_weights_to_the_bit(bits, sym, kind, group_size):
     import gguf
@@ -134,7 +136,7 @@ def test_depth_export_is_the_searched_model_in_llama_cpp(tmp_path, tokenizer, fa
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 @pytest.mark.parametrize("drop", [False, True])
 def test_quantized_export_agrees_to_the_blocks_rounding_in_llama_cpp(tmp_path, tokenizer, capsys, family, drop):
-    """llama.cpp rounds the inputs of quantized layers to 8 bits, blocks of 32 at a time: that is all that may differ."""
+    """llama.cpp rounds the inputs of quantized layers to 8 bits, 32 at a time: that is all that may differ."""
     model = families.build(family, vocab_size=len(tokenizer), **SIZES | dict(intermediate_size=80))
     folder = save_model(tmp_path / "m", model, tokenizer)
     database = write_database(tmp_path / "db", folder, "gptq", [2, 3, 4, 5, 6, 8], 32)
@@ -155,12 +157,40 @@ def test_quantized_export_agrees_to_the_blocks_rounding_in_llama_cpp(tmp_path, t
     assert differences(path, searched) < 0.1
 
 
+def with_byte_fallback() -> PreTrainedTokenizerFast:
+    """A tokenizer of Llama 2's kind: no splitting, spaces as ▁, bytes for what it does not know."""
+    letters = [chr(code) for code in range(ord("!"), ord("~") + 1)] + ["▁"]
+    merges = [("t", "h"), ("h", "e"), ("th", "e"), ("▁", "the"), ("e", "r"), ("i", "n"), ("▁", "in"), ("he", "r")]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters, *map("".join, merges)]
+    core = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, merges, unk_token="<unk>",
+                                fuse_unk=True, byte_fallback=True))
+    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                      decoders.Strip(" ", 1, 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
 @needs_llama_cpp
-def test_llama_cpp_tokenizes_alike(tmp_path, tokenizer, checkpoint):
-    write_drop_config(tmp_path / "drop.txt", [(True, False)] * 6)
-    path, _ = export_gguf(tmp_path, "--model_name_or_path", checkpoint, "--drop_config", str(tmp_path / "drop.txt"))
-    text = "def bisect(a, x):\n    return a[x]  # it's 1234 naïve words"
-    assert LlamaCpp(path).tokenize(text) == tokenizer(text).input_ids
+@pytest.mark.parametrize("fallback", [False, True])
+def test_llama_cpp_tokenizes_alike(tmp_path, tokenizer, fallback):
+    tokenizer = with_byte_fallback() if fallback else tokenizer
+    folder = families.save_llama(tmp_path / "m", tokenizer, num_hidden_layers=2)
+    write_drop_config(tmp_path / "drop.txt", [(True, False)] * 2)
+    path, _ = export_gguf(tmp_path, "--model_name_or_path", folder, "--drop_config", str(tmp_path / "drop.txt"))
+    runtime = LlamaCpp(path)
+    for text in ("the other thinner theory", "def bisect(a, x):\n    return a[x]  # it's 1234 naïve words"):
+        assert runtime.tokenize(text) == tokenizer(text).input_ids
+
+
+@needs_gguf
+@pytest.mark.parametrize("tied", [False, True])
+def test_tied_head_is_written_once(tmp_path, tokenizer, tied):
+    import gguf
+    folder = families.save_llama(tmp_path / "m", tokenizer, num_hidden_layers=2, tie_word_embeddings=tied)
+    write_drop_config(tmp_path / "drop.txt", [(True, False)] * 2)
+    path, _ = export_gguf(tmp_path, "--model_name_or_path", folder, "--drop_config", str(tmp_path / "drop.txt"))
+    names = {tensor.name for tensor in gguf.GGUFReader(path).tensors}
+    assert "token_embd.weight" in names and ("output.weight" in names) != tied
 
 
 # ---- user errors -----------------------------------------------------------------------------------------------------

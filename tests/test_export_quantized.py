@@ -159,7 +159,8 @@ def test_dropped_and_quantized_together(tmp_path, tokenizer, mixed, form):
     write_drop_config(tmp_path / "drop.txt", DROPPED)
     out, report = export_quantized(tmp_path, folder, database, config, "--drop_config", str(tmp_path / "drop.txt"),
                                    "--format", form, *(["--fuse", "promote"] if form != "dense" else []))
-    searched = families.dropped_copy(searched_model(families.build("llama"), searched_weights(database, config)), DROPPED)
+    quantized = searched_model(families.build("llama"), searched_weights(database, config))
+    searched = families.dropped_copy(quantized, DROPPED)
     loaded = reload(out, TOKENS)
     with torch.no_grad():
         assert (loaded["logits"] - searched(TOKENS).logits).abs().max() <= (1e-5 if form != "dense" else 0)
@@ -189,7 +190,8 @@ def test_level_instead_of_a_file_and_sizes_from_what_was_written(tmp_path, token
 
 
 def test_bfloat16_export_says_what_rounds_and_is_exact_in_float32(tmp_path, tokenizer, capsys):
-    folder = save_model(tmp_path / "m", families.build("qwen3", dtype=torch.bfloat16, tie_word_embeddings=True), tokenizer)
+    model = families.build("qwen3", dtype=torch.bfloat16, tie_word_embeddings=True)
+    folder = save_model(tmp_path / "m", model, tokenizer)
     database = write_database(tmp_path / "db", folder, "gptq", [4], 16)
     out, _ = export_quantized(tmp_path, folder, database, "4")
     assert "loading in bfloat16" in capsys.readouterr().out

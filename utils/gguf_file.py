@@ -15,7 +15,8 @@ from torch import nn
 
 from utils.pack_quantized import Quantized, bits_a_weight
 
-ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}    # model_type -> GGUF's name
+# model_type -> GGUF's name of the architecture
+ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 BLOCK = 32
 HALF_RANGES = {"Q4_0": 8, "Q5_0": 16, "Q8_0": 128}      # a type holds integers from minus this to this less one
 # regular expressions with which tokenizers split text, and llama.cpp's names for them
@@ -29,7 +30,8 @@ def check_gguf(config, tokenizer) -> None:
     try:
         import gguf  # noqa: F401
     except ImportError as error:
-        raise ValueError("--format gguf: the gguf package is not installed; pip install -r requirements-gguf.txt") from error
+        raise ValueError("--format gguf: the gguf package is not installed; pip install -r requirements-gguf.txt"
+                         ) from error
     if config.model_type not in ARCHITECTURES:
         raise ValueError(f"--format gguf: {config.model_type} models are not supported, only "
                          f"{', '.join(ARCHITECTURES)}; use another --format")
@@ -43,8 +45,8 @@ def check_gguf(config, tokenizer) -> None:
         raise ValueError(f"--format gguf: rotary embeddings of type {rope_type} are not supported for "
                          f"{config.model_type}; use another --format")
     if len(tokenizer) > config.vocab_size:
-        raise ValueError(f"--tokenizer_name: has {len(tokenizer)} tokens, but the model only {config.vocab_size}, which "
-                         f"llama.cpp does not load; give the model's own tokenizer")
+        raise ValueError(f"--tokenizer_name: has {len(tokenizer)} tokens, but the model only {config.vocab_size}, "
+                         f"which llama.cpp does not load; give the model's own tokenizer")
     split_name(tokenizer_json(tokenizer))
 
 
@@ -58,7 +60,9 @@ def write_gguf(path: Path, model: nn.Module, tokenizer, quantized: Mapping[str, 
     write_tokenizer(writer, tokenizer, config.vocab_size)
     names = gguf.get_tensor_name_map(next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == architecture),
                                      config.num_hidden_layers)
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads} if architecture == "llama" else {}
+    heads = {}
+    if architecture == "llama":
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     if config.rope_parameters.get("rope_type", "default") != "default":
         writer.add_tensor("rope_freqs.weight", rope_factors(model).numpy())
     stored, as_f32 = 0, []
@@ -145,7 +149,7 @@ def interleaved_rows(rows: int, num_heads: int | None) -> torch.Tensor:
 
 
 def rope_factors(model: nn.Module) -> torch.Tensor:
-    """What each plain rotary frequency is divided by, float32 [head size / 2]: scaled frequencies in llama.cpp's form."""
+    """What each plain rotary frequency is divided by, float32 [head size / 2]: llama.cpp's form of scaled ones."""
     actual = model.get_decoder().rotary_emb.inv_freq.float().cpu()
     exponents = torch.arange(len(actual), dtype=torch.float32) / len(actual)
     return model.config.rope_parameters["rope_theta"]**-exponents / actual
@@ -191,8 +195,8 @@ def split_name(description: dict) -> str | None:
         pattern = patterns[0] if patterns else None
         if pattern in SPLITS:
             return SPLITS[pattern]
-    raise ValueError("--format gguf: llama.cpp would split text unlike this tokenizer; supported are BPE tokenizers with "
-                     "byte fallback and the byte-level ones of GPT-2, Llama 3 and Qwen 2, so use another --format")
+    raise ValueError("--format gguf: llama.cpp would split text unlike this tokenizer; supported are BPE tokenizers "
+                     "with byte fallback and the byte-level ones of GPT-2, Llama 3 and Qwen 2, so use another --format")
 
 
 def write_tokenizer(writer, tokenizer, vocab_size: int) -> None:
@@ -228,6 +232,7 @@ def write_tokenizer(writer, tokenizer, vocab_size: int) -> None:
                           (tokenizer.pad_token_id, writer.add_pad_token_id)):
         if token_id is not None:
             add(token_id)
-    writer.add_add_bos_token(tokenizer.bos_token_id is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id)
+    writer.add_add_bos_token(tokenizer.bos_token_id is not None
+                             and tokenizer("a").input_ids[0] == tokenizer.bos_token_id)
     if isinstance(tokenizer.chat_template, str):
         writer.add_chat_template(tokenizer.chat_template)

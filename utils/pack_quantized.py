@@ -63,7 +63,7 @@ def fused_layers(names: Iterable[str]) -> list[list[str]]:
 
 
 def unevenly_packed(linear: Iterable[str], schemes: Mapping[str, Scheme]) -> list[list[str]]:
-    """The sets of fused layers, among all `linear` layers of the model, that are not packed alike: vLLM refuses them."""
+    """The sets of fused layers, among all `linear` ones of the model, that are not packed alike: vLLM refuses them."""
     return [names for names in fused_layers(linear) if len({schemes.get(name) for name in names}) > 1]
 
 

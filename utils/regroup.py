@@ -70,8 +70,8 @@ def regroup(decoder: Decoder, dropped: Sequence[tuple[bool, bool]]) -> Regrouped
         if regrouped is not None and same_settings(decoder, regrouped) and torch.equal(
                 regrouped.model(input_ids=tokens, use_cache=False).logits, expected):
             return regrouped
-    raise ValueError(f"{type(decoder.model).__name__}: zeroing the dropped sub-blocks does not give the model that skips "
-                     f"them, so this configuration cannot be exported; expected a sub-block of zero weights to add zeros")
+    raise ValueError(f"{type(decoder.model).__name__}: zeroing the dropped sub-blocks does not give the model that "
+                     f"skips them, so this configuration cannot be exported; expected zero weights to add zeros")
 
 
 @torch.no_grad()
@@ -82,7 +82,8 @@ def child_roles(decoder: Decoder, block: Block, tokens: torch.Tensor) -> dict[st
     being all zeros while the attention is dropped; everything else that runs later is the MLP's.
     """
     names = {child: name for name, child in block.module.named_children()}
-    roles = {names[child]: "attn" for child in block.attn.modules} | {names[child]: "mlp" for child in block.mlp.modules}
+    roles = {names[child]: "attn" for child in block.attn.modules}
+    roles.update({names[child]: "mlp" for child in block.mlp.modules})
     attention, after = block.attn.modules[0], False
 
     def record(module, args, kwargs):
