@@ -22,7 +22,7 @@ from utils.runs import format_table
 MARKS = ("<!-- quality -->", "<!-- /quality -->")
 DEPTH = ["--generations", "20", "--offspring", "24", "--tokens_per_selection", "1024", "8192",
          "--survivors_per_selection", "2", "1", "--initial_tokens", "1024"]
-LEVELS = ["--generations", "10", "--offspring", "16", "--tokens_per_selection", "512", "2048", "4096",
+LEVELS = ["--offspring", "16", "--tokens_per_selection", "512", "2048", "4096",
           "--survivors_per_selection", "4", "2", "1", "--initial_tokens", "1024", "--calibration_tokens", "32768",
           "--eval_tokens", "16384"]
 
@@ -80,8 +80,8 @@ def main() -> None:
             ["-m", "database.sparsegpt", *build, "--sparsity", share, "--save_dir", database]]))
         for seed in range(args.seeds):
             searches.append((f"sparsity {share:.0%}", seed, out / f"sparsity-{share}-{seed}", [
-                "evo_unstructured.py", *search, *LEVELS, "--sparse_weights_path", database, "--configuration_name",
-                f"seed-{seed}.txt"]))
+                "evo_unstructured.py", *search, *LEVELS, "--generations", 10 if share == 0.5 else 6,  # least to gain
+                "--sparse_weights_path", database, "--configuration_name", f"seed-{seed}.txt"]))
     if "bits" in args.tasks:
         preparations.append((out / "quant" / "manifest.json", [
             ["-m", "database.gptq", *build, "--bitwidth_options", 2, 3, 4, 5, 6, "--calibration_bitwidth", 3,
@@ -89,16 +89,20 @@ def main() -> None:
     for target in (2.25, 2.5, 3) if "bits" in args.tasks else ():
         for seed in range(args.seeds):
             searches.append((f"{target} bits", seed, out / f"bits-{target}-{seed}", [
-                "evo_quant.py", *search, *LEVELS, "--quant_weights_path", out / "quant", "--target_bitwidth", target,
-                "--configuration_name", f"{target}-seed-{seed}.txt"]))
+                "evo_quant.py", *search, *LEVELS, "--generations", 6, "--quant_weights_path", out / "quant",
+                "--target_bitwidth", target, "--configuration_name", f"{target}-seed-{seed}.txt"]))
 
     def prepare(item) -> None:
         result, commands = item
+        if result.parent.name.startswith("shortgpt") and result.exists():
+            return
         for number, command in enumerate(commands):
             run(command, out / "logs" / f"{result.parent.name}-{number}.log")
 
     def one(item) -> None:
         _, seed, folder, command = item
+        if (folder / "summary.json").exists():
+            return
         run([*command, "--seed", seed, "--output_dir", folder], out / "logs" / f"{folder.name}.log")
         print(f"{folder.name} done", flush=True)
 
@@ -107,10 +111,11 @@ def main() -> None:
         list(pool.map(one, searches))
 
     rows = [["budget", "baseline", "baseline KL", "search KL, median", "range", "seeds below baseline", "baseline ppl",
-             "search ppl, median", "dense ppl"]]
+             "search ppl, median", "dense ppl", "tokens searched"]]
     for task in dict.fromkeys(task for task, *_ in searches):
         folders = [folder for name, _, folder, _ in searches if name == task]
-        summaries = [json.loads((folder / "summary.json").read_text())["evaluation"] for folder in folders]
+        finished = [json.loads((folder / "summary.json").read_text()) for folder in folders]
+        summaries = [summary["evaluation"] for summary in finished]
         start = next(name for name in summaries[0] if name not in ("dense", "search"))
         baselines = {("best of 64 random" if task.startswith("depth") else start): [
             summary[start][args.data] for summary in summaries]}
@@ -124,7 +129,7 @@ def main() -> None:
                          f"{min(v['kl'] for v in found):.4f}–{max(v['kl'] for v in found):.4f}",
                          f"{sum(f['kl'] < v['kl'] for f, v in zip(found, values))} of {len(found)}",
                          statistics.median(v["ppl"] for v in values), statistics.median(v["ppl"] for v in found),
-                         summaries[0]["dense"][args.data]["ppl"]])
+                         summaries[0]["dense"][args.data]["ppl"], f"{finished[0]['tokens']:,}"])
     table = format_table(rows)
     print(table)
     (out / "table.md").write_text(table + "\n")
