@@ -179,6 +179,13 @@ def test_dp_for_sparsity_keeps_exactly_what_level_0_does_or_just_reaches_the_tar
         assert read_level_config(tmp_path / f"dp-manifest-{file}.txt") == expected
 
 
+def test_dp_for_sparsity_meets_the_budget_even_where_pruning_more_seems_better(small_sparse_database):
+    """Measured errors are noisy: they need not grow with sparsity."""
+    database = small_sparse_database
+    errors = {name: {level: 5.0 - level for level in database.levels(name)} for name in database.layers}
+    assert sum(dp.solve(database, errors, None).values()) == 0
+
+
 @pytest.mark.parametrize("kind", ["sparse", "quant"])
 def test_dp_over_measured_divergences(kind, checkpoint, small_sparse_database, small_quant_database, tmp_path):
     database = small_sparse_database if kind == "sparse" else small_quant_database
