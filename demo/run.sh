@@ -24,7 +24,7 @@ $PYTHON evo_drop.py "${search[@]}" --sparsity 0.25 --generations 16 --offspring 
     --tokens_per_selection 1024 8192 --initial_tokens 1024 --output_dir "$OUT/drop"
 
 echo "== 3/6 sparsity: database around 60%"
-$PYTHON -m database.sparsegpt "${model[@]}" --calibration_tokens 32768 --sparsity 0.6 --num_levels 8 \
+$PYTHON -m database.sparsegpt "${model[@]}" --calibration_tokens 32768 --sparsity 0.6 --num_levels 8 --weights_diff 1024 \
     --save_dir "$OUT/sparse_db"
 echo "== 4/6 sparsity: search at 60%"
 $PYTHON evo_unstructured.py "${search[@]}" --sparse_weights_path "$OUT/sparse_db" --generations 12 --offspring 24 \
