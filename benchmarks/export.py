@@ -4,7 +4,8 @@
 
 Skipping is the model as it is searched: dropped attentions and MLPs return zeros, their blocks' norms still run.
 Exported is the folder that export.py wrote, loaded by plain transformers. Configurations are random; rounds of the
-three alternate, so that other load on the machine meets all of them, and medians are reported.
+three alternate, so that other load on the machine meets all of them, and medians are reported. With one thread on a
+CPU, seconds are the process's own.
 """
 import argparse
 import random
@@ -17,7 +18,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path[0] = str(Path(__file__).resolve().parents[1])      # and not benchmarks/, which has a database.py of its own
 import export
 from utils.configs import write_drop_config
 from utils.model import Decoder, load_decoder
@@ -64,6 +65,8 @@ def speeds(model: torch.nn.Module, prompt: torch.Tensor, new_tokens: int) -> tup
     def clock() -> float:
         if prompt.is_cuda:
             torch.cuda.synchronize()
+        elif torch.get_num_threads() == 1:
+            return time.process_time()               # without what other processes take of the core
         return time.perf_counter()
 
     began = clock()
