@@ -41,22 +41,22 @@ else
     OUT=${OUT:-results/tables-small}
     DATA=${DATA:-stdlib}
     MODEL=${MODEL:-demo/model}
-    evaluation=(--eval_datasets ${EVAL_DATA:-stdlib} --eval_tokens 8192 --eval_sequence_length 256)
+    evaluation=(--eval_datasets ${EVAL_DATA:-stdlib} --eval_tokens 4096 --eval_sequence_length 256)
     TASKS=${TASKS-next_line}
-    tasks=(--tasks "$TASKS" --include_path "$OUT/small_task" --limit 24)
+    tasks=(--tasks "$TASKS" --include_path "$OUT/small_task" --limit 16)
     length=(--calibration_sequence_length 256)
-    depth_search=(--calibration_tokens 8192 --generations 8 --offspring 12 --initially_generated 16
-                  --initial_tokens 512 --survivors_per_selection 2 1 --tokens_per_selection 512 2048)
-    sparsity_search=(--calibration_tokens 8192 --generations 6 --offspring 12
-                     --survivors_per_selection 4 2 1 --tokens_per_selection 512 1024 2048)
-    quant_search=(--calibration_tokens 8192 --generations 6 --offspring 12 --initially_generated 16
-                  --initial_tokens 512 --survivors_per_selection 4 2 1 --tokens_per_selection 512 1024 2048)
-    superfast_search=(--calibration_tokens 8192 --generations 12 --offspring 6 --initially_generated 16
-                      --initial_tokens 512 --survivors_per_selection 1 1 --tokens_per_selection 256 1024)
-    baseline=(--calibration_tokens 8192)
-    owl_grid=(--calibration_tokens 8192 --owl_lambda 0.05 0.1 --owl_m 5)
-    database=(--calibration_tokens 8192 --rel_damp 0.01 --block_size 128)
-    sparse_levels=(--num_levels 4)
+    depth_search=(--calibration_tokens 4096 --generations 6 --offspring 8 --initially_generated 8
+                  --initial_tokens 256 --survivors_per_selection 2 1 --tokens_per_selection 256 1024)
+    sparsity_search=(--calibration_tokens 4096 --generations 4 --offspring 8
+                     --survivors_per_selection 4 2 1 --tokens_per_selection 256 512 1024)
+    quant_search=(--calibration_tokens 4096 --generations 4 --offspring 8 --initially_generated 8
+                  --initial_tokens 256 --survivors_per_selection 4 2 1 --tokens_per_selection 256 512 1024)
+    superfast_search=(--calibration_tokens 4096 --generations 8 --offspring 4 --initially_generated 8
+                      --initial_tokens 256 --survivors_per_selection 1 1 --tokens_per_selection 128 512)
+    baseline=(--calibration_tokens 2048)
+    owl_grid=(--calibration_tokens 2048 --owl_lambda 0.05 0.1 --owl_m 5)
+    database=(--calibration_tokens 4096 --rel_damp 0.01 --block_size 128)
+    sparse_levels=(--num_levels 2)
     export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 fi
 [ -n "$TASKS" ] || tasks=()

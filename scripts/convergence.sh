@@ -6,7 +6,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 MODEL=${MODEL:-$llama3}
 budget=(--sparsity 0.375)
 all=(--brute_force_tokens 8192)
-[ -z "$SMALL" ] || all=(--brute_force_tokens 2048)
+[ -z "$SMALL" ] || all=(--brute_force_tokens 1024)
 
 table() {
     part convergence-search evo_drop.py "${calibrated[@]}" "${depth_search[@]}" "${budget[@]}" --no_eval \

@@ -4,7 +4,7 @@
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 MODEL=${MODEL:-"$llama3 $llama2 $mistral"}
 sets=(--most 3 --calibration_tokens 8192)
-[ -z "$SMALL" ] || sets=(--most 2 --calibration_tokens 1024)
+[ -z "$SMALL" ] || sets=(--most 2 --calibration_tokens 512)
 
 table() {
     part nonmonotonicity scripts/nonmonotonicity.py "${calibrated[@]}" "${sets[@]}" --save_dir "$runs/nonmonotonicity"

@@ -44,7 +44,7 @@ doc_to_text: "{{{{context}}}}"
 doc_to_choice: "{{{{choices}}}}"
 doc_to_target: answer
 target_delimiter: ""
-metric_list: [{{metric: acc}}]
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 """)
 
 

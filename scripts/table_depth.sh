@@ -3,7 +3,8 @@
 TASKS=${TASKS-}                           # the paper's depth tables have perplexities only
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 MODEL=${MODEL:-"$mistral $llama2 $llama3 $llama31"}
-LEVELS=${LEVELS:-$([ -n "$SMALL" ] && echo 25 50 || echo 12.5 25 37.5 50)}
+LEVELS=${LEVELS:-${SMALL:+25 50}}
+LEVELS=${LEVELS:-12.5 25 37.5 50}
 declare -A scores=([ShortGPT]=cosine_similarity [CosineWindow]=window_cosine_similarity
                    [WeightSubcloning]=norm_ratio [ShortenedLlama]=perplexity)
 

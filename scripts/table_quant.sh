@@ -2,6 +2,7 @@
 # Bitwidths at 2.25, 2.5, 3 and 4 bits: the search against uniform, or the best of 32 random allocations, on GPTQ weights.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 MODEL=${MODEL:-"$mistral $llama2 $llama3 $llama31"}
+LEVELS=${LEVELS:-${SMALL:+2.5 3}}
 LEVELS=${LEVELS:-2.25 2.5 3 4}
 
 table() {

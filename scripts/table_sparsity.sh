@@ -2,6 +2,7 @@
 # Unstructured sparsity at 50, 60 and 70%: the search against uniform and OWL, all on SparseGPT weights.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 MODEL=${MODEL:-"$mistral $llama2 $llama3 $llama31 $phi3"}     # the paper has Phi-3 at 70% only
+LEVELS=${LEVELS:-${SMALL:+50 70}}
 LEVELS=${LEVELS:-50 60 70}
 
 table() {
