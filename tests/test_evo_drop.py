@@ -311,6 +311,25 @@ def test_number_of_switches_is_the_smaller_of_two_uniform_ones(monkeypatch):
         assert len(made) == fixed
 
 
+def test_every_switch_of_either_type_is_equally_likely():
+    arguments = evo_drop.parse_arguments(["--model_name_or_path", "any", "--drop_attn", "2", "--drop_mlp", "1"])
+    space, rng = evo_drop.build_space(arguments, [(10, 20)] * 4), random.Random(0)
+    parent = evo_drop.random_candidate(space, rng)
+    children = Counter(evo_drop.switch(space, parent, rng) for _ in range(7000))
+    attentions = {child: count for child, count in children.items() if child[4:] == parent[4:]}
+    mlps = {child: count for child, count in children.items() if child[:4] == parent[:4]}
+    assert len(attentions) == 2 * 2 and len(mlps) == 1 * 3 and len(children) == 7
+    assert all(count == pytest.approx(3500 / 4, rel=0.15) for count in attentions.values())
+    assert all(count == pytest.approx(3500 / 3, rel=0.15) for count in mlps.values())
+
+
+def test_every_random_start_is_equally_likely():
+    arguments = evo_drop.parse_arguments(["--model_name_or_path", "any", "--drop_attn", "2", "--drop_mlp", "1"])
+    space, rng = evo_drop.build_space(arguments, [(10, 20)] * 4), random.Random(0)
+    starts = Counter(evo_drop.random_candidate(space, rng) for _ in range(6000))
+    assert len(starts) == 6 * 4 and all(count == pytest.approx(250, rel=0.3) for count in starts.values())
+
+
 # ---- selection -------------------------------------------------------------------------------------------------------
 
 
@@ -394,6 +413,20 @@ def test_killed_anywhere_and_resumed_gives_the_same_files(options, owner, name, 
             evo_drop.main(command("killed", **options))
     assert not (tmp_path / "killed" / "summary.json").exists()
     evo_drop.main(command("killed", **options))
+    assert files(tmp_path / "killed") == files(tmp_path / "whole")
+
+
+def test_default_number_of_generations_survives_a_kill_when_fewer_sub_blocks_are_dropped_by_then(command, tmp_path,
+                                                                                               monkeypatch):
+    options = {"sparsity": None, "drop_params": 0.15, "generations": None, "initially_generated": 1, "seed": 4}
+    whole = evo_drop.main(command("whole", **options))
+    with monkeypatch.context() as patch:
+        kill_at(patch, Run, "checkpoint", 4)
+        with pytest.raises(Killed):
+            evo_drop.main(command("killed", **options))
+    state = json.loads((tmp_path / "killed" / "checkpoint.json").read_text())["state"]
+    assert [sum(candidates[0]) for candidates in (state["start"], state["population"])] == [3, 2]
+    assert evo_drop.main(command("killed", **options))["generations"] == whole["generations"] == 6
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
 
 
