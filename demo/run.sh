@@ -20,21 +20,21 @@ echo "== 1/6 depth: ShortGPT ranking, 4 of 16 blocks"
         --drop_config "$OUT/shortgpt/cosine_similarity-0.25.txt" --output "$OUT/shortgpt.json"
 }
 echo "== 2/6 depth: search, 4 of 16 attentions and 4 of 16 MLPs"
-$PYTHON evo_drop.py "${search[@]}" --sparsity 0.25 --generations 16 --offspring 24 --survivors_per_selection 2 1 \
+$PYTHON evo_drop.py "${search[@]}" --sparsity 0.25 --generations 14 --offspring 24 --survivors_per_selection 2 1 \
     --tokens_per_selection 1024 8192 --initial_tokens 1024 --output_dir "$OUT/drop"
 
 echo "== 3/6 sparsity: database around 60%"
 $PYTHON -m database.sparsegpt "${model[@]}" --calibration_tokens 32768 --sparsity 0.6 --num_levels 8 --weights_diff 1024 \
     --save_dir "$OUT/sparse_db"
 echo "== 4/6 sparsity: search at 60%"
-$PYTHON evo_unstructured.py "${search[@]}" --sparse_weights_path "$OUT/sparse_db" --generations 12 --offspring 24 \
+$PYTHON evo_unstructured.py "${search[@]}" --sparse_weights_path "$OUT/sparse_db" --generations 10 --offspring 24 \
     --survivors_per_selection 4 2 1 --tokens_per_selection 512 2048 4096 --output_dir "$OUT/sparse"
 
 echo "== 5/6 bits: database of 2 to 6 bits"
 $PYTHON -m database.gptq "${model[@]}" --calibration_tokens 32768 --bitwidth_options 2 3 4 5 6 --calibration_bitwidth 3 \
     --group_size 128 --perchannel --save_dir "$OUT/quant_db"
 echo "== 6/6 bits: search at 2.5 bits"
-$PYTHON evo_quant.py "${search[@]}" --quant_weights_path "$OUT/quant_db" --target_bitwidth 2.5 --generations 12 \
+$PYTHON evo_quant.py "${search[@]}" --quant_weights_path "$OUT/quant_db" --target_bitwidth 2.5 --generations 10 \
     --offspring 24 --survivors_per_selection 4 2 1 --tokens_per_selection 512 2048 4096 --output_dir "$OUT/quant"
 
 $PYTHON demo/table.py "$OUT"
