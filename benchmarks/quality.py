@@ -22,7 +22,7 @@ from utils.runs import format_table
 MARKS = ("<!-- quality -->", "<!-- /quality -->")
 DEPTH = ["--generations", "20", "--offspring", "24", "--tokens_per_selection", "1024", "8192",
          "--survivors_per_selection", "2", "1", "--initial_tokens", "1024"]
-LEVELS = ["--offspring", "16", "--tokens_per_selection", "512", "2048", "4096",
+LEVELS = ["--generations", "10", "--offspring", "16", "--tokens_per_selection", "512", "2048", "4096",
           "--survivors_per_selection", "4", "2", "1", "--initial_tokens", "1024", "--calibration_tokens", "32768",
           "--eval_tokens", "16384"]
 
@@ -63,6 +63,10 @@ def main() -> None:
     search = [*model, *calibration, *evaluation, "--eval_every", 0]
     build = [*model, *calibration]
 
+    # 1/16 of a square layer: in relation to the layers about what a step of 1,000,000 weights is in the paper
+    hidden_size = json.loads((Path(args.model_name_or_path) / "config.json").read_text())["hidden_size"]
+    weights_diff = hidden_size**2 // 16
+
     preparations, searches = [], []
     for share in (0.25, 0.375) if "depth" in args.tasks else ():
         folder = out / f"shortgpt-{share}"
@@ -77,11 +81,12 @@ def main() -> None:
     for share in (0.5, 0.6, 0.7) if "sparsity" in args.tasks else ():
         database = out / f"sparse-{share}"
         preparations.append((database / "manifest.json", [
-            ["-m", "database.sparsegpt", *build, "--sparsity", share, "--save_dir", database]]))
+            ["-m", "database.sparsegpt", *build, "--sparsity", share, "--weights_diff", weights_diff, "--save_dir",
+             database]]))
         for seed in range(args.seeds):
             searches.append((f"sparsity {share:.0%}", seed, out / f"sparsity-{share}-{seed}", [
-                "evo_unstructured.py", *search, *LEVELS, "--generations", 10 if share == 0.5 else 6,  # least to gain
-                "--sparse_weights_path", database, "--configuration_name", f"seed-{seed}.txt"]))
+                "evo_unstructured.py", *search, *LEVELS, "--sparse_weights_path", database, "--configuration_name",
+                f"seed-{seed}.txt"]))
     if "bits" in args.tasks:
         preparations.append((out / "quant" / "manifest.json", [
             ["-m", "database.gptq", *build, "--bitwidth_options", 2, 3, 4, 5, 6, "--calibration_bitwidth", 3,
@@ -89,8 +94,8 @@ def main() -> None:
     for target in (2.25, 2.5, 3) if "bits" in args.tasks else ():
         for seed in range(args.seeds):
             searches.append((f"{target} bits", seed, out / f"bits-{target}-{seed}", [
-                "evo_quant.py", *search, *LEVELS, "--generations", 6, "--quant_weights_path", out / "quant",
-                "--target_bitwidth", target, "--configuration_name", f"{target}-seed-{seed}.txt"]))
+                "evo_quant.py", *search, *LEVELS, "--quant_weights_path", out / "quant", "--target_bitwidth", target,
+                "--configuration_name", f"{target}-seed-{seed}.txt"]))
 
     def prepare(item) -> None:
         result, commands = item
