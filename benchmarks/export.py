@@ -49,13 +49,9 @@ def random_configuration(num_blocks: int, sparsity: float, rng: random.Random) -
 
 
 def skip(decoder: Decoder, dropped: list[tuple[bool, bool]]) -> torch.nn.Module:
-    """The searched model, ready to generate: the cache needs the kept attentions numbered from 0."""
-    kept = 0
+    """The searched model: its dropped sub-blocks return zeros."""
     for block, state in zip(decoder.blocks, dropped):
         block.drop(*state)
-        if not state[0]:
-            block.attn.modules[0].layer_idx = kept
-            kept += 1
     return decoder.model
 
 

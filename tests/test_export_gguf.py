@@ -62,14 +62,22 @@ class LlamaCpp:
 
 
 @torch.no_grad()
-def differences(path, searched, length: int = 40) -> float:
-    """Largest difference of llama.cpp's log-probabilities from the searched model's, after some prefixes of a text."""
+def differences(path, searched, length: int = 40) -> list[float]:
+    """Largest differences of llama.cpp's log-probabilities from the searched model's after three prefixes of a text,
+    in ascending order."""
     vocabulary = searched.config.vocab_size
     tokens = torch.randint(3, vocabulary, (length,), generator=torch.Generator().manual_seed(0))
     expected = searched(tokens[None]).logits[0].double().log_softmax(-1)
     runtime = LlamaCpp(path)
-    return max(float((runtime.logprobs(tokens[:end].tolist(), vocabulary) - expected[end - 1]).abs().max())
-               for end in (1, 7, length))
+    return sorted(float((runtime.logprobs(tokens[:end].tolist(), vocabulary) - expected[end - 1]).abs().max())
+                  for end in (1, 7, length))
+
+
+def rounded(inputs: torch.Tensor) -> tuple[torch.Tensor]:
+    """Activations as Q8_0 holds them: 8-bit integers with a half-precision scale for every 32."""
+    blocks = inputs.unflatten(-1, (-1, 32))
+    scale = blocks.abs().amax(-1, keepdim=True) / 127
+    return ((blocks / scale.clamp(min=1e-30)).round() * scale.half()).flatten(-2),
 
 
 def export_gguf(tmp_path, *flags: str):
@@ -129,14 +137,15 @@ def test_depth_export_is_the_searched_model_in_llama_cpp(tmp_path, tokenizer, fa
     path, report = export_gguf(tmp_path, "--model_name_or_path", folder, "--drop_config", str(tmp_path / "drop.txt"))
     assert report["blocks"]["exported"] == 2
     searched = families.dropped_copy(model.float(), DROPPED)
-    assert differences(path, searched) < (0.15 if overrides.get("dtype") else 1e-4)      # bfloat16 inputs are rounded
+    assert max(differences(path, searched)) < (0.15 if overrides.get("dtype") else 1e-4)    # bfloat16 rounds inputs
 
 
 @needs_llama_cpp
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 @pytest.mark.parametrize("drop", [False, True])
 def test_quantized_export_agrees_to_the_blocks_rounding_in_llama_cpp(tmp_path, tokenizer, capsys, family, drop):
-    """llama.cpp rounds the inputs of quantized layers to 8 bits, 32 at a time: that is all that may differ."""
+    """llama.cpp rounds the inputs of quantized layers to 8 bits, 32 at a time: that is all that may differ, so a model
+    that rounds them as well must agree closely."""
     model = families.build(family, vocab_size=len(tokenizer), **SIZES | dict(intermediate_size=80))
     folder = save_model(tmp_path / "m", model, tokenizer)
     database = write_database(tmp_path / "db", folder, "gptq", [2, 3, 4, 5, 6, 8], 32)
@@ -154,7 +163,12 @@ def test_quantized_export_agrees_to_the_blocks_rounding_in_llama_cpp(tmp_path, t
     for name, level in read_level_config(config).items():
         model.get_submodule(name).weight.data.copy_(opened.weight(name, level))
     searched = families.dropped_copy(model, dropped)
-    assert differences(path, searched) < 0.1
+    assert max(differences(path, searched)) < 0.1
+    for name, layer in searched.model.layers.named_modules():
+        if isinstance(layer, torch.nn.Linear) and layer.in_features % 32 == 0 and name != "3.mlp.up_proj":
+            layer.register_forward_pre_hook(lambda module, inputs: rounded(*inputs))
+    _, middle, largest = differences(path, searched)
+    assert middle < 1e-4 and largest < 0.03                  # now and then a tie is rounded the other way
 
 
 def with_byte_fallback() -> PreTrainedTokenizerFast:
