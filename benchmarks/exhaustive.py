@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path[0] = str(Path(__file__).resolve().parents[1])   # not this folder, whose database.py is another
 import evo_drop
 import evo_quant
 from utils.fitness import Fitness
