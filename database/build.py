@@ -197,9 +197,11 @@ def choose_layers(decoder: Decoder, pattern: str | None, flag: str) -> list[dict
     """The layers of every block whose full name matches. Raises ValueError when none does."""
     layers = [{name: layer for name, layer in block.layers.items() if re.search(pattern or "", name)}
               for block in decoder.blocks]
+    if not decoder.layers:
+        raise ValueError(f"{type(decoder.model).__name__}: its blocks have no nn.Linear, which is all that is compressed")
     if not any(layers):
-        known = list(decoder.layers)
-        raise ValueError(f"{flag} {pattern}: matches none of the {len(known)} linear layers, such as {known[:1]}")
+        raise ValueError(f"{flag} {pattern}: matches none of the {len(decoder.layers)} linear layers, such as "
+                         f"{next(iter(decoder.layers))}")
     return layers
 
 

@@ -9,7 +9,7 @@ import torch
 
 from database.build import add_build_flags, build, run
 from database.packing import Packed, pack_quantized
-from database.solver import inverse_factor, lazy_sweep, output_errors, quantize_columns, round_to_grid
+from database.solver import inverse_factor, lazy_sweep, output_errors, quantize_columns
 
 SMALLEST_SCALE = 2.0**-24        # above zero in half precision
 SHRINKS = [1 - step / 100 for step in range(80)]
@@ -43,8 +43,8 @@ def fit_grid(w: torch.Tensor, top: torch.Tensor, perchannel: bool = True, sym: b
     least = torch.full_like(scale, torch.inf)
     for shrink in SHRINKS:
         s, z = grid(shrink)
-        error = round_to_grid(w, s, z, top).sub_(z).mul_(s).sub_(w).square_().mul_(importance[:, None, None])
-        error = error.sum(over, keepdim=True)[0]
+        rounded = torch.div(w, s).round_().clamp_(-z, top - z).mul_(s)
+        error = rounded.sub_(w).square_().mul_(importance[:, None, None]).sum(over, keepdim=True)[0]
         better = error < least
         scale, zero, least = (torch.where(better, new, old) for new, old in ((s, scale), (z, zero), (error, least)))
     return scale, zero
@@ -104,7 +104,7 @@ def pack_levels(weight: torch.Tensor, hessian: torch.Tensor, bitwidths: list[int
                 dequantized: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor
                 ) -> dict[int, tuple[Packed, dict]]:
     """bitwidth -> (packed tensors, manifest entry) of what `quantize` returns."""
-    errors = output_errors(weight.float().T.contiguous(), dequantized, hessian)
+    errors = output_errors(weight.float().T.contiguous(), dequantized.split(len(weight), dim=1), hessian)
     levels = {}
     for i, (bits, code, error) in enumerate(zip(bitwidths, codes.split(len(weight), dim=1), errors)):
         packed = pack_quantized(code.T.contiguous(), scales[:, i].T.contiguous(), zeros[:, i].T.contiguous(), bits)

@@ -6,7 +6,7 @@ for by -e U_j,: with U the upper Cholesky factor of the inverse Hessian. Those u
 blocks of columns, `block_size` and then a few, so that nearly all of them are matrix products. Neither stacking nor
 laziness changes the result.
 """
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 
 import torch
@@ -73,10 +73,10 @@ def prune_columns(w: torch.Tensor, u: torch.Tensor, keep: torch.Tensor, err: tor
     """Zero what is not kept, column after column. w [n, rows] and err [n, rows] are written; u [n, n], keep bool."""
     if kernels := _kernels(w.device):
         return kernels.prune_columns(w, u, keep, err)
-    for j in range(len(w)):
-        column = torch.addmm(w[j:j + 1], u[:j, j:j + 1].T, err[:j], alpha=-1)[0]
-        torch.mul(column, keep[j], out=w[j])
-        torch.sub(column, w[j], out=err[j]).div_(u[j, j])
+    for j, (weight, kept, e, d) in enumerate(zip(w, keep, err, u.diagonal())):
+        column = torch.addmm(weight[None], u[:j, j:j + 1].T, err[:j], alpha=-1)[0]
+        torch.mul(column, kept, out=weight)
+        torch.sub(column, weight, out=e).div_(d)
 
 
 def quantize_columns(w: torch.Tensor, u: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, top: torch.Tensor,
@@ -87,21 +87,17 @@ def quantize_columns(w: torch.Tensor, u: torch.Tensor, scale: torch.Tensor, zero
     """
     if kernels := _kernels(w.device):
         return kernels.quantize_columns(w, u, scale, zero, top, err, codes)
-    for j in range(len(w)):
-        column = torch.addmm(w[j:j + 1], u[:j, j:j + 1].T, err[:j], alpha=-1)[0]
-        code = round_to_grid(column, scale[j], zero[j], top)
-        codes[j] = code
-        torch.mul(code.sub_(zero[j]), scale[j], out=w[j])
-        torch.sub(column, w[j], out=err[j]).div_(u[j, j])
+    steps = torch.empty_like(w)      # of the grid, counted from zero
+    for j, (weight, step, least, most, e, d) in enumerate(zip(w, steps, -zero, top - zero, err, u.diagonal())):
+        column = torch.addmm(weight[None], u[:j, j:j + 1].T, err[:j], alpha=-1)[0]
+        torch.div(column, scale[j], out=step).round_().clamp_(least, most)
+        torch.mul(step, scale[j], out=weight)
+        torch.sub(column, weight, out=e).div_(d)
+    codes.copy_(steps.add_(zero))
 
 
-def round_to_grid(w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
-    """Code of the grid point scale * (code - zero) nearest to w, as float; ties go to the even multiple of scale."""
-    return torch.div(w, scale).round_().add_(zero).clamp_(min=0).minimum(top)
-
-
-def output_errors(w: torch.Tensor, compressed: torch.Tensor, hessian: torch.Tensor) -> list[float]:
-    """Relative output error ‖(w−ŵ)ᵀX‖² / ‖wᵀX‖² of every level: w [in, out], compressed [in, levels * out]."""
+def output_errors(w: torch.Tensor, levels: Iterable[torch.Tensor], hessian: torch.Tensor) -> list[float]:
+    """Relative output error ‖(w−ŵ)ᵀX‖² / ‖wᵀX‖² of every level ŵ; w and ŵ [in, out]."""
     # H is symmetric: with the products above its diagonal doubled, those below it can be left out
     doubled = hessian.triu().mul_(2)
     doubled.diagonal().div_(2)
@@ -110,7 +106,7 @@ def output_errors(w: torch.Tensor, compressed: torch.Tensor, hessian: torch.Tens
         return sum(torch.sum((doubled[rows, rows.start:] @ delta[rows.start:]).mul_(delta[rows]), dtype=torch.float64)
                    for rows in spans(0, len(delta), max(128, len(delta) // 16)))
 
-    energies = torch.stack([energy(w)] + [energy(w - level) for level in compressed.split(w.shape[1], dim=1)]).tolist()
+    energies = torch.stack([energy(w)] + [energy(w - level) for level in levels]).tolist()
     return [error / energies[0] if energies[0] > 0 else 0.0 for error in energies[1:]]
 
 

@@ -66,7 +66,7 @@ def pack_levels(weight: torch.Tensor, hessian: torch.Tensor, kept: dict[int, int
                 keep: torch.Tensor) -> dict[int, tuple[Packed, dict]]:
     """level -> (packed tensors, manifest entry) of what `prune` returns; errors are those of the values as stored."""
     values = [level.to(values_dtype(weight.dtype, level)) for level in pruned.split(len(weight), dim=1)]
-    errors = output_errors(weight.float().T.contiguous(), torch.cat(values, dim=1), hessian)
+    errors = output_errors(weight.float().T.contiguous(), values, hessian)
     masks = keep.split(len(weight), dim=1)
     return {level: (pack_sparse(value.T.contiguous(), mask.T.contiguous()), {"kept": count, "error": error})
             for (level, count), value, mask, error in zip(kept.items(), values, masks, errors)}

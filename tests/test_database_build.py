@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 from database import build, gptq, sparsegpt, store
 from database.store import Database, LevelCache
 from utils.data import calibration_documents
-from utils.model import load_tokenizer
+from utils.model import Decoder, load_tokenizer
 
 MODULES = {"sparsegpt": sparsegpt, "gptq": gptq}
 FLAGS = {"sparsegpt": ["--sparsity", "0.5", "--num_levels", "2", "--propagate", "compressed"],
@@ -174,6 +174,20 @@ def test_level_cache_gives_the_same_weights_within_its_budget(built):
         if budget > max(sizes.values()):
             assert list(cache._levels)[-1] == keys[-1]
     assert len(cache._levels) == len(set(keys))
+
+
+def test_level_cache_drops_what_was_used_longest_ago(built):
+    database = Database.open(built)
+    name = "model.layers.0.mlp.up_proj"
+    first, second, third = database.levels(name)[:3]
+    parameter = nn.Parameter(torch.empty(database.shape(name)), requires_grad=False)
+    cache = LevelCache(database, "cpu", torch.float32, 10**9)
+    for level in (first, second, first):
+        cache.copy_(parameter, name, level)
+    # one byte short of holding all three
+    cache.max_bytes = cache.bytes + sum(tensor.nbytes for tensor in database.packed(name, third).values()) - 1
+    cache.copy_(parameter, name, third)
+    assert list(cache._levels) == [(name, first), (name, third)]
 
 
 # ---- building it -----------------------------------------------------------------------------------------------------
@@ -383,6 +397,21 @@ def test_mistakes_are_told_before_the_model_is_loaded(model, tmp_path, monkeypat
     with pytest.raises(ValueError, match=named):
         run(method, model, tmp_path / "db", *flags)
     assert not (tmp_path / "db").exists()
+
+
+def test_a_mistake_ends_the_command_with_one_sentence(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("sys.argv", ["gptq.py", "--model_name_or_path", "m", "--save_dir", str(tmp_path), "--group_size",
+                                     "0"])
+    with pytest.raises(SystemExit) as exit:
+        build.run(gptq.make_parser(), gptq.main)
+    assert exit.value.code == 2
+    assert capsys.readouterr().err == ("python -m database.gptq: error: --group_size 0: must be at least 1 column, e.g. "
+                                       "128; leave it out for one grid a row\n")
+
+
+def test_a_model_without_linear_layers_is_named():
+    with pytest.raises(ValueError, match="GPT2LMHeadModel: its blocks have no nn.Linear"):
+        build.choose_layers(Decoder(families.build("gpt2")), None, "--quantizable_modules")
 
 
 def test_a_regular_expression_without_a_match_names_a_layer(model, tmp_path):
