@@ -230,8 +230,8 @@ def _from_hub(dataset: str, *configuration: str, **options):
     try:
         return load_dataset(dataset, *configuration, **options)
     except OSError as error:
-        raise ValueError(f"{dataset}: cannot be read from the hub ({error}); without a network use stdlib, a local file "
-                         f"or a local copy, e.g. wikitext2:wiki.train.txt") from error
+        raise ValueError(f"{dataset}: cannot be read from the hub ({error}); without a network use stdlib, local files "
+                         f"or a copy, e.g. wikitext2:wiki.train.txt") from error
 
 
 # ---- from text to documents ------------------------------------------------------------------------------------------
