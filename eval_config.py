@@ -1,8 +1,8 @@
 """Perplexity, KL divergence from the uncompressed model, and lm-eval tasks, of found configurations.
 
     python eval_config.py --model_name_or_path meta-llama/Meta-Llama-3-8B --drop_config layer_drop_config.txt
-    python eval_config.py --model_name_or_path meta-llama/Meta-Llama-3-8B --quant_weights_path db --quant_config_path 3 \\
-        --tasks arc_easy,arc_challenge,winogrande,hellaswag,piqa
+    python eval_config.py --model_name_or_path meta-llama/Meta-Llama-3-8B --quant_weights_path db \\
+        --quant_config_path 3 --tasks arc_easy,arc_challenge,winogrande,hellaswag,piqa
 
 Without a configuration only the dense model is evaluated. Prints tables and, with --output, writes JSON.
 """

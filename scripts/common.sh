@@ -144,7 +144,8 @@ search_sparsity() {
     shift 3
     part "$name" evo_unstructured.py "${calibrated[@]}" --sparse_weights_path "$folder" --no_eval \
         --configuration_name "$name.txt" --output_dir "$runs/$name" "$@"
-    measured sparsity "$level" "$method" "$name" --sparse_weights_path "$folder" --sparse_config_path "$runs/$name/$name.txt"
+    measured sparsity "$level" "$method" "$name" --sparse_weights_path "$folder" \
+        --sparse_config_path "$runs/$name/$name.txt"
 }
 
 # search_bits LEVEL METHOD NAME FLAGS...: search at an average of LEVEL bits and evaluate the result

@@ -30,7 +30,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_flags(parser)
     add_calibration_flags(parser, tokens=131072)
-    parser.add_argument("--sparsity", type=float, required=True, metavar="FRACTION", help="as in the search, e.g. 0.375")
+    parser.add_argument("--sparsity", type=float, required=True, metavar="FRACTION", help="the search's, e.g. 0.375")
     parser.add_argument("--brute_force_tokens", type=int, default=8192, metavar="TOKENS",
                         help="of the calibration text, on which every candidate is measured (default: 8192)")
     parser.add_argument("--search", type=Path, required=True, metavar="FOLDER", help="of the run of evo_drop.py")
@@ -86,7 +86,8 @@ def main(argv: list[str] | None = None) -> dict:
     write_drop_config(args.output.with_name("convergence-optimum.txt"),
                       [DROP_WORDS[word] for word in ranked[0].split()])
     result = {"model": args.model_name_or_path, "candidates": total, "ranks": ranks,
-              "KL": [divergences[winner] for winner in winners], "optimum": ranked[0], "optimum's KL": divergences[ranked[0]]}
+              "KL": [divergences[winner] for winner in winners], "optimum": ranked[0],
+              "optimum's KL": divergences[ranked[0]]}
     write_atomic(args.output, json.dumps(result) + "\n")
     return result
 

@@ -1,4 +1,4 @@
-"""What a list of commands needs on one A100 80 GB: time, memory and disk, counted from their flags and the model's shapes.
+"""Time, memory and disk that a list of commands needs on one A100 80 GB, from their flags and the model's shapes.
 
     python scripts/estimate.py PLAN
 
@@ -112,8 +112,8 @@ def walk_bytes(shape: Shape) -> float:
     return (shape.blocks + 1) * microbatch * shape.hidden * HALF + 8 * microbatch * shape.vocabulary
 
 
-def evaluations(shape: Shape, args: argparse.Namespace, candidates: float, candidate_tokens: float, teacher_tokens: float,
-                database_bytes: float = 0.0) -> Need:
+def evaluations(shape: Shape, args: argparse.Namespace, candidates: float, candidate_tokens: float,
+                teacher_tokens: float, database_bytes: float = 0.0) -> Need:
     """The teacher over its tokens, then `candidates` walks. Prefixes that candidates share are not subtracted."""
     length = getattr(args, "calibration_sequence_length", None) or getattr(args, "eval_sequence_length", None)
     flop = shape.forward(teacher_tokens + candidates * candidate_tokens, length) + shape.head(
@@ -191,7 +191,7 @@ def need_of(command: list[str], sizes: dict[str, float]) -> Need:
     args = PARSERS[program](arguments)
     shape = shape_of(args.model_name_or_path, args.trust_remote_code)
     folder = getattr(args, "sparse_weights_path", None) or getattr(args, "quant_weights_path", None)
-    stored = sizes.get(folder) or sum(file.stat().st_size for file in Path(folder).glob("*.safetensors")) if folder else 0
+    stored = sizes.get(folder) or sum(file.stat().st_size for file in Path(folder or "none").glob("*.safetensors"))
     match program:
         case "evo_drop.py" | "evo_unstructured.py" | "evo_quant.py":
             return search(shape, args, stored)

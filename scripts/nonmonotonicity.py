@@ -86,7 +86,8 @@ def main(argv: list[str] | None = None) -> list[tuple[float, Blocks, Blocks]]:
     write_drop_config(f"{args.save_dir}/fewer.txt", without(fewer, num_blocks))
     write_drop_config(f"{args.save_dir}/more.txt", without(more, num_blocks))
     write_atomic(f"{args.save_dir}/pairs.json", json.dumps(
-        [{"fewer": a, "KL fewer": divergences[a], "more": b, "KL more": divergences[b]} for _, a, b in pairs[:10]]) + "\n")
+        [{"fewer": fewer, "KL fewer": divergences[fewer], "more": more, "KL more": divergences[more]}
+         for _, fewer, more in pairs[:10]]) + "\n")
     return pairs
 
 

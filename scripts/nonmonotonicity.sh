@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Dropping more can lose less: of all sets of up to three blocks, the two A and B, B being A and one more block, for which
-# dropping B has the least of A's KL divergence. Found on calibration text, shown on held-out text.
+# Dropping more can lose less: of all sets of up to three blocks, A and B = A and one block more, such that dropping B
+# has the smallest share of A's KL divergence. Found on calibration text, shown on held-out text.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 MODEL=${MODEL:-"$llama3 $llama2 $mistral"}
 sets=(--most 3 --calibration_tokens 8192)

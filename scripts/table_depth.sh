@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Depth pruning at 12.5 to 50%: the search against ShortGPT, sliding-window cosine, weight subcloning and Shortened Llama.
+# Depth pruning at 12.5 to 50%: the search against ShortGPT, sliding-window cosine, weight subcloning, Shortened Llama.
 TASKS=${TASKS-}                           # the paper's depth tables have perplexities only
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 MODEL=${MODEL:-"$mistral $llama2 $llama3 $llama31"}

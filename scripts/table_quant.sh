@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Bitwidths at 2.25, 2.5, 3 and 4 bits: the search against uniform, or the best of 32 random allocations, on GPTQ weights.
+# Bitwidths at 2.25, 2.5, 3 and 4 bits, on GPTQ weights: the search against uniform, or the best of 32 random ones.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 MODEL=${MODEL:-"$mistral $llama2 $llama3 $llama31"}
 LEVELS=${LEVELS:-${SMALL:+2.5 3}}

@@ -29,7 +29,7 @@ def tasks(tmp_path_factory):
     words = textwrap.__doc__.split() + inspect.getdoc(textwrap.wrap).split() + inspect.getdoc(textwrap.fill).split()
     rows = {"choice": [{"question": " ".join(words[i:i + 6]), "choices": [words[i + 6], words[i + 1], words[-i - 1]],
                         "answer": i % 3} for i in range(24)],
-            "rolling": [{"text": inspect.getdoc(function)} for function in (textwrap.wrap, textwrap.dedent, textwrap.fill)]}
+            "rolling": [{"text": inspect.getdoc(f)} for f in (textwrap.wrap, textwrap.dedent, textwrap.fill)]}
     own = {"choice": "output_type: multiple_choice\ndoc_to_text: '{{question}}'\ndoc_to_choice: '{{choices}}'\n"
                      "doc_to_target: answer\nmetric_list: [{metric: acc}, {metric: acc_norm}]\n",
            "rolling": "output_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: '{{text}}'\n"
@@ -94,7 +94,8 @@ def save_copy(checkpoint, tokenizer, folder, change) -> str:
     return str(folder)
 
 
-def test_tasks_on_a_drop_configuration_equal_the_harness_on_zeroed_weights(checkpoint, tokenizer, tasks, dense, tmp_path):
+def test_tasks_on_a_drop_configuration_equal_the_harness_on_zeroed_weights(checkpoint, tokenizer, tasks, dense,
+                                                                           tmp_path):
     write_drop_config(tmp_path / "drop.txt", DROPPED)
     folder = save_copy(checkpoint, tokenizer, tmp_path / "dense", lambda model: families.dropped_copy(model, DROPPED))
     results = ours(checkpoint, tasks, "--drop_config", str(tmp_path / "drop.txt"))
@@ -103,8 +104,8 @@ def test_tasks_on_a_drop_configuration_equal_the_harness_on_zeroed_weights(check
 
 
 @pytest.mark.parametrize("kind, uniform", [("sparse", None), ("quant", None), ("sparse", 2), ("quant", 3)])
-def test_tasks_on_levels_equal_the_harness_on_the_same_weights(checkpoint, tokenizer, databases, tasks, dense,  # noqa: F811
-                                                               tmp_path, kind, uniform):
+def test_tasks_on_levels_equal_the_harness_on_the_same_weights(
+        checkpoint, tokenizer, databases, tasks, dense, tmp_path, kind, uniform):  # noqa: F811
     database = Database.open(databases[kind])
     levels = {name: database.levels(name)[i % 3] if uniform is None else uniform
               for i, name in enumerate(database.layers)}
@@ -126,14 +127,15 @@ def test_perplexities_and_tasks_of_one_run_are_those_of_two(checkpoint, tasks, t
     text = ["--eval_datasets", "stdlib", "--eval_tokens", "512", "--eval_sequence_length", "32"]
     drop = ["--drop_config", str(tmp_path / "drop.txt")]
     perplexities = eval_config.main(["--model_name_or_path", str(checkpoint), *text, *drop])
-    both = eval_config.main(["--model_name_or_path", str(checkpoint), *text, *drop, "--tasks", TASKS, "--batch_size", "8",
-                             "--include_path", str(tasks)])
+    both = eval_config.main(["--model_name_or_path", str(checkpoint), *text, *drop, "--tasks", TASKS,
+                             "--batch_size", "8", "--include_path", str(tasks)])
     assert both == perplexities | ours(checkpoint, tasks, *drop)
     assert set(perplexities) == {"dense", "compressed"}
 
 
 def test_average_is_over_the_tasks_that_have_an_accuracy():
-    results = {"a": {"acc,none": 0.5, "acc_norm,none": 0.9}, "b": {"acc,none": 0.25}, "c": {"word_perplexity,none": 9.0}}
+    results = {"a": {"acc,none": 0.5, "acc_norm,none": 0.9}, "b": {"acc,none": 0.25},
+               "c": {"word_perplexity,none": 9.0}}
     assert average_accuracy(results) == pytest.approx(37.5)
     assert average_accuracy({"c": results["c"]}) is None
 
@@ -147,15 +149,16 @@ def test_average_is_over_the_tasks_that_have_an_accuracy():
     (["--include_path", "nowhere"], "--include_path nowhere: is not a folder"),
     (["--tasks", ""], "--no_perplexity: leaves nothing to evaluate"),
 ])
-def test_bad_input_ends_in_one_sentence_before_the_model_is_loaded(checkpoint, tasks, tmp_path, monkeypatch, more, sentence):
+def test_bad_input_ends_in_one_sentence_before_the_model_is_loaded(checkpoint, tasks, tmp_path, monkeypatch, more,
+                                                                   sentence):
     monkeypatch.setattr(harness_manager, "__file__", str(tmp_path / "none" / "manager.py"))    # 14,000 files to read
     (tmp_path / "none").mkdir()
     monkeypatch.setattr(eval_config, "load_decoder", None)
     (tmp_path / "tasks").mkdir()
     for file in tasks.iterdir():
         (tmp_path / "tasks" / file.name).write_text(file.read_text())
-    (tmp_path / "tasks" / "broken.yaml").write_text((tasks / "choice.yaml").read_text().replace("choice.jsonl", "gone.jsonl")
-                                                    .replace("task: choice", "task: broken"))
+    broken = (tasks / "choice.yaml").read_text().replace("choice.jsonl", "gone.jsonl")
+    (tmp_path / "tasks" / "broken.yaml").write_text(broken.replace("task: choice", "task: broken"))
     with pytest.raises(SystemExit, match=sentence):
         ours(checkpoint, tmp_path / "tasks", *more)
 

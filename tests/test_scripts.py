@@ -65,7 +65,8 @@ def test_report_puts_the_measured_beside_the_papers_figures(tmp_path, capsys):
     file = results(tmp_path / "a.json", average_accuracy=61.5)
     assert report.main(["mistralai/Mistral-7B-v0.3", "--row", "sparsity", "60", "EvoPress", str(file),
                         "--row", "sparsity", "60", "always 3", str(file)]) == 0
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines() if "|" in line]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]]
+             for line in capsys.readouterr().out.splitlines() if "|" in line]
     assert lines[0] == ["level", "method", "paper wikitext2", "paper c4", "paper fineweb_edu", "paper avg. acc.",
                         "wikitext2 ppl", "wikitext2 KL", "avg. acc."]
     assert lines[2] == ["60", "EvoPress", "7.08", "10.27", "–", "62.2", "7.2500", "0.1250", "61.50"]
@@ -94,7 +95,8 @@ def test_an_empty_cell_fails_and_is_named(tmp_path, capsys, content, alone):
 
 
 def test_an_infinite_perplexity_is_a_measurement(tmp_path):
-    assert report.main(["demo/model", "--row", "quant", "2", "Uniform", str(results(tmp_path / "a.json", math.inf))]) == 0
+    file = results(tmp_path / "a.json", math.inf)
+    assert report.main(["demo/model", "--row", "quant", "2", "Uniform", str(file)]) == 0
 
 
 # ---- estimate --------------------------------------------------------------------------------------------------------
@@ -131,8 +133,9 @@ def need(command: str, sizes: dict | None = None) -> estimate.Need:
 def test_search_tokens_are_those_a_run_logs():
     args = evo_unstructured.parse_arguments(["--model_name_or_path", "m", "--sparse_weights_path", "db"])
     assert estimate.search_tokens(args, 1) - estimate.search_tokens(args, 0) == 64 * 2048 + 8 * 16384 + (2 + 1) * 65536
-    fast = evo_quant.parse_arguments(["--model_name_or_path", "m", "--quant_weights_path", "db", "--target_bitwidth", "3",
-                                      *"--offspring 16 --survivors_per_selection 1 1 --tokens_per_selection 512 8192".split()])
+    fast = evo_quant.parse_arguments(shlex.split(
+        "--model_name_or_path m --quant_weights_path db --target_bitwidth 3 --offspring 16 "
+        "--survivors_per_selection 1 1 --tokens_per_selection 512 8192"))
     assert estimate.search_tokens(fast, 1) - estimate.search_tokens(fast, 0) == 16 * 512 + 2 * 8192
 
 
@@ -181,8 +184,8 @@ def planned(script: Path, tmp_path: Path, **environment) -> list[list[str]]:
     stub.write_text('#!/bin/sh\n[ "$1" != scripts/estimate.py ] || cat "$2"\n')
     stub.chmod(0o755)
     out = subprocess.run(["bash", script], check=True, capture_output=True, text=True, cwd=tmp_path,
-                         env={"PATH": "/usr/bin:/bin", "PYTHON": str(stub), "OUT": str(tmp_path / "out"), "ESTIMATE": "1",
-                              **environment}).stdout
+                         env={"PATH": "/usr/bin:/bin", "PYTHON": str(stub), "OUT": str(tmp_path / "out"),
+                              "ESTIMATE": "1", **environment}).stdout
     return [shlex.split(line) for line in out.splitlines() if not line.startswith("==")]
 
 
@@ -208,15 +211,15 @@ def test_searches_have_exactly_the_papers_hyperparameters(tmp_path):
                 args = estimate.PARSERS[command[0]](command[1:])
                 if args.generations == 0:                        # a baseline: the search's start
                     continue
-                assert (args.offspring, args.survivors_per_selection, args.tokens_per_selection, args.calibration_tokens,
-                        args.generations) == searches[command[0]]
+                assert searches[command[0]] == (args.offspring, args.survivors_per_selection, args.tokens_per_selection,
+                                                args.calibration_tokens, args.generations)
                 seen.add(command[0])
             elif command[:2] in (["-m", "database.sparsegpt"], ["-m", "database.gptq"]):
                 args = estimate.PARSERS[command[1]](command[2:])
                 assert (args.calibration_tokens, args.rel_damp, args.block_size) == (8388608, 0.01, 128)
                 if command[1] == "database.gptq":
-                    assert (args.bitwidth_options, args.calibration_bitwidth, args.group_size, args.perchannel, args.sym) == (
-                        [2, 3, 4, 5, 6], 3, 128, True, False)
+                    assert (args.bitwidth_options, args.calibration_bitwidth) == ([2, 3, 4, 5, 6], 3)
+                    assert (args.group_size, args.perchannel, args.sym) == (128, True, False)
                 else:
                     assert (args.num_levels, args.weights_diff) == (8, 1_000_000)
     assert seen == set(searches)
@@ -255,8 +258,9 @@ def test_brute_force_ranks_every_winner_of_a_search(checkpoint, tmp_path):
                                str(tmp_path / "convergence.json")])
     assert result["candidates"] == 3 and len(result["ranks"]) == 3
     assert result["ranks"][-1] == 1                              # two offspring and the parent are all there are
-    assert result["optimum"] == json.loads((tmp_path / "run" / "summary.json").read_text())["dropped"]
-    assert result["KL"][-1] == pytest.approx(json.loads((tmp_path / "run" / "summary.json").read_text())["fitness"], rel=1e-4)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert result["optimum"] == summary["dropped"]
+    assert result["KL"][-1] == pytest.approx(summary["fitness"], rel=1e-4)
     assert sum(map(all, read_drop_config(tmp_path / "convergence-optimum.txt"))) == 2
     assert convergence.first_reached([5, 5, 2, 2, 1]) == [(1, 5), (3, 2), (5, 1)]
 

@@ -40,12 +40,13 @@ def find_tasks(names: str, include_path: str | None):
     for name in split_names(names):
         if name not in manager.all_tasks:
             near = ", ".join(difflib.get_close_matches(name, manager.all_tasks, 3))
-            raise ValueError(f"--tasks {name}: no such task; " + (f"did you mean {near}?" if near else "lm-eval ls tasks "
-                             "lists them, and --include_path adds your own"))
+            remedy = f"did you mean {near}?" if near else "lm-eval ls tasks lists them, --include_path adds your own"
+            raise ValueError(f"--tasks {name}: no such task; {remedy}")
         try:
             manager.load([name])
         except (OSError, ValueError) as error:
-            raise ValueError(f"--tasks {name}: its data cannot be loaded ({' '.join(str(error).split())[:200]})") from error
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"--tasks {name}: its data cannot be loaded ({reason})") from error
     return manager
 
 
