@@ -4,6 +4,7 @@ import multiprocessing
 import random
 import shutil
 import time
+from copy import deepcopy
 from pathlib import Path
 
 import export
@@ -134,6 +135,20 @@ def test_windows_longer_than_any_probe_follow_the_attention():
     decoder.blocks[0].drop(True, True)
     model = regroup(decoder, dropped).model
     assert [layer.self_attn.sliding_window for layer in model.model.layers] == [None, None, 4096, None, 4096]
+
+
+def test_a_config_that_cannot_follow_keeps_all_blocks(monkeypatch):
+    """No text shorter than the window shows that the wrong attentions slide, yet it is not taken for the same model."""
+    def unfollowed(config, pairs, num_blocks):
+        config = deepcopy(config)
+        config.layer_types, config.num_hidden_layers = config.layer_types[:len(pairs)], len(pairs)
+        return config
+
+    monkeypatch.setattr("utils.regroup.follow", unfollowed)
+    decoder = Decoder(six_blocks("gemma2", sliding_window=4096, max_position_embeddings=8192))
+    decoder.blocks[0].drop(True, True)
+    regrouped = regroup(decoder, [(True, True), *[(False, False)] * 5])
+    assert len(regrouped.pairs) == 6 and regrouped.model.config.layer_types == MIXED_TYPES
 
 
 def test_everything_dropped_still_loads(tmp_path, tokenizer):
