@@ -2,7 +2,7 @@
 # make demo: set-up, then all three searches on the demo model
 PYTHON ?= python3
 
-.PHONY: setup demo test clean
+.PHONY: setup demo test tables-small clean
 
 setup: .venv/ready
 
@@ -20,3 +20,8 @@ test: setup
 
 clean:
 	rm -rf .venv results runs
+
+# every table script on the demo model, scaled down: for a nightly run
+tables-small: setup
+	for script in scripts/table_*.sh scripts/ablation_mutation.sh scripts/superfast.sh scripts/nonmonotonicity.sh \
+	    scripts/convergence.sh; do SMALL=1 bash $$script || exit 1; done
