@@ -1,12 +1,14 @@
 """Time and peak memory of building all levels of some layers: here, and the plain way in the same run.
 
     python benchmarks/database.py                 17 sparse levels and 5 bitwidths of a 1024×1024 layer, two threads
-    python benchmarks/database.py --device cuda   one block of Llama-3-8B, random weights
+    python benchmarks/database.py --block         all layers of a Llama-3 block of hidden size 1024
+    python benchmarks/database.py --device cuda --block --size 4096     a block of Llama-3-8B
 
-The plain way: a Hessian for every layer in full float32, then level after level, vectorised over rows, with lazy
-updates of --block_size columns. Both ways end with every level's output error and its packed tensors. Every measurement
-has a process of its own, ways alternate, and the fastest of --repeats counts.
-FLOPs counted, in both ways alike: 2 · tokens · in² a Hessian, out · in² a level for the solve.
+Weights and inputs are random: bfloat16 on a GPU, float32 on a CPU. The plain way: a Hessian for every layer in full
+float32, then level after level, vectorised over rows, with lazy updates of --block_size columns. Both ways end with
+every level's output error and its packed tensors. Every measurement has a process of its own, the ways alternate, and
+the fastest of --repeats counts. FLOPs counted, in both ways alike: 2 · tokens · in² for every Hessian that is made,
+out · in² a level for the solve.
 """
 import argparse
 import multiprocessing
@@ -25,11 +27,16 @@ from database.packing import pack_quantized, pack_sparse  # noqa: E402
 from database.solver import inverse_factor  # noqa: E402
 from utils.runs import format_table  # noqa: E402
 
-LLAMA_3_8B = {"q_proj": (4096, 4096, "attention"), "k_proj": (1024, 4096, "attention"),
-              "v_proj": (1024, 4096, "attention"), "o_proj": (4096, 4096, "heads"), "gate_proj": (14336, 4096, "mlp"),
-              "up_proj": (14336, 4096, "mlp"), "down_proj": (4096, 14336, "gated")}       # out, in, name of its input
 BITWIDTHS = [2, 3, 4, 5, 6]
 MICROBATCH = 8192                # tokens
+
+
+def llama_3_block(hidden: int) -> dict[str, tuple[int, int, str]]:
+    """Layer -> (out, in, name of its input) in the proportions of Llama-3-8B."""
+    return {"q_proj": (hidden, hidden, "attention"), "k_proj": (hidden // 4, hidden, "attention"),
+            "v_proj": (hidden // 4, hidden, "attention"), "o_proj": (hidden, hidden, "heads"),
+            "gate_proj": (7 * hidden // 2, hidden, "mlp"), "up_proj": (7 * hidden // 2, hidden, "mlp"),
+            "down_proj": (hidden, 7 * hidden // 2, "gated")}
 
 
 def plain_hessian(x: torch.Tensor, tokens: int) -> torch.Tensor:
@@ -54,7 +61,8 @@ def plain_prune(weight: torch.Tensor, u: torch.Tensor, kept: int, block_size: in
         errors = torch.zeros_like(w1)
         scores = w1 ** 2 / u1.diagonal() ** 2
         pruned = scores.numel() - round(scores.numel() * kept / w.numel())
-        mask = scores <= scores.flatten().kthvalue(pruned).values if pruned else torch.zeros_like(scores, dtype=torch.bool)
+        threshold = scores.flatten().kthvalue(pruned).values if pruned else -1.0
+        mask = scores <= threshold
         for j in range(w1.shape[1]):
             q = w1[:, j].masked_fill(mask[:, j], 0)
             errors[:, j] = (w1[:, j] - q) / u1[j, j]
@@ -105,8 +113,8 @@ class Stopwatch:
         self._last = now
 
 
-def measure(way: str, method: str, layers: dict, tokens: int, block_size: int, group_size: int, device: str, threads: int
-            ) -> tuple[dict[str, float], int]:
+def measure(way: str, method: str, layers: dict, tokens: int, block_size: int, group_size: int, device: str,
+            threads: int) -> tuple[dict[str, float], int]:
     """(seconds by phase, peak bytes beyond weights and activations) of one way of building all levels of `layers`."""
     torch.set_num_threads(threads)
     device = torch.device(device)
@@ -134,8 +142,8 @@ def measure(way: str, method: str, layers: dict, tokens: int, block_size: int, g
     return watch.seconds, after - before
 
 
-def plain(method: str, layers: dict, weights: dict, inputs: dict, tokens: int, args: argparse.Namespace, watch: Stopwatch
-          ) -> None:
+def plain(method: str, layers: dict, weights: dict, inputs: dict, tokens: int, args: argparse.Namespace,
+          watch: Stopwatch) -> None:
     for name, (out, columns, source) in layers.items():
         watch.lap(None)
         hessian = plain_hessian(inputs[source], tokens)
@@ -157,8 +165,8 @@ def plain(method: str, layers: dict, weights: dict, inputs: dict, tokens: int, a
             watch.lap("errors, packing")
 
 
-def here(method: str, layers: dict, weights: dict, inputs: dict, tokens: int, args: argparse.Namespace, watch: Stopwatch
-         ) -> None:
+def here(method: str, layers: dict, weights: dict, inputs: dict, tokens: int, args: argparse.Namespace,
+         watch: Stopwatch) -> None:
     hessians: dict[str, torch.Tensor] = {}
     for name, (out, columns, source) in layers.items():
         watch.lap(None)
@@ -190,17 +198,17 @@ def levels_of(method: str, size: int, args: argparse.Namespace) -> list[int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    parser.add_argument("--size", type=int, default=1024, help="inputs and outputs of the layer on a CPU (default: 1024)")
-    parser.add_argument("--tokens", type=int, default=MICROBATCH, help=f"multiple of {MICROBATCH} (default: {MICROBATCH})")
+    parser.add_argument("--size", type=int, default=1024, help="inputs and outputs of the layer (default: 1024)")
+    parser.add_argument("--block", action="store_true", help="all layers of a Llama-3 block of hidden size --size")
+    parser.add_argument("--tokens", type=int, default=MICROBATCH, help=f"a multiple of {MICROBATCH}, the default")
     parser.add_argument("--block_size", type=int, default=128)
     parser.add_argument("--group_size", type=int, default=128)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
-    if args.device == "cuda":
-        layers = LLAMA_3_8B
-    else:
-        layers = {"layer": (args.size, args.size, "input")}
+    layers = llama_3_block(args.size) if args.block else {"layer": (args.size, args.size, "input")}
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["database.sparsegpt", "database.gptq"])
     shared = {source: columns for _, columns, source in layers.values()}
     hessian_flops = {"plain": sum(2 * args.tokens * columns**2 for _, columns, _ in layers.values()),
                      "here": sum(2 * args.tokens * columns**2 for columns in shared.values())}
@@ -210,7 +218,7 @@ def main() -> None:
         runs: dict[str, list] = {"plain": [], "here": []}
         for _ in range(args.repeats):
             for way in runs:
-                with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+                with ProcessPoolExecutor(1, mp_context=processes) as pool:
                     runs[way].append(pool.submit(measure, way, method, layers, args.tokens, args.block_size,
                                                  args.group_size, args.device, args.threads).result())
         solve_flops = sum(count * out * columns**2 for out, columns, _ in layers.values())
