@@ -207,6 +207,24 @@ def mutate(space: Space, parents: list[Candidate], max_mutations: int, rng: rand
     return child
 
 
+def select(offspring: list[Candidate], parents: list[Candidate], steps: list[tuple[int, int]],
+           measure: Callable[[list[Candidate], int], list[tuple[float, Candidate]]], strategy: str = "plus"
+           ) -> list[tuple[float, Candidate]]:
+    """Multi-step selection: the (fitness, candidate) that the last step leaves, best first.
+
+    steps: (survivors, tokens) of each; measure(candidates, tokens) gives (fitness, candidate), best first. With
+    "plus" the parents compete in the last step only, with "comma" not at all. What is not finite never survives; where
+    nothing is, the parents stay.
+    """
+    candidates = offspring
+    for step, (survivors, num_tokens) in enumerate(steps):
+        if step == len(steps) - 1 and strategy == "plus":
+            candidates = candidates + parents
+        ranked = [pair for pair in measure(candidates, num_tokens)[:survivors] if math.isfinite(pair[0])]
+        candidates = [candidate for _, candidate in ranked]
+    return ranked or [(math.inf, parent) for parent in parents]
+
+
 # ---- the search ------------------------------------------------------------------------------------------------------
 
 
@@ -266,6 +284,8 @@ def main(argv: list[str] | None = None) -> dict:
 
     def measure(candidates: list[Candidate], num_tokens: int) -> list[tuple[float, Candidate]]:
         """(fitness, candidate), best first; a candidate that is not finite is last whatever is searched for."""
+        nonlocal tokens_spent
+        tokens_spent += len(candidates) * num_tokens
         minibatch = draw_minibatch(documents, num_tokens, rng)
         values = fitness.measure([space.states(c, len(blocks)) for c in candidates], minibatch, (args.fitness_fn,))
         sign = -1 if args.invert_fitness else 1
@@ -283,7 +303,6 @@ def main(argv: list[str] | None = None) -> dict:
             raise SystemExit(f"error: --drop_params {args.drop_params}: no set of sub-blocks drops at least that share "
                              f"by less than the smallest sub-block more; change the fraction or what may be dropped")
         ranked = measure(initial, args.initial_tokens)
-        tokens_spent += len(initial) * args.initial_tokens
         population = [candidate for _, candidate in ranked[:args.population_size]]
         first_generation, best, start = 1, ranked[0][0], population[:1]
         run.log({"generation": 0, "fitness": best, "tokens": tokens_spent})
@@ -296,6 +315,7 @@ def main(argv: list[str] | None = None) -> dict:
         run.generations = args.generations
     print(f"budget: {describe(space, population[0], blocks)}")
 
+    steps = list(zip(args.survivors_per_selection, args.tokens_per_selection))
     began, tokens_before = time.time(), tokens_spent
     for generation in range(first_generation, args.generations + 1):
         offspring = draw_distinct(lambda: mutate(space, population, args.max_mutations, rng, args.fixed_mutations),
@@ -303,15 +323,8 @@ def main(argv: list[str] | None = None) -> dict:
         if not offspring:
             print("no other candidate meets the budget: nothing to search")
             break
-        candidates = offspring
-        steps = list(zip(args.survivors_per_selection, args.tokens_per_selection))
-        for step, (survivors, num_tokens) in enumerate(steps):
-            if step == len(steps) - 1:
-                candidates = candidates + population         # elitism: the parents compete in the last step only
-            ranked = measure(candidates, num_tokens)
-            tokens_spent += len(candidates) * num_tokens
-            candidates = [candidate for _, candidate in ranked[:survivors]]
-        population, best = candidates, ranked[0][0]
+        survivors = select(offspring, population, steps, measure, args.strategy)
+        population, best = [candidate for _, candidate in survivors], survivors[0][0]
 
         record = {"generation": generation, "fitness": best, "tokens": tokens_spent,
                   "dropped": config_line(space, population[0], len(blocks))}

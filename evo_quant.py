@@ -197,6 +197,24 @@ def draw_distinct(draw: Callable[[], Candidate | None], count: int, known: set[C
     return found
 
 
+def select(offspring: list[Candidate], parents: list[Candidate], steps: list[tuple[int, int]],
+           measure: Callable[[list[Candidate], int], list[tuple[float, Candidate]]], strategy: str = "plus"
+           ) -> list[tuple[float, Candidate]]:
+    """Multi-step selection: the (fitness, candidate) that the last step leaves, best first.
+
+    steps: (survivors, tokens) of each; measure(candidates, tokens) gives (fitness, candidate), best first. With
+    "plus" the parents compete in the last step only, with "comma" not at all. What is not finite never survives; where
+    nothing is, the parents stay.
+    """
+    candidates = offspring
+    for step, (survivors, num_tokens) in enumerate(steps):
+        if step == len(steps) - 1 and strategy == "plus":
+            candidates = candidates + parents
+        ranked = [pair for pair in measure(candidates, num_tokens)[:survivors] if math.isfinite(pair[0])]
+        candidates = [candidate for _, candidate in ranked]
+    return ranked or [(math.inf, parent) for parent in parents]
+
+
 # ---- the search ------------------------------------------------------------------------------------------------------
 
 
@@ -255,6 +273,8 @@ def main(argv: list[str] | None = None) -> dict:
 
     def measure(candidates: list[Candidate], num_tokens: int) -> list[tuple[float, Candidate]]:
         """(fitness, candidate), best first."""
+        nonlocal tokens_spent
+        tokens_spent += len(candidates) * num_tokens
         minibatch = draw_minibatch(documents, num_tokens, rng)
         values = fitness.measure([states(candidate) for candidate in candidates], minibatch, (args.fitness_fn,))
         return sorted(((value, candidate) for (value,), candidate in zip(values, candidates)), key=lambda pair: pair[0])
@@ -269,7 +289,6 @@ def main(argv: list[str] | None = None) -> dict:
         initial = [uniform] if uniform else draw_distinct(
             lambda: random_candidate(space, args.target_bitwidth, rng), args.initially_generated, set())
         ranked = measure(initial, args.initial_tokens)
-        tokens_spent += len(initial) * args.initial_tokens
         population = [candidate for _, candidate in ranked[:args.population_size]]
         first_generation, best, start = 1, ranked[0][0], population[:1]
         run.log({"generation": 0, "fitness": best, "tokens": tokens_spent})
@@ -277,6 +296,7 @@ def main(argv: list[str] | None = None) -> dict:
                        tokens=tokens_spent)
     print(f"budget: {describe(space, population[0], database)}")
 
+    steps = list(zip(args.survivors_per_selection, args.tokens_per_selection))
     began, tokens_before = time.time(), tokens_spent
     for generation in range(first_generation, args.generations + 1):
         offspring = draw_distinct(lambda: mutate(space, population, args.max_mutations, rng, args.fixed_mutations),
@@ -284,15 +304,8 @@ def main(argv: list[str] | None = None) -> dict:
         if not offspring:
             print("no other candidate meets the budget: nothing to search")
             break
-        candidates = offspring
-        steps = list(zip(args.survivors_per_selection, args.tokens_per_selection))
-        for step, (survivors, num_tokens) in enumerate(steps):
-            if step == len(steps) - 1:
-                candidates = candidates + population         # elitism: the parents compete in the last step only
-            ranked = measure(candidates, num_tokens)
-            tokens_spent += len(candidates) * num_tokens
-            candidates = [candidate for _, candidate in ranked[:survivors]]
-        population, best = candidates, ranked[0][0]
+        survivors = select(offspring, population, steps, measure, args.strategy)
+        population, best = [candidate for _, candidate in survivors], survivors[0][0]
 
         record = {"generation": generation, "fitness": best, "tokens": tokens_spent, "levels": population[0]}
         if evaluation_sets and args.eval_every and generation % args.eval_every == 0:

@@ -128,7 +128,7 @@ def search_tokens(args: argparse.Namespace, generations: int) -> int:
     """Candidates times tokens of a whole search; the parents compete in the last step."""
     survivors, tokens = args.survivors_per_selection, args.tokens_per_selection
     candidates = [args.offspring, *survivors[:-1]]
-    candidates[-1] += survivors[-1]
+    candidates[-1] += survivors[-1] if args.strategy == "plus" else 0
     return args.initially_generated * args.initial_tokens + generations * sum(
         count * step for count, step in zip(candidates, tokens))
 

@@ -64,6 +64,9 @@ def add_search_flags(parser: argparse.ArgumentParser, generations: int | None, o
                        help=f"kept after each selection step (default: {' '.join(map(str, survivors))})")
     group.add_argument("--tokens_per_selection", type=int, nargs="+", default=tokens, metavar="TOKENS",
                        help=f"of each selection step's minibatch (default: {' '.join(map(str, tokens))})")
+    group.add_argument("--strategy", choices=["plus", "comma"], default="plus",
+                       help="plus: the parents compete in the last selection step; comma: offspring alone survive "
+                            "(default: plus)")
     group.add_argument("--max_mutations", type=int, default=3, metavar="SWITCHES",
                        help="an offspring differs by min(U1, U2) level switches, U uniform in 1..this (default: 3)")
     group.add_argument("--fixed_mutations", type=int, metavar="SWITCHES",
