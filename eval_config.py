@@ -12,9 +12,10 @@ import json
 from database.levels import add_configuration_flags, check_configuration_flags, load_configuration
 from utils.data import check_dataset, default_sequence_length
 from utils.evaluation import Evaluation, load_evaluation_documents
+from utils.files import check_writable_file, write_atomic
 from utils.flags import add_evaluation_flags, add_model_flags
 from utils.model import load_config, load_decoder, load_tokenizer
-from utils.runs import check_writable_file, evaluation_rows, format_table, user_errors, write_atomic
+from utils.runs import RunError, evaluation_rows, format_table, user_errors
 from utils.tasks import add_task_flags, average_accuracy, check_task_flags, find_tasks, run_tasks, task_rows
 
 
@@ -29,6 +30,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@user_errors(RunError)
 def main(argv: list[str] | None = None) -> dict:
     """Evaluate what the flags name; returns {"dense" or "compressed": {dataset: {"ppl", "kl"}}}, and with --tasks
     "tasks": {task: {metric: value}} and "average_accuracy", in percent, of the configuration."""

@@ -17,11 +17,12 @@ from pathlib import Path
 from utils.configs import DROP_WORDS, read_drop_config, write_drop_config
 from utils.data import calibration_documents, default_sequence_length, draw_minibatch
 from utils.evaluation import Evaluation, load_evaluation_documents
+from utils.files import check_writable
 from utils.fitness import Fitness
 from utils.flags import (add_calibration_flags, add_evaluation_flags, add_model_flags, add_search_flags,
                          check_search_flags)
 from utils.model import Decoder, load_config, load_decoder, load_tokenizer, save_dropped
-from utils.runs import (Run, check_writable, default_folder, evaluation_rows, format_table, open_wandb, plot_search,
+from utils.runs import (Run, RunError, default_folder, evaluation_rows, format_table, open_wandb, plot_search,
                         rng_state, set_rng_state, user_errors)
 
 Candidate = tuple[bool, ...]     # of every unit: dropped?
@@ -247,6 +248,7 @@ def check_flags(args: argparse.Namespace) -> None:
         read_drop_config(args.legal_to_drop_path)
 
 
+@user_errors(RunError)
 def main(argv: list[str] | None = None) -> dict:
     """Run the search of the flags, or resume it; returns what summary.json holds."""
     args = parse_arguments(argv)

@@ -19,11 +19,12 @@ from database.store import Database
 from utils.configs import write_level_config
 from utils.data import calibration_documents, default_sequence_length, draw_minibatch
 from utils.evaluation import Evaluation, load_evaluation_documents
+from utils.files import check_writable
 from utils.fitness import Fitness
 from utils.flags import (add_calibration_flags, add_evaluation_flags, add_model_flags, add_search_flags,
                          check_search_flags)
 from utils.model import load_config, load_decoder, load_tokenizer
-from utils.runs import (Run, check_writable, default_folder, evaluation_rows, format_table, open_wandb, plot_search,
+from utils.runs import (Run, RunError, default_folder, evaluation_rows, format_table, open_wandb, plot_search,
                         rng_state, set_rng_state, user_errors)
 from utils.units import Unit, add_unit_flags, build_units, check_unit_flags, level_map
 
@@ -179,6 +180,7 @@ def check_flags(args: argparse.Namespace) -> None:
         raise ValueError(f"--configuration_name {args.configuration_name}: a file name is needed, without a folder")
 
 
+@user_errors(RunError)
 def main(argv: list[str] | None = None) -> dict:
     """Run the search of the flags, or resume it; returns what summary.json holds."""
     args = parse_arguments(argv)

@@ -25,11 +25,12 @@ from database.levels import add_configuration_flags, check_configuration_flags, 
 from database.store import Database
 from utils import pack_quantized
 from utils.configs import DROP_WORDS, read_drop_config
+from utils.files import check_writable, write_atomic
 from utils.gguf_file import check_gguf, write_gguf
-from utils.model import DTYPES, Decoder, load_config, load_decoder, load_tokenizer
+from utils.model import DTYPES, Decoder, load_config, load_decoder, load_tokenizer, save_pretrained
 from utils.pack_quantized import Quantized
 from utils.regroup import Regrouped, regroup
-from utils.runs import check_writable, evaluation_rows, format_table, user_errors, write_atomic
+from utils.runs import RunError, evaluation_rows, format_table, user_errors
 
 MARK = "export.json"             # in every finished export: --overwrite replaces nothing else
 
@@ -61,6 +62,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@user_errors(RunError)
 def main(argv: list[str] | None = None) -> dict:
     """Export what the flags name; returns what export.json holds."""
     args = parse_arguments(argv)
@@ -172,7 +174,13 @@ def finished_or_nothing(save_dir: str) -> Iterator[Path]:
     """A folder beside `save_dir` that takes its name, and the place of what is there, once all of it is written."""
     target = Path(save_dir).absolute()
     partial, replaced = (target.with_name(f".{target.name}.{suffix}") for suffix in ("partial", "replaced"))
-    shutil.rmtree(partial, ignore_errors=True)       # of an export that was killed
+
+    def put_back() -> None:                          # what was to be replaced, when that failed half-way
+        if replaced.exists() and not target.exists():
+            os.replace(replaced, target)
+
+    put_back()                                       # of an export that was killed
+    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
         yield partial
@@ -182,6 +190,7 @@ def finished_or_nothing(save_dir: str) -> Iterator[Path]:
         os.replace(partial, target)
         shutil.rmtree(replaced, ignore_errors=True)
     except BaseException:
+        put_back()
         shutil.rmtree(partial, ignore_errors=True)
         raise
 
@@ -202,13 +211,8 @@ def quantized_layers(regrouped: Regrouped, database: Database, levels: Mapping[s
 def write_checkpoint(folder: Path, model: nn.Module, tokenizer, quantized: Mapping[str, Quantized],
                      args: argparse.Namespace) -> dict:
     """Write the files that `from_pretrained` reads; returns what to report of the quantized layers."""
-    tokenizer.save_pretrained(folder)
-    try:
-        model.generation_config.validate(strict=True)
-    except ValueError:                               # transformers loads a temperature without sampling, but saves none
-        model.generation_config.do_sample = True
     if not quantized:
-        model.save_pretrained(folder, max_shard_size=args.max_shard_size)
+        save_pretrained(model, tokenizer, folder, max_shard_size=args.max_shard_size)
         return {}
     linear = linear_layers(model)
     schemes = pack_quantized.choose_schemes(quantized, promote=args.fuse == "promote")
@@ -220,7 +224,7 @@ def write_checkpoint(folder: Path, model: nn.Module, tokenizer, quantized: Mappi
         state.update(packed)
     model.config.quantization_config = pack_quantized.quantization_config(
         schemes, ignore=[name for name in linear if name not in schemes])
-    model.save_pretrained(folder, state_dict=state, max_shard_size=args.max_shard_size)
+    save_pretrained(model, tokenizer, folder, state_dict=state, max_shard_size=args.max_shard_size)
     uneven = pack_quantized.unevenly_packed(linear, schemes)
     odd = [name for name, layer in quantized.items() if layer.codes.shape[0] % 32]
     notes = [f"vLLM's kernels take output sizes that are multiples of 32; {len(odd)} quantized layers (first {odd[0]}) "

@@ -22,10 +22,11 @@ from database.levels import GIGABYTE, LevelSwitcher
 from database.store import Database, LevelCache
 from utils.allocation import allocate, interpolate
 from utils.configs import write_level_config
+from utils.files import check_writable, write_atomic
 from utils.fitness import Fitness
 from utils.flags import add_calibration_flags, add_model_flags
 from utils.model import Decoder, load_config
-from utils.runs import check_writable, format_table, user_errors, write_atomic
+from utils.runs import RunError, format_table, user_errors
 
 Errors = dict[str, dict[int, float]]     # layer -> level -> error
 
@@ -180,6 +181,7 @@ def levels_to_measure(levels: Sequence[int], grid: Sequence[int] | None) -> list
     return chosen
 
 
+@user_errors(RunError)
 def main(argv: list[str] | None = None) -> dict:
     """Write the configurations of the flags; returns what dp-<errors>.json holds."""
     args = parse_arguments(argv)

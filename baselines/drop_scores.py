@@ -23,10 +23,11 @@ import torch.nn.functional as F
 
 from baselines.inputs import check_calibration_flags, load_inputs
 from utils.configs import write_drop_config
+from utils.files import check_writable, write_atomic
 from utils.fitness import Fitness, assemble, default_microbatch_tokens, microbatches
 from utils.flags import add_calibration_flags, add_model_flags
 from utils.model import BlockInputs, Decoder, load_config
-from utils.runs import check_writable, format_table, user_errors, write_atomic
+from utils.runs import RunError, format_table, user_errors
 
 FITNESS = {"kl_div": "kl", "perplexity": "ppl"}
 METHODS = ("cosine_similarity", "window_cosine_similarity", "norm_ratio", "perplexity", "kl_div", "l2", "l2_normalized")
@@ -190,6 +191,7 @@ def lowest(scores: list[float], count: int) -> tuple[int, ...]:
     return tuple(sorted(order[:count]))
 
 
+@user_errors(RunError)
 def main(argv: list[str] | None = None) -> dict[str, dict]:
     """Write the configurations of the flags; returns what the <method>.json files hold, by method."""
     args = parse_arguments(argv)

@@ -21,10 +21,11 @@ from database.levels import LevelSwitcher
 from database.store import Database
 from utils.allocation import allocate
 from utils.configs import write_level_config
+from utils.files import check_writable, write_atomic
 from utils.fitness import Fitness
 from utils.flags import add_calibration_flags, add_model_flags
 from utils.model import load_config
-from utils.runs import check_writable, format_table, user_errors, write_atomic
+from utils.runs import RunError, format_table, user_errors
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -115,6 +116,7 @@ def nearest_levels(database: Database, sparsities: Mapping[str, float]) -> tuple
     return dict(zip(sparsities, levels)), beyond
 
 
+@user_errors(RunError)
 def main(argv: list[str] | None = None) -> dict:
     """Write the configurations of the flags; returns what owl.json holds."""
     args = parse_arguments(argv)

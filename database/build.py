@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from database.hessian import Calibration
-from database.store import (FORMAT, MANIFEST, Database, check_no_foreign_files, config_sha256, differences, intact,
+from database.store import (FORMAT, Database, check_no_foreign_files, config_sha256, differences, intact,
                             layer_file, read_manifest, write_layer, write_manifest)
 from utils.data import calibration_documents, check_dataset, default_sequence_length
+from utils.files import check_writable, remove_partial
 from utils.flags import add_calibration_flags, add_model_flags
 from utils.model import Decoder, default_device, load_config, load_decoder, load_tokenizer
-from utils.runs import check_writable
 
 # what decides where and how a build runs or what it is called, but not what is built
 NOT_COMPARED = ("model_name_or_path", "tokenizer_name", "use_fast_tokenizer", "device", "trust_remote_code", "save_dir",
@@ -129,9 +129,7 @@ def build(args: argparse.Namespace, method: str, layers_flag: str, solve_layer: 
     check_same(manifest, header, args.save_dir)
     if manifest is None:
         manifest = {**header, "layers": {name: None for block in layers for name in block}}
-    for left_over in args.save_dir.glob(".*"):           # of writes that were cut short
-        if left_over.name.startswith((f".{MANIFEST}.", ".writable", "..writable")) or ".safetensors." in left_over.name:
-            left_over.unlink()
+    remove_partial(args.save_dir)
     check_no_foreign_files(args.save_dir, list(manifest["layers"]))
     write_manifest(args.save_dir, manifest)
     calibration = Calibration(decoder, documents, device, args.microbatch_tokens, home != device,

@@ -2,6 +2,7 @@
 
 manifest.json
   format, method ("sparsegpt" or "gptq"), model, config_sha256, weights_sha256, calibration_sha256, flags
+  sha256: of all the rest
   layers: name -> null while the layer is not built, then
     shape [out, in]; bytes and sha256 of its file; levels: level -> {kept or bits and overhead_bits, error}
 A layer file has a level's tensors under "<level>.<part>" (parts: see packing.py). Files appear whole or not at all, and
@@ -20,9 +21,10 @@ from safetensors.torch import save
 from torch import nn
 
 from database import packing
-from utils.runs import write_atomic
+from utils.files import read_sealed, seal, write_atomic
+from utils.runs import RunError
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 HEADER = ("format", "method", "config_sha256", "weights_sha256", "calibration_sha256", "flags")
 
@@ -106,7 +108,7 @@ class Database:
         if name not in self._files:
             file = layer_file(self.path, name)
             if not intact(self.path, self.manifest, name):
-                raise ValueError(f"{file}: not the file that was built (wrong checksum); {_REBUILD}")
+                raise RunError(f"{file}: not the file that was built (wrong checksum); {_REBUILD}")
             self._files[name] = safe_open(file, framework="pt")
         parts = ("mask", "values") if self.method == "sparsegpt" else ("codes", "scales", "zeros")
         return {part: self._files[name].get_tensor(f"{level}.{part}").to(device) for part in parts}
@@ -164,24 +166,19 @@ def read_manifest(path: Path) -> dict | None:
     if not file.is_file():
         return None
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-        names = list(manifest["layers"])
-        built = [entry for entry in manifest["layers"].values() if entry is not None]
-        sound = (manifest["format"] == FORMAT and manifest["method"] in ("sparsegpt", "gptq") and names
-                 and isinstance(manifest["flags"], dict) and {*HEADER, "model"} <= manifest.keys()
-                 and all({"shape", "bytes", "sha256", "levels"} <= entry.keys() for entry in built))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file}: not a database's manifest ({type(error).__name__}: {error}); rebuild the database "
-                         f"in an empty folder") from error
-    if not sound:
+        manifest = read_sealed(file)
+    except ValueError as error:
+        raise ValueError(f"{error}, so not a database's manifest; rebuild the database in an empty folder") from error
+    if (manifest.get("format") != FORMAT or manifest.get("method") not in ("sparsegpt", "gptq")
+            or not {*HEADER, "model"} <= manifest.keys() or not isinstance(manifest.get("layers"), dict)):
         raise ValueError(f"{file}: not a manifest of format {FORMAT}; rebuild the database in an empty folder")
-    for name in names:
+    for name in manifest["layers"]:
         layer_file(path, name)
     return manifest
 
 
 def write_manifest(path: Path, manifest: dict) -> None:
-    write_atomic(path / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    write_atomic(path / MANIFEST, seal(manifest, indent=1))
 
 
 def write_layer(path: Path, manifest: dict, name: str, shape: tuple[int, int],

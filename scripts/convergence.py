@@ -20,10 +20,11 @@ from baselines.drop_scores import BATCH, without
 from baselines.inputs import check_calibration_flags, load_inputs
 from utils.configs import DROP_WORDS, write_drop_config
 from utils.data import draw_minibatch
+from utils.files import check_writable_file, write_atomic
 from utils.fitness import Fitness
 from utils.flags import add_calibration_flags, add_model_flags
 from utils.model import load_config
-from utils.runs import check_writable_file, format_table, user_errors, write_atomic
+from utils.runs import RunError, format_table, user_errors
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -49,6 +50,7 @@ def first_reached(ranks: list[int]) -> list[tuple[int, int]]:
             if rank != before]
 
 
+@user_errors(RunError)
 def main(argv: list[str] | None = None) -> dict:
     args = parse_arguments(argv)
     with user_errors():

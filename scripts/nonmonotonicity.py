@@ -18,10 +18,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from baselines.drop_scores import BATCH, without
 from baselines.inputs import check_calibration_flags, load_inputs
 from utils.configs import write_drop_config
+from utils.files import check_writable, write_atomic
 from utils.fitness import Fitness
 from utils.flags import add_calibration_flags, add_model_flags
 from utils.model import load_config
-from utils.runs import check_writable, format_table, user_errors, write_atomic
+from utils.runs import RunError, format_table, user_errors
 
 Blocks = tuple[int, ...]
 
@@ -50,6 +51,7 @@ def better_with_more(divergences: dict[Blocks, float]) -> list[tuple[float, Bloc
     return sorted(pairs)
 
 
+@user_errors(RunError)
 def main(argv: list[str] | None = None) -> list[tuple[float, Blocks, Blocks]]:
     args = parse_arguments(argv)
     with user_errors():

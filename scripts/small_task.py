@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.data import stdlib_texts
-from utils.runs import write_atomic
+from utils.files import write_atomic
 
 QUESTIONS, CONTEXT_LINES = 64, 8
 

@@ -21,7 +21,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from database import build, gptq, sparsegpt, store
-from database.store import Database, LevelCache
+from database.store import Database, LevelCache, read_manifest, write_manifest
 from utils.data import calibration_documents
 from utils.model import Decoder, load_tokenizer
 
@@ -273,14 +273,22 @@ def test_files_that_belong_to_no_layer_are_refused(built, model, tmp_path):
 @pytest.mark.parametrize("change, named", [
     (lambda m: m["layers"].update({"../../outside": m["layers"]["model.layers.0.mlp.up_proj"]}), "outside"),
     (lambda m: m["layers"].update({"model.layers.0.mlp.up_proj": None}), "not finished.*model.layers.0.mlp.up_proj"),
-    (lambda m: m.update(format=99), "format 1"), (lambda m: m.pop("flags"), "manifest"),
+    (lambda m: m.update(format=99), "format 2"), (lambda m: m.pop("flags"), "manifest"),
     (lambda m: m.update(layers=[]), "manifest")])
 def test_manifests_that_cannot_be_used_are_refused(built, tmp_path, change, named):
     folder = copy(built, tmp_path)
-    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest = read_manifest(folder)
     change(manifest)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(folder, manifest)
     with pytest.raises(ValueError, match=named):
+        Database.open(folder)
+
+
+def test_an_edited_manifest_is_refused(built, tmp_path):
+    folder = copy(built, tmp_path)
+    text = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").write_text(text.replace('"bytes": ', '"bytes": 1', 1))
+    with pytest.raises(ValueError, match=r"manifest.json: damaged or edited \(wrong checksum\).*; rebuild the database"):
         Database.open(folder)
 
 
@@ -288,7 +296,7 @@ def test_folders_without_a_readable_manifest_are_refused(tmp_path):
     with pytest.raises(ValueError, match="not a database"):
         Database.open(tmp_path)
     (tmp_path / "manifest.json").write_text('{"format": 1, "layers"')
-    with pytest.raises(ValueError, match="manifest.json: not a database's manifest"):
+    with pytest.raises(ValueError, match="manifest.json: cannot be read as JSON .*, so not a database's manifest"):
         Database.open(tmp_path)
 
 
@@ -363,7 +371,7 @@ def test_killed_at_ten_random_moments_and_resumed_it_is_the_same_database(built,
 
 
 def test_killed_around_any_write_and_resumed_it_is_the_same_database(built, model, tmp_path, processes):
-    # renames: .writable, a manifest, then seven layers and a manifest a block
+    # renames: a manifest, then seven layers and a manifest a block
     for first, second in ((2, 9), (19, 6)):
         folder = tmp_path / f"killed-{first}"
         for dies_at_write, code in ((first, -signal.SIGKILL), (second, -signal.SIGKILL), (None, 0)):

@@ -1,4 +1,5 @@
 """Depth and sparsity exports: reloaded in a fresh process by plain transformers, they are the searched model."""
+import errno
 import json
 import multiprocessing
 import random
@@ -268,9 +269,9 @@ def test_failed_export_leaves_nothing_and_the_old_one_whole(tmp_path, checkpoint
     before = {path.name: path.read_bytes() for path in out.iterdir()}
 
     def full_disk(*args):
-        raise OSError("no space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device", "README.md")
     monkeypatch.setattr(export, "model_card", full_disk)
-    with pytest.raises(OSError):
+    with pytest.raises(SystemExit, match="^error: README.md: No space left on device; what was finished before is intact"):
         export_dropped(tmp_path, checkpoint, [(True, False)] * 6, "--overwrite")
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["drop.txt", out.name]

@@ -1,19 +1,21 @@
 """A run's folder: whole files, resuming at the last checkpoint, refusing what does not belong to it."""
+import errno
 import json
 import random
 
 import pytest
 
-from utils.runs import (Run, check_writable, default_folder, evaluation_rows, format_table, open_wandb, plot_search,
-                        rng_state, set_rng_state, user_errors, write_atomic)
+from utils.files import check_writable, seal, write_atomic
+from utils.runs import (Run, RunError, default_folder, evaluation_rows, format_table, open_wandb, plot_search, rng_state,
+                        set_rng_state, user_errors)
 
 FLAGS = {"seed": 0, "sparsity": 0.25, "generations": 3, "output_dir": "x", "log_wandb": False}
 
 
 def checkpointed(folder, generation: int = 2) -> Run:
     run = Run(folder, FLAGS)
-    for number in range(1, generation + 1):
-        run.log({"generation": number, "fitness": 1 / number}, seconds=number)
+    for number in range(generation + 1):
+        run.log({"generation": number, "fitness": 1 / max(number, 1)}, seconds=number)
         run.checkpoint(generation=number, population=[[True, False]])
     return run
 
@@ -33,6 +35,16 @@ def test_user_errors_end_in_one_sentence():
         raise ValueError("--flag 3: too many")
     with pytest.raises(KeyError), user_errors():                        # our mistakes keep their traceback
         raise KeyError
+    with pytest.raises(SystemExit, match="^error: /full: No space left on device; what was finished before is intact"):
+        with user_errors():
+            raise OSError(errno.ENOSPC, "No space left on device", "/full")
+
+
+def test_after_set_up_a_value_error_is_a_mistake_of_ours():
+    with pytest.raises(SystemExit, match="^error: damaged$"), user_errors(RunError):
+        raise RunError("damaged")
+    with pytest.raises(ValueError, match="ours"), user_errors(RunError):
+        raise ValueError("ours")
 
 
 def test_folder_beneath_a_file_is_refused_naming_the_flag(tmp_path):
@@ -64,7 +76,7 @@ def test_run_resumes_at_its_last_checkpoint_and_forgets_what_was_logged_after_it
         log.write('{"generation": 4, "fit')
     run = Run(tmp_path, FLAGS)
     assert run.state == {"generation": 2, "population": [[True, False]]}
-    assert [record["generation"] for record in run.records()] == [1, 2]
+    assert [record["generation"] for record in run.records()] == [0, 1, 2]
     assert not run.finished
 
 
@@ -96,20 +108,46 @@ def test_run_cannot_be_shortened(tmp_path):
         Run(tmp_path, FLAGS | {"generations": 1})
 
 
-@pytest.mark.parametrize("damage", ["{", "[]", '{"version": 1}', '{"version": 99}'])
-def test_checkpoint_that_is_no_checkpoint_is_refused(tmp_path, damage):
+@pytest.mark.parametrize("damage", [
+    lambda text: "{", lambda text: "[]", lambda text: '{"version": 1}', lambda text: "[" * 100_000,
+    lambda text: text.replace('"generation": 2', '"generation": 1'), lambda text: text[:-20], lambda text: "\xff"])
+def test_damaged_checkpoint_is_refused(tmp_path, damage):
     checkpointed(tmp_path)
-    (tmp_path / "checkpoint.json").write_text(damage)
-    with pytest.raises(ValueError, match=rf"{tmp_path}/checkpoint.json: not a readable checkpoint .* to start over"):
+    path = tmp_path / "checkpoint.json"
+    path.write_text(damage(path.read_text()), encoding="latin-1")
+    with pytest.raises(ValueError, match=rf"{path}: .*; remove {tmp_path} to start over"):
         Run(tmp_path, FLAGS)
 
 
-@pytest.mark.parametrize("spoil", [lambda log: log.unlink(), lambda log: log.write_text("")])
-def test_checkpoint_without_its_log_is_refused(tmp_path, spoil):
+def test_checkpoint_of_another_version_is_refused(tmp_path):
+    (tmp_path / "checkpoint.json").write_text(seal({"version": 1}))
+    with pytest.raises(ValueError, match="checkpoint.json: version 1 instead of 2; remove"):
+        Run(tmp_path, FLAGS)
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda log: log.unlink(), lambda log: log.write_text(""), lambda log: log.write_bytes(log.read_bytes()[:-1]),
+    lambda log: log.write_text(log.read_text().replace("0.5", "0.6"))])
+def test_log_that_is_not_the_checkpoints_is_refused(tmp_path, spoil):
     checkpointed(tmp_path)
     spoil(tmp_path / "log.jsonl")
-    with pytest.raises(ValueError, match="not a readable checkpoint"):
+    with pytest.raises(ValueError, match=rf"{tmp_path}/log.jsonl: not the log that checkpoint.json goes with"):
         Run(tmp_path, FLAGS)
+
+
+def test_damaged_summary_is_made_again(tmp_path):
+    checkpointed(tmp_path, 3).summarize({"generations": 3})
+    (tmp_path / "summary.json").write_text('{"generations": 3')
+    assert not Run(tmp_path, FLAGS).finished
+
+
+def test_what_a_killed_process_was_writing_is_removed_and_its_seconds_are_not_there_twice(tmp_path):
+    checkpointed(tmp_path).log({"generation": 3}, seconds=3)                     # killed before its checkpoint
+    (tmp_path / ".checkpoint.json.x7_a.partial").write_text("half a ch")
+    Run(tmp_path, FLAGS).log({"generation": 3}, seconds=4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.json", "log.jsonl", "timing.jsonl"]
+    assert [json.loads(line) for line in (tmp_path / "timing.jsonl").read_text().splitlines()] == [
+        {"seconds": 0}, {"seconds": 1}, {"seconds": 2}, {"seconds": 4}]
 
 
 def test_generator_goes_on_where_it_was_after_a_trip_through_json():

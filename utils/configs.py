@@ -6,7 +6,7 @@ Files are read strictly: a misspelt or missing line is an error, never a default
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from utils.runs import write_atomic
+from utils.files import write_atomic
 
 DROP_WORDS = {"none": (False, False), "attn": (True, False), "mlp": (False, True), "attn+mlp": (True, True)}
 

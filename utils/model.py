@@ -5,12 +5,17 @@ a block's children that hold weight matrices, the attention is the one whose for
 a cache; what is left is the MLP (one module, or several as in OPT).
 """
 import inspect
+import os
+import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Cache
+
+from utils.files import PARTIAL, naming
 
 ATTENTION_ARGUMENTS = {"attention_mask", "position_embeddings", "past_key_values", "past_key_value", "layer_past"}
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
@@ -303,16 +308,36 @@ def _take_apart(index: int, name: str, module: nn.Module) -> Block:
     return Block(index, name, module, SubBlock([with_matrices[attention[0]]]), SubBlock(mlp), layers)
 
 
+def save_pretrained(model: nn.Module, tokenizer, folder: str | Path, **options) -> None:
+    """Write the files that `from_pretrained` reads. Raises OSError naming the folder."""
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:                   # transformers loads a temperature without sampling, but saves none
+        model.generation_config.do_sample = True
+    with naming(folder):
+        tokenizer.save_pretrained(folder)
+        model.save_pretrained(folder, **options)
+
+
 @torch.no_grad()
-def save_dropped(decoder: Decoder, tokenizer, folder: str) -> None:
+def save_dropped(decoder: Decoder, tokenizer, folder: str | Path) -> None:
     """Save the model with every parameter of its dropped sub-blocks set to zero: the same function in any runtime.
 
-    Overwrites those parameters. It keeps its number of blocks.
+    Overwrites those parameters. It keeps its number of blocks. Files appear whole, config.json last.
     """
     for block in decoder.blocks:
         for sub_block in (block.attn, block.mlp):
             if sub_block.dropped:
                 for parameter in sub_block.parameters:
                     parameter.zero_()
-    decoder.model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    partial = Path(folder) / f".model{PARTIAL}"
+    shutil.rmtree(partial, ignore_errors=True)       # of a run that was killed
+    try:
+        save_pretrained(decoder.model, tokenizer, partial)
+        files = [file for file in partial.rglob("*") if file.is_file()]
+        for file in sorted(files, key=lambda file: file.name == "config.json"):
+            target = Path(folder) / file.relative_to(partial)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -4,59 +4,37 @@ What the seed decides (configuration, log) and what the clock decides (timing, p
 that a killed run resumed gives the same configuration and log, byte for byte, as one never killed.
 """
 import hashlib
+import io
 import json
 import os
-import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-VERSION = 1
+from utils.files import check_writable, naming, read_json, read_sealed, remove_partial, seal, write_atomic
+
+VERSION = 2
 NOT_COMPARED = ("output_dir", "log_wandb", "generations")   # flags a resumed run may change
 
 
-def write_atomic(path: str | Path, content: str | bytes) -> None:
-    """Write a file whole or not at all: beside it first, then renamed over it."""
-    path = Path(path)
-    data = content.encode() if isinstance(content, str) else content
-    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(beside, 0o644)
-        os.replace(beside, path)
-    except BaseException:
-        Path(beside).unlink(missing_ok=True)
-        raise
+class RunError(ValueError):
+    """What the user can mend, found after set-up: a damaged file, too little memory, a model that gives NaN."""
 
 
 @contextmanager
-def user_errors():
-    """Bad input ends in one sentence on standard error. Use it around set-up only: later a traceback is right."""
+def user_errors(mistakes: type[ValueError] = ValueError):
+    """What the user can mend ends in one sentence on standard error: bad input, a disk that is full.
+
+    After set-up a ValueError may be a mistake of ours, which deserves its traceback: there use `user_errors(RunError)`.
+    """
     try:
         yield
-    except ValueError as error:
+    except mistakes as error:
         raise SystemExit(f"error: {error}") from None
-
-
-def check_writable(folder: str | Path, flag: str) -> None:
-    """Create `folder`. Raises ValueError naming `flag` when that, or writing a file in it, fails."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        write_atomic(Path(folder) / ".writable", "")
-        (Path(folder) / ".writable").unlink()
     except OSError as error:
-        raise ValueError(f"{flag} {folder}: cannot be written ({error.strerror}); name a folder that can") from error
-
-
-def check_writable_file(path: str | Path, flag: str) -> None:
-    """Raises ValueError naming `flag` when `path` is a folder, or its folder cannot be written."""
-    if Path(path).is_dir():
-        raise ValueError(f"{flag} {path}: is a folder; name a file")
-    check_writable(Path(path).parent, flag)
+        raise SystemExit(f"error: {error.filename or 'input or output'}: {error.strerror or error}; what was finished "
+                         f"before is intact, so mend that and run the same command again") from None
 
 
 def default_folder(task: str, flags: dict) -> str:
@@ -69,28 +47,31 @@ class Run:
     """The folder of one search, resumed where an earlier run of the same command left off."""
 
     def __init__(self, folder: str | Path, flags: dict, flag: str = "--output_dir"):
-        """Raises ValueError when the folder cannot be written, or holds a run with other flags."""
+        """Raises ValueError when the folder cannot be written, is damaged, or holds a run with other flags."""
         self.folder = Path(folder)
         self.flags = {key: value for key, value in flags.items() if key not in NOT_COMPARED}
         self.generations = flags.get("generations")
-        self.state: dict | None = None              # what the last `checkpoint` was given
+        self._log_bytes, self._log_sha256 = 0, hashlib.sha256()
         check_writable(folder, flag)
-        if (self.folder / "checkpoint.json").exists():
-            self._resume(flag)
-        else:
-            for name in ("log.jsonl", "timing.jsonl"):
-                (self.folder / name).unlink(missing_ok=True)
+        self.state = self._resume(flag)             # what the last `checkpoint` was given
         self.began = time.time()
 
-    def _resume(self, flag: str) -> None:
-        path = self.folder / "checkpoint.json"
+    def _resume(self, flag: str) -> dict | None:
+        remove_partial(self.folder)
+        path, log, timing = (self.folder / name for name in ("checkpoint.json", "log.jsonl", "timing.jsonl"))
+        if not path.exists():
+            for file in (log, timing):
+                file.unlink(missing_ok=True)
+            return None
+        start_over = f"remove {self.folder} to start over"
         try:
-            saved = json.loads(path.read_text())
-            state, flags, log_bytes = saved["state"], saved["flags"], saved["log_bytes"]
-            if saved["version"] != VERSION or (self.folder / "log.jsonl").stat().st_size < log_bytes:
-                raise ValueError("version or log do not match")
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            raise ValueError(f"{path}: not a readable checkpoint ({error}); remove {self.folder} to start over") from error
+            saved = read_sealed(path)
+        except ValueError as error:
+            raise ValueError(f"{error}; {start_over}") from error
+        if saved.get("version") != VERSION:
+            raise ValueError(f"{path}: version {saved.get('version')} instead of {VERSION}; "
+                             f"{start_over}")
+        state, flags, log_bytes = saved["state"], saved["flags"], saved["log_bytes"]
         ours = json.loads(json.dumps(self.flags))
         differing = [f"--{key} {flags.get(key)} there, {ours.get(key)} here" for key in sorted({*flags, *ours})
                      if flags.get(key) != ours.get(key)]
@@ -100,33 +81,45 @@ class Run:
         if self.generations is not None and state["generation"] > self.generations:
             raise ValueError(f"--generations {self.generations}: the run in {self.folder} is already at generation "
                              f"{state['generation']}; a resumed run can only be extended")
-        self.state = state
-        with open(self.folder / "log.jsonl", "r+b") as log:
-            log.truncate(log_bytes)                  # a line written after the last checkpoint is computed again
+        lines = log.read_bytes()[:log_bytes] if log.is_file() else b""
+        self._log_bytes, self._log_sha256 = len(lines), hashlib.sha256(lines)
+        if self._log_sha256.hexdigest() != saved["log_sha256"]:
+            raise ValueError(f"{log}: not the log that checkpoint.json goes with (wrong checksum); {start_over}")
+        os.truncate(log, log_bytes)                  # a line written after the last checkpoint is computed again
+        kept = timing.read_bytes().splitlines(keepends=True)[:state["generation"] + 1] if timing.is_file() else []
+        write_atomic(timing, b"".join(kept))
+        return state
 
     @property
     def finished(self) -> bool:
-        """Whether summary.json is there and covers all generations asked for."""
-        return (self.state is not None and (self.folder / "summary.json").exists()
-                and self.generations in (None, self.summary()["generations"]))
+        """Whether summary.json is there, whole, and covers all generations asked for."""
+        summary = self.summary()
+        return self.state is not None and summary is not None and self.generations in (None, summary.get("generations"))
 
-    def summary(self) -> dict:
-        """What `summarize` was given."""
-        return json.loads((self.folder / "summary.json").read_text())
+    def summary(self) -> dict | None:
+        """What `summarize` was given; None before that, and where it is damaged, so that it is made again."""
+        try:
+            return read_json(self.folder / "summary.json")
+        except ValueError:
+            return None
 
     def log(self, record: dict, **timing) -> None:
         """Append a line to log.jsonl, and its `timing` (seconds, rates) to timing.jsonl."""
-        for name, line in (("log.jsonl", record), ("timing.jsonl", timing)):
-            with open(self.folder / name, "a") as stream:
-                stream.write(json.dumps(line) + "\n")
+        line = json.dumps(record) + "\n"
+        for name, text in (("log.jsonl", line), ("timing.jsonl", json.dumps(timing) + "\n")):
+            with naming(self.folder / name), open(self.folder / name, "a") as stream:
+                stream.write(text)
+                stream.flush()
+                os.fsync(stream.fileno())
+        self._log_bytes += len(line)
+        self._log_sha256.update(line.encode())
 
     def checkpoint(self, **state) -> None:
         """Save what is needed to go on from here; `state["generation"]` is the number of finished generations."""
         self.state = state
-        log = self.folder / "log.jsonl"
-        write_atomic(self.folder / "checkpoint.json", json.dumps(
-            {"version": VERSION, "flags": self.flags, "state": state,
-             "log_bytes": log.stat().st_size if log.exists() else 0}))
+        write_atomic(self.folder / "checkpoint.json", seal(
+            {"version": VERSION, "flags": self.flags, "state": state, "log_bytes": self._log_bytes,
+             "log_sha256": self._log_sha256.hexdigest()}))
 
     def records(self) -> list[dict]:
         """The log so far."""
@@ -197,10 +190,10 @@ def plot_search(path: str | Path, records: list[dict], levels: Sequence[Sequence
     bar = figure.colorbar(image, ax=picture, label=level_label)
     if len(values) <= 8:
         bar.set_ticks(values, labels=[f"{value:.3g}" for value in values])
-    beside = Path(path).with_suffix(".partial.png")
-    figure.savefig(beside, dpi=120)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=120)
     pyplot.close(figure)
-    os.replace(beside, path)
+    write_atomic(path, drawn.getvalue())
 
 
 def open_wandb(enabled: bool, flags: dict):

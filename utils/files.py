@@ -1,0 +1,98 @@
+"""Files that appear whole or not at all, and JSON that carries its own checksum.
+
+Whatever is read back later (checkpoints, manifests, configurations) is written beside its name first, then renamed, so
+that a process may be killed, or a disk get full, at any moment.
+"""
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+PARTIAL = ".partial"             # ending of what is being written
+
+
+def write_atomic(path: str | Path, content: str | bytes) -> None:
+    """Write a file whole or not at all. Raises OSError with the file's name."""
+    path = Path(path)
+    data = content.encode() if isinstance(content, str) else content
+    with naming(path):
+        handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.chmod(beside, 0o644)
+            os.replace(beside, path)
+        except BaseException:
+            Path(beside).unlink(missing_ok=True)
+            raise
+
+
+def remove_partial(folder: str | Path, name: str = "*") -> None:
+    """Remove what `write_atomic` was writing to files called `name` in `folder` when it was killed."""
+    for file in Path(folder).glob(f".{name}.*{PARTIAL}"):
+        file.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Raise an OSError that names `path` for any failure to write: safetensors and tokenizers raise exceptions of
+    their own, with the system's error number in the text."""
+    try:
+        yield
+    except Exception as error:
+        found = re.search(r"(?:os error |code: )(\d+)", str(error))
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+        if found:
+            raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+        raise
+
+
+def check_writable(folder: str | Path, flag: str) -> None:
+    """Create `folder`. Raises ValueError naming `flag` when that, or writing a file in it, fails."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"{flag} {folder}: cannot be written ({error.strerror}); name a folder that can") from error
+
+
+def check_writable_file(path: str | Path, flag: str) -> None:
+    """Raises ValueError naming `flag` when `path` is a folder, or its folder cannot be written."""
+    if Path(path).is_dir():
+        raise ValueError(f"{flag} {path}: is a folder; name a file")
+    check_writable(Path(path).parent, flag)
+
+
+def seal(content: dict, indent: int | None = None) -> str:
+    """`content` as JSON with its SHA-256, for `read_sealed`."""
+    return json.dumps({**content, "sha256": _sha256(content)}, indent=indent) + "\n"
+
+
+def read_sealed(path: str | Path) -> dict:
+    """What `seal` was given. Raises ValueError naming the file when it is anything else, in a single bit."""
+    content = read_json(path)
+    if content.pop("sha256", None) != _sha256(content):
+        raise ValueError(f"{path}: damaged or edited (wrong checksum)")
+    return content
+
+
+def read_json(path: str | Path) -> dict:
+    """A JSON object. Raises ValueError naming the file when it cannot be read or holds anything else."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    return content
+
+
+def _sha256(content: dict) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
