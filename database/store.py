@@ -24,7 +24,7 @@ from database import packing
 from utils.files import read_sealed, seal, write_atomic
 from utils.runs import RunError
 
-FORMAT = 2
+FORMAT = 1
 MANIFEST = "manifest.json"
 HEADER = ("format", "method", "config_sha256", "weights_sha256", "calibration_sha256", "flags")
 

@@ -273,7 +273,7 @@ def test_files_that_belong_to_no_layer_are_refused(built, model, tmp_path):
 @pytest.mark.parametrize("change, named", [
     (lambda m: m["layers"].update({"../../outside": m["layers"]["model.layers.0.mlp.up_proj"]}), "outside"),
     (lambda m: m["layers"].update({"model.layers.0.mlp.up_proj": None}), "not finished.*model.layers.0.mlp.up_proj"),
-    (lambda m: m.update(format=99), "format 2"), (lambda m: m.pop("flags"), "manifest"),
+    (lambda m: m.update(format=99), "format 1"), (lambda m: m.pop("flags"), "manifest"),
     (lambda m: m.update(layers=[]), "manifest")])
 def test_manifests_that_cannot_be_used_are_refused(built, tmp_path, change, named):
     folder = copy(built, tmp_path)
