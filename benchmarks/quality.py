@@ -21,7 +21,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 from utils.runs import format_table
 
-MARKS = ("<!-- quality -->", "<!-- /quality -->")
 DEPTH = ["--generations", "20", "--offspring", "24", "--tokens_per_selection", "1024", "8192",
          "--survivors_per_selection", "2", "1", "--initial_tokens", "1024"]
 LEVELS = ["--generations", "10", "--offspring", "16", "--tokens_per_selection", "512", "2048", "4096",
@@ -40,7 +39,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("results/quality"))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--jobs", type=int, default=1, help="searches at once, one thread each")
-    parser.add_argument("--write_readme", action="store_true", help="put the table into README.md")
+    parser.add_argument("--write_readme", nargs="?", const="quality", metavar="NAME",
+                        help="put the table into README.md, between <!-- NAME --> and <!-- /NAME --> (NAME: quality)")
     return parser.parse_args()
 
 
@@ -142,9 +142,9 @@ def main() -> None:
     (out / "table.md").write_text(table + "\n")
     if args.write_readme:
         readme = ROOT / "README.md"
-        before, _, rest = readme.read_text().partition(MARKS[0])
-        after = rest.partition(MARKS[1])[2]
-        readme.write_text(f"{before}{MARKS[0]}\n{table}\n{MARKS[1]}{after}")
+        begin, end = f"<!-- {args.write_readme} -->", f"<!-- /{args.write_readme} -->"
+        before, _, rest = readme.read_text().partition(begin)
+        readme.write_text(f"{before}{begin}\n{table}\n{end}{rest.partition(end)[2]}")
 
 
 if __name__ == "__main__":
