@@ -117,9 +117,7 @@ class Database:
         """Weight [out, in] on the device of `packed`."""
         if self.method == "sparsegpt":
             return packing.unpack_sparse(packed, self.shape(name))
-        codes = packing.unpack_bits(packed["codes"], level, self.shape(name)[0] * self.shape(name)[1])
-        return packing.dequantize(codes.view(self.shape(name)), packed["scales"], packed["zeros"],
-                                  self.group_size(name))
+        return packing.unpack_quantized(packed, self.shape(name), level, self.group_size(name))
 
     def _level(self, name: str, level: int) -> dict:
         try:
