@@ -37,6 +37,7 @@ UTILIZATION = 0.5                                               # of them, in la
 FILES = 2e9                                                     # bytes/s from and to a local disk
 HALF = 2                                                        # bytes of a weight or activation
 GB = 1e9
+DEVICE = 80 * GB
 # questions x answers x about as many tokens as a question with an answer has
 TASK_TOKENS = {"arc_easy": 2376 * 4 * 35, "arc_challenge": 1172 * 4 * 40, "winogrande": 1267 * 2 * 30,
                "hellaswag": 10042 * 4 * 95, "piqa": 1838 * 2 * 35}
@@ -107,9 +108,10 @@ class Need:
 
 
 def walk_bytes(shape: Shape) -> float:
-    """Of the fitness walk: a microbatch's block inputs, and the teacher's log-probabilities and probabilities."""
-    microbatch = min(8192, max(512, 2**32 // (8 * shape.vocabulary)))       # as utils/fitness.py has it
-    return (shape.blocks + 1) * microbatch * shape.hidden * HALF + 8 * microbatch * shape.vocabulary
+    """Of the fitness walk: a microbatch's block inputs, and the teacher's log-probabilities."""
+    a_token = (shape.blocks + 1) * shape.hidden * HALF + 4 * shape.vocabulary
+    room = (DEVICE - HALF * shape.parameters) / 16                          # as utils/fitness.py has it
+    return a_token * min(8192, max(512, room // a_token))
 
 
 def evaluations(shape: Shape, args: argparse.Namespace, candidates: float, candidate_tokens: float,

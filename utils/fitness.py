@@ -62,7 +62,7 @@ class Fitness:
         """Perplexity of the uncompressed model on all documents, from its hidden states: runs no block."""
         total, predicted = 0.0, 0
         for i, document in enumerate(self.documents):
-            log_p = torch.cat([chunk for chunk, _ in self._teacher_distributions([[(i, len(document))]])])
+            log_p = torch.cat(self._teacher_distributions([[(i, len(document))]]))
             targets = document[1:].to(log_p.device)
             total += float(F.nll_loss(log_p, targets, reduction="none").double().sum())
             predicted += len(targets)
@@ -96,14 +96,14 @@ class Fitness:
             before = current
         return sums
 
-    def _losses(self, hidden_states: torch.Tensor, teacher: list | None, targets: torch.Tensor, kinds: Sequence[str]
+    def _losses(self, hidden_states: torch.Tensor, teacher: list[torch.Tensor] | None, targets: torch.Tensor, kinds: Sequence[str]
                 ) -> torch.Tensor:
         """Sums of each kind over predicted tokens, float64 [kinds]; hidden_states [predicted, hidden]."""
         sums = torch.zeros(len(kinds), dtype=torch.float64, device=hidden_states.device)
         step = self._chunk_tokens()
         for chunk, start in enumerate(range(0, len(hidden_states), step)):
             log_q = self._log_probabilities(hidden_states[start:start + step])
-            log_p, p = teacher[chunk] if teacher is not None else (None, None)
+            log_p = teacher[chunk] if teacher is not None else None
             for k, kind in enumerate(kinds):
                 if kind == "ppl":
                     values = F.nll_loss(log_q, targets[start:start + step], reduction="none")
@@ -112,16 +112,15 @@ class Fitness:
                     top = top.log_softmax(-1)
                     values = (top.exp() * (top - log_q.gather(-1, indices).log_softmax(-1))).sum(-1)
                 else:
-                    values = torch.linalg.vecdot(p, log_p - log_q)
+                    values = torch.linalg.vecdot(log_p.exp(), log_p - log_q)
                 sums[k] += values.double().sum()
         return sums
 
-    def _teacher_distributions(self, rows: list[Row]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """(log-probabilities, probabilities) [chunk, vocabulary] at the microbatch's predicted tokens."""
+    def _teacher_distributions(self, rows: list[Row]) -> list[torch.Tensor]:
+        """Log-probabilities [chunk, vocabulary] at the microbatch's predicted tokens."""
         hidden_states = torch.cat([self.teacher[i][:length - 1] for row in rows for i, length in row])
-        log_p = [self._log_probabilities(chunk.to(self.decoder.device, non_blocking=True))
-                 for chunk in hidden_states.split(self._chunk_tokens())]
-        return [(chunk, chunk.exp()) for chunk in log_p]
+        return [self._log_probabilities(chunk.to(self.decoder.device, non_blocking=True))
+                for chunk in hidden_states.split(self._chunk_tokens())]
 
     def _log_probabilities(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """float32 (float64 for a float64 model): half precision loses the small divergences that matter here."""
@@ -211,11 +210,21 @@ def assemble(documents: list[torch.Tensor], rows: list[Row]
 
 
 def default_microbatch_tokens(decoder: Decoder) -> int:
-    """GPU: as many as keep the teacher's distributions under 4 GB; CPU: few enough for activations to stay cached."""
-    if decoder.device.type == "cpu":
+    """CPU: few enough for activations to stay cached. GPU: at most 8192, and what a sixteenth of the memory that the
+    model leaves has room for, since packed levels come on top; what a block needs is measured on a few tokens."""
+    device, config = decoder.device, decoder.config.get_text_config(decoder=True)
+    if device.type == "cpu":
         return 2048
-    vocabulary = decoder.config.get_text_config(decoder=True).vocab_size
-    return min(8192, max(512, 2**32 // (8 * vocabulary)))
+    trial = 256
+    room = (torch.cuda.get_device_properties(device).total_memory - torch.cuda.memory_allocated(device)) / 16
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    inputs = decoder.block_inputs(torch.zeros(1, trial, dtype=torch.int64, device=device))
+    decoder.run_block(0, inputs.hidden_states, inputs)
+    a_token = ((torch.cuda.max_memory_allocated(device) - before) / trial
+               + len(decoder.blocks) * config.hidden_size * decoder.dtype.itemsize      # the inputs of all blocks
+               + 4 * config.vocab_size)                                                # the teacher's distribution
+    return min(8192, max(512, int(room / a_token) // 512 * 512))
 
 
 def walk_order(candidates: Sequence[Candidate], loaded: Sequence[Hashable]) -> list[int]:

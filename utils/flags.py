@@ -18,7 +18,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
                        help="default: what transformers picks for the model")
     group.add_argument("--device", help="cpu, cuda or cuda:N (default: the first GPU, else the CPU)")
     group.add_argument("--microbatch_tokens", type=int, metavar="TOKENS",
-                       help="tokens that go through the model at once, e.g. 4096 (default: by vocabulary and device)")
+                       help="tokens that go through the model at once, e.g. 4096 (default: by the device's memory)")
     group.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
 
 
