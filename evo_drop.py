@@ -278,9 +278,11 @@ def main(argv: list[str] | None = None) -> dict:
     def set_block(index: int, state: tuple[bool, bool] | None) -> None:
         blocks[index].drop(*(state or (False, False)))
 
-    evaluation = Evaluation(decoder, evaluation_sets, set_block, args.microbatch_tokens)
+    sizes = (run.state or {}).get("microbatch_tokens", {})
+    evaluation = Evaluation(decoder, evaluation_sets, set_block, args.microbatch_tokens, sizes.get("evaluation"))
     fitness = Fitness(decoder, documents, set_block, teacher=args.fitness_fn == "kl",
-                      microbatch_tokens=args.microbatch_tokens, progress="uncompressed model on calibration data")
+                      microbatch_tokens=args.microbatch_tokens, progress="uncompressed model on calibration data",
+                      sizes=sizes.get("fitness"))
     rng = random.Random(args.seed)
     tokens_spent = 0
 
@@ -293,6 +295,10 @@ def main(argv: list[str] | None = None) -> dict:
         sign = -1 if args.invert_fitness else 1
         ranked = [(sign * value if math.isfinite(value) else math.inf, c) for (value,), c in zip(values, candidates)]
         return sorted(ranked, key=lambda pair: pair[0])
+
+    def checkpoint(generation: int) -> None:
+        run.checkpoint(generation=generation, rng=rng_state(rng), population=population, start=start, fitness=best,
+                       tokens=tokens_spent, microbatch_tokens={"fitness": fitness.sizes, "evaluation": evaluation.sizes})
 
     if run.state:
         set_rng_state(rng, run.state["rng"])
@@ -308,8 +314,7 @@ def main(argv: list[str] | None = None) -> dict:
         population = [candidate for _, candidate in ranked[:args.population_size]]
         first_generation, best, start = 1, ranked[0][0], population[:1]
         run.log({"generation": 0, "fitness": best, "tokens": tokens_spent})
-        run.checkpoint(generation=0, rng=rng_state(rng), population=population, start=start, fitness=best,
-                       tokens=tokens_spent)
+        checkpoint(0)
 
     if args.generations is None:                              # by what was dropped at the start: resuming agrees
         dropped = round(sum(sum(state) for state in space.states(start[0], len(blocks))) / 2)
@@ -336,8 +341,7 @@ def main(argv: list[str] | None = None) -> dict:
         rate = (tokens_spent - tokens_before) / seconds
         left = seconds / (generation - first_generation + 1) * (args.generations - generation)
         run.log(record, generation=generation, seconds=seconds, tokens_per_second=rate)
-        run.checkpoint(generation=generation, rng=rng_state(rng), population=population, start=start, fitness=best,
-                       tokens=tokens_spent)
+        checkpoint(generation)
         print(f"generation {generation}/{args.generations}  {args.fitness_fn} {best:.5f}  {tokens_spent:,} tokens  "
               f"{rate:,.0f} tokens/s  {left:.0f} s left", flush=True)
         if wandb:

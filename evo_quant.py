@@ -264,9 +264,11 @@ def main(argv: list[str] | None = None) -> dict:
         levels = {name: database.levels(name) for name in database.layers}
         space = build_space(args, database, build_units(switcher.names, levels, args))
 
-    evaluation = Evaluation(decoder, evaluation_sets, switcher.set_block, args.microbatch_tokens)
+    sizes = (run.state or {}).get("microbatch_tokens", {})
+    evaluation = Evaluation(decoder, evaluation_sets, switcher.set_block, args.microbatch_tokens, sizes.get("evaluation"))
     fitness = Fitness(decoder, documents, switcher.set_block, args.fitness_fn != "ppl", args.kl_topk,
-                      args.microbatch_tokens, progress="uncompressed model on calibration data")
+                      args.microbatch_tokens, progress="uncompressed model on calibration data",
+                      sizes=sizes.get("fitness"))
     rng = random.Random(args.seed)
     tokens_spent = 0
 
@@ -281,6 +283,10 @@ def main(argv: list[str] | None = None) -> dict:
         values = fitness.measure([states(candidate) for candidate in candidates], minibatch, (args.fitness_fn,))
         return sorted(((value, candidate) for (value,), candidate in zip(values, candidates)), key=lambda pair: pair[0])
 
+    def checkpoint(generation: int) -> None:
+        run.checkpoint(generation=generation, rng=rng_state(rng), population=population, start=start, fitness=best,
+                       tokens=tokens_spent, microbatch_tokens={"fitness": fitness.sizes, "evaluation": evaluation.sizes})
+
     if run.state:
         set_rng_state(rng, run.state["rng"])
         first_generation, tokens_spent, best = run.state["generation"] + 1, run.state["tokens"], run.state["fitness"]
@@ -294,8 +300,7 @@ def main(argv: list[str] | None = None) -> dict:
         population = [candidate for _, candidate in ranked[:args.population_size]]
         first_generation, best, start = 1, ranked[0][0], population[:1]
         run.log({"generation": 0, "fitness": best, "tokens": tokens_spent})
-        run.checkpoint(generation=0, rng=rng_state(rng), population=population, start=start, fitness=best,
-                       tokens=tokens_spent)
+        checkpoint(0)
     print(f"budget: {describe(space, population[0], database)}")
 
     steps = list(zip(args.survivors_per_selection, args.tokens_per_selection))
@@ -316,8 +321,7 @@ def main(argv: list[str] | None = None) -> dict:
         rate = (tokens_spent - tokens_before) / seconds
         left = seconds / (generation - first_generation + 1) * (args.generations - generation)
         run.log(record, generation=generation, seconds=seconds, tokens_per_second=rate)
-        run.checkpoint(generation=generation, rng=rng_state(rng), population=population, start=start, fitness=best,
-                       tokens=tokens_spent)
+        checkpoint(generation)
         print(f"generation {generation}/{args.generations}  {args.fitness_fn} {best:.5f}  {tokens_spent:,} tokens  "
               f"{rate:,.0f} tokens/s  {left:.0f} s left", flush=True)
         if wandb:

@@ -1,5 +1,5 @@
 """Perplexity, and KL divergence from the uncompressed model, on held-out text."""
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import torch
 
@@ -24,10 +24,18 @@ class Evaluation:
     after its weights have been replaced. Create it while the model is uncompressed."""
 
     def __init__(self, decoder: Decoder, documents: dict[str, list[torch.Tensor]],
-                 set_block: Callable[[int, Hashable], None], microbatch_tokens: int | None = None):
+                 set_block: Callable[[int, Hashable], None], microbatch_tokens: int | None = None,
+                 sizes: Mapping[str, Sequence[int]] | None = None):
+        """`sizes`, of a run that is resumed: its `sizes`."""
         self.sets = {name: Fitness(decoder, texts, set_block, microbatch_tokens=microbatch_tokens,
-                                   progress=f"uncompressed model on {name}") for name, texts in documents.items()}
+                                   progress=f"uncompressed model on {name}", sizes=(sizes or {}).get(name))
+                     for name, texts in documents.items()}
         self.dense = {name: {"ppl": fitness.teacher_perplexity(), "kl": 0.0} for name, fitness in self.sets.items()}
+
+    @property
+    def sizes(self) -> dict[str, list[int]]:
+        """Each dataset's `Fitness.sizes`."""
+        return {name: fitness.sizes for name, fitness in self.sets.items()}
 
     def __call__(self, candidate: Candidate) -> dict[str, dict[str, float]]:
         """{dataset: {"ppl": perplexity, "kl": nats a token}} of one candidate."""

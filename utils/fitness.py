@@ -9,35 +9,51 @@ output, hidden_size numbers a token, and its full-vocabulary distribution is com
 import math
 import time
 from collections.abc import Callable, Hashable, Sequence
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 
 from utils.model import Decoder
+from utils.runs import RunError
 
 KINDS = ("kl", "ppl", "sparse_kl")
 Candidate = Sequence[Hashable]           # a state for every block, whatever `set_block` understands
 Row = list[tuple[int, int]]              # documents packed into one row: (index, length)
+T = TypeVar("T")
 
 
 class Fitness:
     """The teacher's hidden states on a set of documents, and the walk that measures candidates against it."""
 
     def __init__(self, decoder: Decoder, documents: list[torch.Tensor], set_block: Callable[[int, Hashable], None],
-                 teacher: bool = True, kl_topk: int = 10, microbatch_tokens: int | None = None, progress: str = ""):
+                 teacher: bool = True, kl_topk: int = 10, microbatch_tokens: int | None = None, progress: str = "",
+                 sizes: Sequence[int] | None = None):
         """`documents`: int64 [length] each. `set_block(i, state)` puts block i into a candidate's state.
 
         With `teacher`, the model as it is now (uncompressed) is run over all documents; kl and sparse_kl need it.
+        `sizes`, of a run that is resumed: its `sizes` instead of `microbatch_tokens`. Raises RunError where the model
+        gives NaN, or a single row does not fit into memory.
         """
         self.decoder = decoder
         self.documents = documents
         self.set_block = set_block
         self.kl_topk = kl_topk
-        self.microbatch_tokens = microbatch_tokens or default_microbatch_tokens(decoder)
+        self.microbatch_tokens = sizes[0] if sizes else microbatch_tokens or default_microbatch_tokens(decoder)
         self.blocks_run = 0
         self.teacher: list[torch.Tensor] = []                        # a document's last block output [length, hidden]
         if teacher:
-            self._run_teacher(progress)
+            whole = [(i, len(document)) for i, document in enumerate(documents)]
+            self._within_memory(whole, lambda batches: self._run_teacher(batches, progress))
+        self._teacher_tokens = self.microbatch_tokens
+        if sizes:
+            self.microbatch_tokens = min(sizes[1], self.microbatch_tokens)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Tokens of a microbatch of the teacher, and of a walk: what memory had room for. With the same sizes, the
+        same values to the bit."""
+        return [self._teacher_tokens, self.microbatch_tokens]
 
     @torch.no_grad()
     def measure(self, candidates: Sequence[Candidate], minibatch: Row | None = None,
@@ -50,12 +66,32 @@ class Fitness:
         """
         if minibatch is None:
             minibatch = [(i, len(document)) for i, document in enumerate(self.documents)]
-        totals = torch.zeros(len(candidates), len(kinds), dtype=torch.float64, device=self.decoder.device)
-        for rows in microbatches(minibatch, self.microbatch_tokens, self.decoder.packed_rows):
-            totals += self._walk(candidates, rows, kinds)
+        totals = self._within_memory(minibatch, lambda batches: sum(
+            self._walk(candidates, rows, kinds) for rows in batches))
         means = (totals / sum(length - 1 for _, length in minibatch)).tolist()   # the step's one synchronisation
         values = [tuple(_exp(mean) if kind == "ppl" else mean for mean, kind in zip(row, kinds)) for row in means]
         return [tuple(value if math.isfinite(value) else math.inf for value in row) for row in values]
+
+    def _within_memory(self, minibatch: Row, compute: Callable[[list[list[Row]]], T]) -> T:
+        """compute(microbatches), and where memory does not suffice the same again, from then on with half as many
+        tokens in each. Raises RunError where each is a single row already."""
+        while True:
+            batches = microbatches(minibatch, self.microbatch_tokens, self.decoder.packed_rows)
+            try:
+                return compute(batches)
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                if all(len(rows) == 1 for rows in batches):
+                    longest = max(sum(length for _, length in row) for rows in batches for row in rows)
+                    raise RunError(f"out of memory with a single row of {longest} tokens ({str(error).splitlines()[0]}); "
+                                   f"lower --calibration_sequence_length, --eval_sequence_length or --level_cache_gb, or "
+                                   f"use another --dtype") from error
+            if self.decoder.device.type == "cuda":
+                torch.cuda.empty_cache()                             # outside of except: the walk's tensors are gone
+            self.microbatch_tokens //= 2
+            print(f"out of memory: from now on at most {self.microbatch_tokens} tokens at once instead of "
+                  f"{2 * self.microbatch_tokens}", flush=True)
 
     @torch.no_grad()
     def teacher_perplexity(self) -> float:
@@ -88,6 +124,7 @@ class Fitness:
                 continue
             for i in range(start, count):
                 if self.decoder.states[i] != candidate[i]:
+                    self.decoder.states[i] = None                    # neither, should memory run out half-way
                     self.set_block(i, candidate[i])
                     self.decoder.states[i] = candidate[i]
                 stack[i + 1] = self.decoder.run_block(i, stack[i], inputs)
@@ -138,14 +175,13 @@ class Fitness:
         return self.decoder.block_inputs(input_ids.to(device), None if position_ids is None else position_ids.to(device))
 
     @torch.no_grad()
-    def _run_teacher(self, progress: str) -> None:
+    def _run_teacher(self, batches: list[list[Row]], progress: str) -> None:
         total = sum(map(len, self.documents))
         needed = total * self.decoder.config.get_text_config(decoder=True).hidden_size * self.decoder.dtype.itemsize
         on_device = self.decoder.device.type == "cpu" or needed < torch.cuda.mem_get_info(self.decoder.device)[0] / 8
         self.teacher = [None] * len(self.documents)
         began, shown, done = time.time(), time.time(), 0
-        whole = [(i, len(document)) for i, document in enumerate(self.documents)]
-        for rows in microbatches(whole, self.microbatch_tokens, self.decoder.packed_rows):
+        for rows in batches:
             input_ids, position_ids, _ = assemble(self.documents, rows)
             inputs = self._block_inputs(input_ids, position_ids)
             hidden_states = inputs.hidden_states
@@ -159,6 +195,9 @@ class Fitness:
                 shown = time.time()
                 print(f"{progress}: {done:,} of {total:,} tokens, {(shown - began) * (total - done) / done:.0f} s left",
                       flush=True)
+        if not torch.stack([states.isfinite().all() for states in self.teacher]).all():
+            raise RunError(f"the uncompressed model's hidden states are NaN or infinite in {self.decoder.dtype}; use "
+                           f"--dtype bfloat16 or float32")
 
 
 def microbatches(minibatch: Row, max_tokens: int, packed_rows: int) -> list[list[Row]]:
@@ -207,6 +246,11 @@ def assemble(documents: list[torch.Tensor], rows: list[Row]
     starts = torch.tensor([0, *lengths[:-1]]).cumsum(0).tolist()
     predicting = torch.cat([torch.arange(start, start + n - 1) for start, n in zip(starts, lengths)])
     return input_ids, position_ids, predicting
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a device, or a CPU's allocator, which has no exception of its own, ran out of memory."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def default_microbatch_tokens(decoder: Decoder) -> int:

@@ -224,6 +224,10 @@ class Decoder:
         logits = self.model(input_ids=second, use_cache=False).logits
         for hook in hooks:
             hook.remove()
+        if logits.isnan().any():
+            broken = next((name for name, weights in self.model.named_parameters() if not weights.isfinite().all()), None)
+            raise ValueError(f"{broken}: NaN or infinite weights; check the checkpoint, or use another --dtype" if broken
+                             else f"{type(self.model).__name__}: gives NaN in {self.dtype}; use --dtype bfloat16 or float32")
         alone = self._last_hidden_states(second)
         if not torch.allclose(self.logits(alone), logits, rtol=1e-2, atol=1e-2 * float(logits.abs().max()), equal_nan=True):
             raise ValueError(f"{type(self.model).__name__}: running its {len(self.blocks)} blocks one by one does not "
