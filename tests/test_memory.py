@@ -1,0 +1,163 @@
+"""Out of memory: the microbatch is halved, said once and kept; values stay what they were; one row is the floor."""
+import json
+import random
+
+import pytest
+import torch
+
+import evo_drop
+import families
+from database import gptq
+from database.levels import LevelSwitcher
+from database.store import Database, LevelCache
+from test_fitness import documents, drop, random_candidates
+from utils.fitness import Fitness, out_of_memory
+from utils.model import Decoder, load_decoder
+from utils.runs import Run, RunError
+
+CPU = RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried "
+                   "to allocate 68719476736 bytes. Error code 12 (Cannot allocate memory)")
+GPU = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has a total capacity of 8 GiB")
+TEXT = ["--calibration_data", "stdlib", "--calibration_sequence_length", "32", "--calibration_tokens", "512"]
+
+
+@pytest.fixture
+def memory(monkeypatch):
+    """memory.tokens: the most that go through block 2 before memory runs out; memory.failures: how often it did."""
+    class Memory:
+        tokens, failures, error = 10**9, 0, GPU
+
+    memory, run_block = Memory(), Decoder.run_block
+
+    def limited(self, index, hidden_states, inputs):
+        if index == 2 and hidden_states.shape[:2].numel() > memory.tokens:
+            memory.failures += 1
+            raise memory.error
+        return run_block(self, index, hidden_states, inputs)
+
+    monkeypatch.setattr(Decoder, "run_block", limited)
+    return memory
+
+
+@pytest.mark.parametrize("error", [CPU, GPU, MemoryError()])
+def test_walk_that_does_not_fit_gives_the_same_values_in_smaller_microbatches(error, memory, capsys):
+    decoder = Decoder(families.build("llama"))
+    fitness = Fitness(decoder, documents(), drop(decoder), microbatch_tokens=160)
+    expected = fitness.measure(random_candidates(6), kinds=("kl", "ppl"))
+    memory.tokens, memory.error = 50, error
+    values = fitness.measure(random_candidates(6), kinds=("kl", "ppl"))
+    assert fitness.sizes == [160, 40] and memory.failures == 2
+    assert capsys.readouterr().out.splitlines() == [
+        f"out of memory: from now on at most {new} tokens at once instead of {old}" for old, new in ((160, 80), (80, 40))]
+    torch.testing.assert_close(torch.tensor(values), torch.tensor(expected), rtol=1e-6, atol=1e-8)
+    assert fitness.measure(random_candidates(6), kinds=("kl", "ppl")) == values and memory.failures == 2
+
+
+def test_teacher_that_does_not_fit_is_run_again_from_its_beginning(memory):
+    texts, candidates = documents(), random_candidates(4)
+    smaller, decoder = Decoder(families.build("llama")), Decoder(families.build("llama"))
+    expected = Fitness(smaller, texts, drop(smaller), microbatch_tokens=40).measure(candidates)
+    memory.tokens = 50
+    assert Fitness(decoder, texts, drop(decoder), microbatch_tokens=160).measure(candidates) == expected
+
+
+def test_sizes_of_an_earlier_run_give_its_values_to_the_bit(memory):
+    texts = documents()
+    decoder, resumed = Decoder(families.build("llama")), Decoder(families.build("llama"))
+    fitness = Fitness(decoder, texts, drop(decoder), microbatch_tokens=160)
+    memory.tokens = 50
+    values = fitness.measure(random_candidates(4))
+    memory.tokens = 10**9
+    again = Fitness(resumed, texts, drop(resumed), microbatch_tokens=160, sizes=fitness.sizes)
+    assert again.measure(random_candidates(4)) == values and again.sizes == [160, 40]
+
+
+def test_a_row_that_does_not_fit_by_itself_is_an_error_that_says_what_to_lower(memory):
+    memory.tokens = 36
+    decoder = Decoder(families.build("llama"))
+    with pytest.raises(RunError, match=r"^out of memory with a single row of 37 tokens \(CUDA out of memory. Tried to "
+                                       r"allocate 2.00 GiB.\); lower --calibration_sequence_length"):
+        Fitness(decoder, documents(), drop(decoder))
+
+
+def test_other_errors_are_not_taken_for_it(memory):
+    memory.tokens, memory.error = 50, RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+    decoder = Decoder(families.build("llama"))
+    with pytest.raises(RuntimeError, match="shapes"):
+        Fitness(decoder, documents(), drop(decoder))
+
+
+def test_the_cpus_own_allocator_is_recognised():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert out_of_memory(caught.value)
+
+
+def test_a_block_left_half_switched_is_switched_anew(checkpoint, tmp_path, monkeypatch):
+    gptq.main(gptq.make_parser().parse_args(
+        ["--model_name_or_path", checkpoint, *TEXT, "--bitwidth_options", "2", "3", "4", "--calibration_bitwidth", "3",
+         "--save_dir", str(tmp_path / "db")]))
+    database, rng = Database.open(tmp_path / "db"), random.Random(0)
+    texts = [torch.randint(3, 90, (24,), generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    candidates = [{name: rng.choice((2, 3, 4)) for name in database.layers} for _ in range(4)]
+
+    def measure(fails_at: int) -> list:
+        decoder = load_decoder(checkpoint, device="cpu")
+        switcher = LevelSwitcher(decoder, database, 1.0)
+        fitness = Fitness(decoder, texts, switcher.set_block, microbatch_tokens=48)
+        calls, copy_ = iter(range(10**6)), LevelCache.copy_
+
+        def failing(self, *args):
+            if next(calls) == fails_at:
+                raise GPU
+            copy_(self, *args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(LevelCache, "copy_", failing)
+            values = fitness.measure([switcher.states(levels) for levels in candidates])
+        assert fitness.sizes == [48, 24 if fails_at >= 0 else 48]
+        return values
+
+    expected = measure(-1)
+    for fails_at in (0, 3, 45, 61):                                    # in the middle of a block
+        torch.testing.assert_close(torch.tensor(measure(fails_at)), torch.tensor(expected), rtol=1e-5, atol=1e-8)
+
+
+def test_a_search_that_ran_out_of_memory_resumes_to_the_same_files(checkpoint, tmp_path, memory, monkeypatch, capsys):
+    def search(folder: str) -> dict[str, bytes]:
+        evo_drop.main(["--model_name_or_path", checkpoint, *TEXT, "--sparsity", "0.34", "--initially_generated", "4",
+                       "--initial_tokens", "64", "--generations", "3", "--offspring", "4", "--survivors_per_selection",
+                       "2", "1", "--tokens_per_selection", "64", "256", "--eval_datasets", "stdlib", "--eval_tokens",
+                       "256", "--eval_sequence_length", "32", "--output_dir", str(tmp_path / folder)])
+        return {name: (tmp_path / folder / name).read_bytes()
+                for name in ("layer_drop_config.txt", "log.jsonl", "checkpoint.json")}
+
+    log = Run.log
+
+    def shrinking(self, record, **timing):
+        log(self, record, **timing)
+        if record["generation"] == 1:
+            memory.tokens = 100                                         # other programs want theirs
+
+    monkeypatch.setattr(evo_drop, "plot_search", lambda *_: None)
+    monkeypatch.setattr(Run, "log", shrinking)
+    whole = search("whole")
+    assert capsys.readouterr().out.count("out of memory") == memory.failures > 0
+    state = json.loads(whole["checkpoint.json"])["state"]["microbatch_tokens"]
+    assert state["fitness"][1] <= 100 < state["fitness"][0] and state["evaluation"]["stdlib"][1] <= 100
+
+    memory.tokens = 10**9
+    checkpoint_, killed = Run.checkpoint, []
+
+    def dying(self, **saved):
+        checkpoint_(self, **saved)
+        if saved["generation"] == 2 and not killed:
+            killed.append(True)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "checkpoint", dying)
+    with pytest.raises(KeyboardInterrupt):
+        search("killed")
+    memory.tokens, failures = 10**9, memory.failures
+    assert search("killed") == whole
+    assert memory.failures == failures                                  # the sizes of the checkpoint were enough
