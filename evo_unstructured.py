@@ -116,7 +116,7 @@ def balance(space: Space, candidate: Candidate, fixed: set[int], rng: random.Ran
 def switch(space: Space, candidate: Candidate, rng: random.Random) -> Candidate | None:
     """Level-switch mutation: one unit a level up, another a level down; more than one where tied units differ in
     size. None where no such switch is drawn."""
-    up = [i for i in range(len(candidate)) if space.moved(candidate, i, 1)]
+    up = [i for i, unit in enumerate(space.units) if candidate[i] + 1 in unit.levels]
     if not up:
         return None
     raised = rng.choice(up)
