@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from utils import distributed
 from utils.configs import DROP_WORDS, read_drop_config, write_drop_config
 from utils.data import calibration_documents, default_sequence_length, draw_minibatch
 from utils.evaluation import Evaluation, load_evaluation_documents
@@ -367,6 +368,7 @@ def main(argv: list[str] | None = None) -> dict:
                "fitness_fn": args.fitness_fn, "generations": args.generations, "tokens": tokens_spent,
                "evaluation": evaluations, "seconds": time.time() - run.began}
     run.summarize(summary)
+    distributed.report_idle(time.time() - run.began)
     print(f"budget: {summary['budget']}\ntokens: {tokens_spent:,}\nsaved: {run.folder}/layer_drop_config.txt")
     return summary
 
@@ -387,4 +389,4 @@ def describe(space: Space, candidate: Candidate, blocks: list) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    distributed.launch(main)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from database.levels import LevelSwitcher
 from database.store import Database
+from utils import distributed
 from utils.configs import write_level_config
 from utils.data import calibration_documents, default_sequence_length, draw_minibatch
 from utils.evaluation import Evaluation, load_evaluation_documents
@@ -345,6 +346,7 @@ def main(argv: list[str] | None = None) -> dict:
                "generations": args.generations, "tokens": tokens_spent, "evaluation": evaluations,
                "levels": winner, "seconds": seconds}
     run.summarize(summary)
+    distributed.report_idle(time.time() - run.began)
     print(f"budget: {summary['budget']}\ntokens: {tokens_spent:,} in {seconds:.0f} s\n"
           f"saved: {run.folder / args.configuration_name} and {database.path / args.configuration_name}")
     return summary
@@ -360,4 +362,4 @@ def describe(space: Space, candidate: Candidate, database: Database) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    distributed.launch(main)

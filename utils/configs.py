@@ -6,6 +6,7 @@ Files are read strictly: a misspelt or missing line is an error, never a default
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from utils import distributed
 from utils.files import write_atomic
 
 DROP_WORDS = {"none": (False, False), "attn": (True, False), "mlp": (False, True), "attn+mlp": (True, True)}
@@ -23,6 +24,7 @@ def read_drop_config(path: str | Path, num_blocks: int | None = None) -> list[tu
     return [DROP_WORDS[line] for line in lines]
 
 
+@distributed.main_only
 def write_drop_config(path: str | Path, dropped: Sequence[tuple[bool, bool]]) -> None:
     """One line a block, as `read_drop_config` reads it."""
     words = {state: word for word, state in DROP_WORDS.items()}
@@ -46,6 +48,7 @@ def read_level_config(path: str | Path) -> dict[str, int]:
     return levels
 
 
+@distributed.main_only
 def write_level_config(path: str | Path, levels: dict[str, int]) -> None:
     """`layer.name: level` a line, in the order given."""
     write_atomic(path, "".join(f"{name}: {level}\n" for name, level in levels.items()))

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+from utils import distributed
+
 HUB_DATASETS = ("fineweb_edu", "c4", "wikitext2")
 LOCAL_SUFFIXES = (".txt", ".jsonl", ".parquet")
 C4_REVISION = "607bd4c8450a42878aa9ddc051a65a055450ef87"
@@ -38,6 +40,7 @@ def check_dataset(name: str, flag: str) -> None:
                          f'a "text" field')
 
 
+@distributed.from_main
 def calibration_documents(name: str, tokenizer, num_tokens: int, sequence_length: int, seed: int = 0,
                           flag: str = "--calibration_tokens") -> list[torch.Tensor]:
     """Exactly `num_tokens` tokens of the train side, as documents of at most `sequence_length` tokens.
@@ -53,6 +56,7 @@ def calibration_documents(name: str, tokenizer, num_tokens: int, sequence_length
     return [document[:length] for document, length in zip(documents, lengths)]
 
 
+@distributed.from_main
 def evaluation_documents(name: str, tokenizer, num_tokens: int, sequence_length: int) -> list[torch.Tensor]:
     """Up to `num_tokens` tokens of the test side: what there is. Raises ValueError when there is nothing at all.
 

@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch
 import torch.nn.functional as F
 
+from utils import distributed
 from utils.model import Decoder
 from utils.runs import RunError
 
@@ -44,7 +45,10 @@ class Fitness:
         self.teacher: list[torch.Tensor] = []                        # a document's last block output [length, hidden]
         if teacher:
             whole = [(i, len(document)) for i, document in enumerate(documents)]
-            self._within_memory(whole, lambda batches: self._run_teacher(batches, progress))
+            storage = self._teacher_storage()
+            owners = self._within_memory(whole, lambda batches: self._run_teacher(batches, storage, progress))
+            for i, owner in owners.items():                          # any process may come to need any document
+                self.teacher[i] = distributed.broadcast(self.teacher[i], owner, storage)
         self._teacher_tokens = self.microbatch_tokens
         if sizes:
             self.microbatch_tokens = min(sizes[1], self.microbatch_tokens)
@@ -63,12 +67,14 @@ class Fitness:
         minibatch: (document, length) pairs, by default all documents at full length. Kinds: "kl", the divergence
         KL(teacher ‖ candidate) in nats over the full vocabulary; "sparse_kl", the same over the teacher's `kl_topk`
         largest logits, both renormalised; "ppl", exp of the mean next-token loss. A value that is not finite is +inf.
+
+        Several processes share the work and get the same values, which do not depend on their number.
         """
         if minibatch is None:
             minibatch = [(i, len(document)) for i, document in enumerate(self.documents)]
-        totals = self._within_memory(minibatch, lambda batches: sum(
-            self._walk(candidates, rows, kinds) for rows in batches))
-        means = (totals / sum(length - 1 for _, length in minibatch)).tolist()   # the step's one synchronisation
+        sums = self._within_memory(minibatch, lambda batches: self._own_sums(candidates, batches, kinds))
+        totals = sum(distributed.merge_(sums))                       # in the same order whoever computed what
+        means = (totals / sum(length - 1 for _, length in minibatch)).tolist()
         values = [tuple(_exp(mean) if kind == "ppl" else mean for mean, kind in zip(row, kinds)) for row in means]
         return [tuple(value if math.isfinite(value) else math.inf for value in row) for row in values]
 
@@ -77,16 +83,21 @@ class Fitness:
         tokens in each. Raises RunError where each is a single row already."""
         while True:
             batches = microbatches(minibatch, self.microbatch_tokens, self.decoder.packed_rows)
+            failure = result = None
             try:
-                return compute(batches)
+                result = compute(batches)
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
-                if all(len(rows) == 1 for rows in batches):
-                    longest = max(sum(length for _, length in row) for rows in batches for row in rows)
-                    raise RunError(f"out of memory with a single row of {longest} tokens ({str(error).splitlines()[0]}); "
-                                   f"lower --calibration_sequence_length, --eval_sequence_length or --level_cache_gb, or "
-                                   f"use another --dtype") from error
+                failure = str(error).splitlines()[0]
+            failure = next(filter(None, distributed.gather(failure)), None)   # too little for one is too little for all
+            if failure is None:
+                return result
+            if all(len(rows) == 1 for rows in batches):
+                longest = max(sum(length for _, length in row) for rows in batches for row in rows)
+                raise RunError(f"out of memory with a single row of {longest} tokens ({failure}); lower "
+                               f"--calibration_sequence_length, --eval_sequence_length or --level_cache_gb, or use "
+                               f"another --dtype")
             if self.decoder.device.type == "cuda":
                 torch.cuda.empty_cache()                             # outside of except: the walk's tensors are gone
             self.microbatch_tokens //= 2
@@ -96,13 +107,43 @@ class Fitness:
     @torch.no_grad()
     def teacher_perplexity(self) -> float:
         """Perplexity of the uncompressed model on all documents, from its hidden states: runs no block."""
-        total, predicted = 0.0, 0
-        for i, document in enumerate(self.documents):
-            log_p = torch.cat(self._teacher_distributions([[(i, len(document))]]))
-            targets = document[1:].to(log_p.device)
-            total += float(F.nll_loss(log_p, targets, reduction="none").double().sum())
-            predicted += len(targets)
-        return _exp(total / predicted)
+        losses = torch.zeros(len(self.documents), dtype=torch.float64)
+        for i, owner in enumerate(distributed.shares([len(document) for document in self.documents])):
+            if owner == distributed.rank():
+                document = self.documents[i]
+                log_p = torch.cat(self._teacher_distributions([[(i, len(document))]]))
+                targets = document[1:].to(log_p.device)
+                losses[i] = F.nll_loss(log_p, targets, reduction="none").double().sum()
+        total = sum(distributed.merge_(losses).tolist())
+        return _exp(total / sum(len(document) - 1 for document in self.documents))
+
+    def _own_sums(self, candidates: Sequence[Candidate], batches: list[list[Row]], kinds: Sequence[str]) -> torch.Tensor:
+        """Sums over each microbatch's predicted tokens, float64 [microbatches, candidates, kinds] on the host; zeros
+        where another process computes them."""
+        walks = [(batch, members, self._walk([candidates[i] for i in members], batches[batch], kinds))
+                 for batch, members in self._own_walks(candidates, batches)]
+        sums = torch.zeros(len(batches), len(candidates), len(kinds), dtype=torch.float64)
+        for batch, members, walked in walks:
+            sums[batch, members] = walked.cpu()                      # the step's first synchronisation
+        return sums
+
+    def _own_walks(self, candidates: Sequence[Candidate], batches: list[list[Row]]) -> list[tuple[int, list[int]]]:
+        """(microbatch, candidates) of the walks that are this process's: a part of equal cost of all candidates on the
+        first microbatch, in walking order, then all on the second, and so on."""
+        order = walk_order(candidates, [None] * len(self.decoder.blocks))
+        runs = [len(self.decoder.blocks)] + [len(self.decoder.blocks) - _first_difference(candidates[a], candidates[b])
+                                             for a, b in zip(order, order[1:])]
+        config = self.decoder.config.get_text_config(decoder=True)
+        block = sum(parameter.numel() for parameter in self.decoder.blocks[0].module.parameters())
+        head = config.vocab_size * config.hidden_size / block            # its cost in blocks
+        line = [(batch, i) for batch in range(len(batches)) for i in order]
+        owners = distributed.shares([sum(length for row in rows for _, length in row) * (run + head)
+                                     for rows in batches for run in runs])
+        walks: dict[int, list[int]] = {}
+        for (batch, i), owner in zip(line, owners):
+            if owner == distributed.rank():
+                walks.setdefault(batch, []).append(i)
+        return [(batch, sorted(members)) for batch, members in walks.items()]
 
     def _walk(self, candidates: Sequence[Candidate], rows: list[Row], kinds: Sequence[str]) -> torch.Tensor:
         """Sums over the microbatch's predicted tokens, float64 [candidates, kinds]."""
@@ -174,20 +215,30 @@ class Fitness:
         device = self.decoder.device
         return self.decoder.block_inputs(input_ids.to(device), None if position_ids is None else position_ids.to(device))
 
+    def _teacher_storage(self) -> torch.device:
+        """Where the teacher's hidden states are kept: on the device if an eighth of what is free there will do."""
+        hidden_size = self.decoder.config.get_text_config(decoder=True).hidden_size
+        needed = sum(map(len, self.documents)) * hidden_size * self.decoder.dtype.itemsize
+        fits = self.decoder.device.type == "cpu" or needed < torch.cuda.mem_get_info(self.decoder.device)[0] / 8
+        return self.decoder.device if all(distributed.gather(fits)) else torch.device("cpu")
+
     @torch.no_grad()
-    def _run_teacher(self, batches: list[list[Row]], progress: str) -> None:
-        total = sum(map(len, self.documents))
-        needed = total * self.decoder.config.get_text_config(decoder=True).hidden_size * self.decoder.dtype.itemsize
-        on_device = self.decoder.device.type == "cpu" or needed < torch.cuda.mem_get_info(self.decoder.device)[0] / 8
+    def _run_teacher(self, batches: list[list[Row]], storage: torch.device, progress: str) -> dict[int, int]:
+        """Run the model over this process's part of the documents. Returns the process of every document."""
         self.teacher = [None] * len(self.documents)
         began, shown, done = time.time(), time.time(), 0
-        for rows in batches:
+        sizes = [sum(length for row in rows for _, length in row) for rows in batches]
+        owners = distributed.shares(sizes)
+        total = sum(size for size, owner in zip(sizes, owners) if owner == distributed.rank())
+        for rows, owner in zip(batches, owners):
+            if owner != distributed.rank():
+                continue
             input_ids, position_ids, _ = assemble(self.documents, rows)
             inputs = self._block_inputs(input_ids, position_ids)
             hidden_states = inputs.hidden_states
             for i in range(len(self.decoder.blocks)):
                 hidden_states = self.decoder.run_block(i, hidden_states, inputs)
-            for row, states in zip(rows, hidden_states if on_device else hidden_states.cpu()):
+            for row, states in zip(rows, hidden_states.to(storage)):
                 for (index, _), document in zip(row, states.split([length for _, length in row])):
                     self.teacher[index] = document.clone()
             done += input_ids.numel()
@@ -195,9 +246,10 @@ class Fitness:
                 shown = time.time()
                 print(f"{progress}: {done:,} of {total:,} tokens, {(shown - began) * (total - done) / done:.0f} s left",
                       flush=True)
-        if not torch.stack([states.isfinite().all() for states in self.teacher]).all():
+        if not all(bool(states.isfinite().all()) for states in self.teacher if states is not None):
             raise RunError(f"the uncompressed model's hidden states are NaN or infinite in {self.decoder.dtype}; use "
                            f"--dtype bfloat16 or float32")
+        return {index: owner for rows, owner in zip(batches, owners) for row in rows for index, _ in row}
 
 
 def microbatches(minibatch: Row, max_tokens: int, packed_rows: int) -> list[list[Row]]:
@@ -268,7 +320,7 @@ def default_microbatch_tokens(decoder: Decoder) -> int:
     a_token = ((torch.cuda.max_memory_allocated(device) - before) / trial
                + len(decoder.blocks) * config.hidden_size * decoder.dtype.itemsize      # the inputs of all blocks
                + 4 * config.vocab_size)                                                # the teacher's distribution
-    return min(8192, max(512, int(room / a_token) // 512 * 512))
+    return min(distributed.gather(min(8192, max(512, int(room / a_token) // 512 * 512))))   # processes agree
 
 
 def walk_order(candidates: Sequence[Candidate], loaded: Sequence[Hashable]) -> list[int]:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Cache
 
+from utils import distributed
 from utils.files import PARTIAL, naming
 
 ATTENTION_ARGUMENTS = {"attention_mask", "position_embeddings", "past_key_values", "past_key_value", "layer_past"}
@@ -37,9 +38,17 @@ def load_tokenizer(name: str, use_fast: bool = True, trust_remote_code: bool = F
 
 
 def default_device(device: str | None = None) -> torch.device:
-    """The device named by --device, else the first GPU, else the CPU. Raises ValueError when there is no such device."""
+    """The device named by --device, else the first GPU, else the CPU; of several processes each has a GPU of its own.
+
+    Raises ValueError when there is no such device.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if distributed.world_size() > 1 and device.startswith("cuda"):
+        if device != "cuda":
+            raise ValueError(f"--device {device}: each process has a GPU of its own; use cuda")
+        device = f"cuda:{distributed.local_rank()}"
     try:
-        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        chosen = torch.device(device)
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {device}: not available here ({str(error).splitlines()[0]}); use cpu, cuda or "
@@ -323,6 +332,7 @@ def save_pretrained(model: nn.Module, tokenizer, folder: str | Path, **options) 
         model.save_pretrained(folder, **options)
 
 
+@distributed.main_only
 @torch.no_grad()
 def save_dropped(decoder: Decoder, tokenizer, folder: str | Path) -> None:
     """Save the model with every parameter of its dropped sub-blocks set to zero: the same function in any runtime.

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from utils import distributed
 from utils.files import check_writable, naming, read_json, read_sealed, remove_partial, seal, write_atomic
 
 VERSION = 2
@@ -44,7 +45,10 @@ def default_folder(task: str, flags: dict) -> str:
 
 
 class Run:
-    """The folder of one search, resumed where an earlier run of the same command left off."""
+    """The folder of one search, resumed where an earlier run of the same command left off.
+
+    Of several processes the first one reads and writes it; all of them hold its `state`.
+    """
 
     def __init__(self, folder: str | Path, flags: dict, flag: str = "--output_dir"):
         """Raises ValueError when the folder cannot be written, is damaged, or holds a run with other flags."""
@@ -56,6 +60,7 @@ class Run:
         self.state = self._resume(flag)             # what the last `checkpoint` was given
         self.began = time.time()
 
+    @distributed.from_main
     def _resume(self, flag: str) -> dict | None:
         remove_partial(self.folder)
         path, log, timing = (self.folder / name for name in ("checkpoint.json", "log.jsonl", "timing.jsonl"))
@@ -96,6 +101,7 @@ class Run:
         summary = self.summary()
         return self.state is not None and summary is not None and self.generations in (None, summary.get("generations"))
 
+    @distributed.from_main
     def summary(self) -> dict | None:
         """What `summarize` was given; None before that, and where it is damaged, so that it is made again."""
         try:
@@ -103,6 +109,7 @@ class Run:
         except ValueError:
             return None
 
+    @distributed.main_only
     def log(self, record: dict, **timing) -> None:
         """Append a line to log.jsonl, and its `timing` (seconds, rates) to timing.jsonl."""
         line = json.dumps(record) + "\n"
@@ -114,6 +121,7 @@ class Run:
         self._log_bytes += len(line)
         self._log_sha256.update(line.encode())
 
+    @distributed.main_only
     def checkpoint(self, **state) -> None:
         """Save what is needed to go on from here; `state["generation"]` is the number of finished generations."""
         self.state = state
@@ -121,11 +129,13 @@ class Run:
             {"version": VERSION, "flags": self.flags, "state": state, "log_bytes": self._log_bytes,
              "log_sha256": self._log_sha256.hexdigest()}))
 
+    @distributed.from_main
     def records(self) -> list[dict]:
         """The log so far."""
         path = self.folder / "log.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
+    @distributed.main_only
     def summarize(self, summary: dict) -> None:
         """Write summary.json: what marks a run as finished, so it is written last."""
         write_atomic(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -165,6 +175,7 @@ def evaluation_rows(evaluations: dict[str, dict[str, dict[str, float]]]) -> list
                       for who, results in evaluations.items()]]
 
 
+@distributed.main_only
 def plot_search(path: str | Path, records: list[dict], levels: Sequence[Sequence[float]], row_names: Sequence[str],
                 title: str, level_label: str, fitness_fn: str) -> None:
     """search.png: the best candidate's fitness over tokens spent, above a map of the winner's levels [rows, blocks]."""
@@ -196,6 +207,7 @@ def plot_search(path: str | Path, records: list[dict], levels: Sequence[Sequence
     write_atomic(path, drawn.getvalue())
 
 
+@distributed.main_only
 def open_wandb(enabled: bool, flags: dict):
     """A Weights & Biases run, or None. Raises ValueError when it is asked for and not installed."""
     if not enabled:
