@@ -12,6 +12,7 @@ import math
 import random
 import time
 from collections.abc import Callable
+from operator import getitem
 from pathlib import Path
 
 from database.levels import LevelSwitcher
@@ -84,17 +85,19 @@ class Space:
                     for level in unit.levels} for unit in units]
         self.down = [{level: max((l for l in unit.levels if l <= level - step_size), default=None)
                       for level in unit.levels} for unit in units]
+        self.step_costs = [{level: costs[above] - costs[level] for level, above in steps.items() if above is not None}
+                           for costs, steps in zip(bits, self.up)]
 
     def total(self, candidate: Candidate) -> int:
-        return sum(costs[level] for costs, level in zip(self.bits, candidate))
+        return sum(map(getitem, self.bits, candidate))
 
     def slack(self, candidate: Candidate) -> int:
         return self.budget - self.total(candidate)
 
     def raisable(self, candidate: Candidate, most: float) -> list[int]:
         """Units whose step up costs at most `most` bits."""
-        return [i for i, level in enumerate(candidate) if self.up[i][level] is not None
-                and self.bits[i][self.up[i][level]] - self.bits[i][level] <= most]
+        return [i for i, (costs, level) in enumerate(zip(self.step_costs, candidate)) if level in costs
+                and costs[level] <= most]
 
     def feasible(self, candidate: Candidate) -> bool:
         slack = self.slack(candidate)

@@ -12,6 +12,7 @@ import math
 import random
 import time
 from collections.abc import Callable
+from operator import mul
 from pathlib import Path
 
 from database.levels import LevelSwitcher
@@ -72,14 +73,15 @@ class Space:
 
     def __init__(self, units: list[Unit], max_total_deviation: int | None = None):
         self.units = units
+        self.sizes = [len(unit) for unit in units]
         self.max_total_deviation = max_total_deviation
 
     def steps(self, candidate: Candidate) -> int:
         """Sum of the layers' levels: 0 where the budget is met."""
-        return sum(len(unit) * level for unit, level in zip(self.units, candidate))
+        return sum(map(mul, self.sizes, candidate))
 
     def deviation(self, candidate: Candidate) -> int:
-        return sum(len(unit) * abs(level) for unit, level in zip(self.units, candidate))
+        return sum(map(mul, self.sizes, map(abs, candidate)))
 
     def feasible(self, candidate: Candidate) -> bool:
         return (self.steps(candidate) == 0
@@ -106,8 +108,8 @@ def balance(space: Space, candidate: Candidate, fixed: set[int], rng: random.Ran
     """Move units outside `fixed`, drawn at random, until the steps add up to zero. None where that fails."""
     while steps := space.steps(candidate):
         direction = -1 if steps > 0 else 1
-        moves = [i for i, unit in enumerate(space.units) if i not in fixed and len(unit) <= abs(steps)
-                 and candidate[i] + direction in unit.levels]
+        moves = [i for i, unit in enumerate(space.units) if candidate[i] + direction in unit.levels
+                 and space.sizes[i] <= abs(steps) and i not in fixed]
         if not moves:
             return None
         candidate = space.moved(candidate, rng.choice(moves), direction)
