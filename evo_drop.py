@@ -25,8 +25,10 @@ from utils.flags import (add_calibration_flags, add_evaluation_flags, add_model_
 from utils.model import Decoder, load_config, load_decoder, load_tokenizer, save_dropped
 from utils.runs import (Run, RunError, default_folder, evaluation_rows, format_table, open_wandb, plot_search,
                         rng_state, set_rng_state, user_errors)
+from utils.screening import AdditiveModel
 
 Candidate = tuple[bool, ...]     # of every unit: dropped?
+LAZY_BATCH = 4                   # units that a measured start measures again at once
 FAILED_DRAWS = 200               # draws without a new candidate after which a generation makes do with fewer offspring
 
 
@@ -47,8 +49,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     budget.add_argument("--legal_to_drop_path", metavar="FILE",
                         help="a configuration: only what it drops may be dropped")
     search = add_search_flags(
-        parser, generations=None, offspring=32, survivors=[2, 1], tokens=[2048, 32768], initially_generated=64,
-        initial_tokens=2048, fitness=["kl", "ppl"],
+        parser, generations=None, offspring=32, survivors=[2, 1], tokens=[2048, 32768],
+        init={"random": "the best of --initially_generated",
+              "measured": "the least harmful dropped on --initial_tokens, measured again, and so on"},
+        initially_generated=64, initial_tokens=2048, fitness=["kl", "ppl"],
         generations_help="default: the paper's k(n-k)/1.5 for k of n blocks")
     search.add_argument("--invert_fitness", action="store_true", help="search for the worst candidate instead")
     add_evaluation_flags(parser)
@@ -149,6 +153,52 @@ def random_candidate(space: Space, rng: random.Random) -> Candidate | None:
     for kind, count in space.counts.items():
         chosen |= set(rng.sample([i for i in legal if space.units[i].kind == kind], count))
     return tuple(i in chosen for i in range(len(space.units)))
+
+
+def measured_candidate(space: Space, measure: Callable[[list[Candidate]], dict[Candidate, float]], rng: random.Random
+                       ) -> tuple[Candidate | None, list[dict[bool, float]]]:
+    """Greedy: drop the unit that does the least harm (per parameter, where those are the budget), measure again, until
+    the budget is met. Also returns what each unit was last seen to do to fitness, {not dropped: 0, dropped: harm}.
+
+    Lazy greedy (Minoux, 1978): most units do more harm the more is dropped, so the harm last measured is taken as a
+    lower bound, and a unit is measured again only while another may do more. `measure` gives fitness by candidate.
+    """
+    def with_dropped(unit: int) -> Candidate:
+        return tuple(dropped or i == unit for i, dropped in enumerate(candidate))
+
+    weights = [unit.size if space.counts is None else 1 for unit in space.units]
+    candidate = (False,) * len(space.units)
+    fitness = measure([candidate])[candidate]
+    harm: dict[int, float] = {}
+    while choices := droppable(space, candidate):
+        seen: dict[int, float] = {}                          # harm of what is measured in this round
+        waiting = sorted(choices, key=lambda i: harm.get(i, 0) / weights[i])
+        while waiting and (not seen or harm[waiting[0]] / weights[waiting[0]]
+                           < min(seen[i] / weights[i] for i in seen)):
+            count = LAZY_BATCH if harm else len(waiting)
+            batch, waiting = waiting[:count], waiting[count:]
+            values = measure([with_dropped(i) for i in batch])
+            seen |= {i: value - fitness if math.isfinite(value := values[with_dropped(i)]) else math.inf for i in batch}
+        harm |= seen
+        least = min(seen, key=lambda i: seen[i] / weights[i])
+        candidate, fitness = with_dropped(least), fitness + seen[least]
+    if not space.feasible(candidate):                        # sizes that greedy choices do not add up to
+        dropped = {i for i, is_dropped in enumerate(candidate) if is_dropped}
+        candidate = fill_budget(space, dropped, [i for i, unit in enumerate(space.units) if unit.legal and i not in dropped],
+                                rng)
+    return candidate, [{False: 0.0, True: harm.get(i, math.inf)} for i in range(len(space.units))]
+
+
+def droppable(space: Space, candidate: Candidate) -> list[int]:
+    """Units that may be dropped next without going beyond the budget; none where it is met."""
+    kept = [i for i, unit in enumerate(space.units) if unit.legal and not candidate[i]]
+    if space.counts is None:
+        size = space.dropped_size(candidate)
+        return [i for i in kept if size < space.least_size
+                and size + space.units[i].size < space.least_size + space.slack]
+    left = {kind: count - sum(unit.kind == kind and dropped for unit, dropped in zip(space.units, candidate))
+            for kind, count in space.counts.items()}
+    return [i for i in kept if left[space.units[i].kind]]
 
 
 def switch(space: Space, candidate: Candidate, rng: random.Random) -> Candidate | None:
@@ -286,31 +336,46 @@ def main(argv: list[str] | None = None) -> dict:
                       sizes=sizes.get("fitness"))
     rng = random.Random(args.seed)
     tokens_spent = 0
+    model = AdditiveModel([(False, True) for _ in space.units]) if args.screen > 1 else None
 
-    def measure(candidates: list[Candidate], num_tokens: int) -> list[tuple[float, Candidate]]:
+    def measure(candidates: list[Candidate], num_tokens: int, minibatch: list[tuple[int, int]] | None = None
+                ) -> list[tuple[float, Candidate]]:
         """(fitness, candidate), best first; a candidate that is not finite is last whatever is searched for."""
         nonlocal tokens_spent
         tokens_spent += len(candidates) * num_tokens
-        minibatch = draw_minibatch(documents, num_tokens, rng)
+        minibatch = minibatch or draw_minibatch(documents, num_tokens, rng)
         values = fitness.measure([space.states(c, len(blocks)) for c in candidates], minibatch, (args.fitness_fn,))
         sign = -1 if args.invert_fitness else 1
         ranked = [(sign * value if math.isfinite(value) else math.inf, c) for (value,), c in zip(values, candidates)]
-        return sorted(ranked, key=lambda pair: pair[0])
+        ranked.sort(key=lambda pair: pair[0])
+        if model:
+            model.observe(ranked, num_tokens)
+        return ranked
 
     def checkpoint(generation: int) -> None:
         run.checkpoint(generation=generation, rng=rng_state(rng), population=population, start=start, fitness=best,
-                       tokens=tokens_spent, microbatch_tokens={"fitness": fitness.sizes, "evaluation": evaluation.sizes})
+                       tokens=tokens_spent, microbatch_tokens={"fitness": fitness.sizes, "evaluation": evaluation.sizes},
+                       model=model and model.state)
 
     if run.state:
         set_rng_state(rng, run.state["rng"])
         first_generation, tokens_spent, best = run.state["generation"] + 1, run.state["tokens"], run.state["fitness"]
         population, start = ([tuple(c) for c in run.state[key]] for key in ("population", "start"))
+        if model:
+            model.restore(run.state["model"])
         print(f"{run.folder}: resumed after generation {run.state['generation']}")
     else:
         initial = draw_distinct(lambda: random_candidate(space, rng), args.initially_generated, set())
         if not initial:
             raise SystemExit(f"error: --drop_params {args.drop_params}: no set of sub-blocks drops at least that share "
                              f"by less than the smallest sub-block more; change the fraction or what may be dropped")
+        if args.init == "measured":
+            minibatch = draw_minibatch(documents, args.initial_tokens, rng)
+            candidate, errors = measured_candidate(space, lambda candidates: {
+                candidate: value for value, candidate in measure(candidates, args.initial_tokens, minibatch)}, rng)
+            initial = [candidate] if candidate else initial
+            if model:
+                model.expect(errors)
         ranked = measure(initial, args.initial_tokens)
         population = [candidate for _, candidate in ranked[:args.population_size]]
         first_generation, best, start = 1, ranked[0][0], population[:1]
@@ -327,10 +392,12 @@ def main(argv: list[str] | None = None) -> dict:
     began, tokens_before = time.time(), tokens_spent
     for generation in range(first_generation, args.generations + 1):
         offspring = draw_distinct(lambda: mutate(space, population, args.max_mutations, rng, args.fixed_mutations),
-                                  args.offspring, set(population))
+                                  args.offspring * args.screen, set(population))
         if not offspring:
             print("no other candidate meets the budget: nothing to search")
             break
+        if model:
+            offspring = model.screen(offspring, args.offspring, rng)
         survivors = select(offspring, population, steps, measure, args.strategy)
         population, best = [candidate for _, candidate in survivors], survivors[0][0]
 
@@ -353,7 +420,8 @@ def main(argv: list[str] | None = None) -> dict:
         write_drop_config(f"{folder}/layer_drop_config.txt", winner)
     evaluations = {}
     if evaluation_sets:
-        evaluations = {"dense": evaluation.dense, "best random start": evaluation(space.states(start[0], len(blocks))),
+        start_name = "measured start" if args.init == "measured" else "best random start"
+        evaluations = {"dense": evaluation.dense, start_name: evaluation(space.states(start[0], len(blocks))),
                        "search": evaluation(winner)}
         print(format_table(evaluation_rows(evaluations)))
     plot_search(run.folder / "search.png", run.records(), [[state[half] for state in winner] for half in (0, 1)],

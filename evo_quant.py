@@ -16,8 +16,10 @@ from operator import getitem
 from pathlib import Path
 
 from database.levels import LevelSwitcher
+from database.sensitivity import estimate_alone
 from database.store import Database
 from utils import distributed
+from utils.allocation import allocate
 from utils.configs import write_level_config
 from utils.data import calibration_documents, default_sequence_length, draw_minibatch
 from utils.evaluation import Evaluation, load_evaluation_documents
@@ -28,6 +30,7 @@ from utils.flags import (add_calibration_flags, add_evaluation_flags, add_model_
 from utils.model import load_config, load_decoder, load_tokenizer
 from utils.runs import (Run, RunError, default_folder, evaluation_rows, format_table, open_wandb, plot_search,
                         rng_state, set_rng_state, user_errors)
+from utils.screening import AdditiveModel
 from utils.units import Unit, add_unit_flags, build_units, check_unit_flags, level_map
 
 Candidate = tuple[int, ...]      # the bitwidth of every unit
@@ -54,6 +57,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
                        help="packed levels kept on the device; the rest is read from disk (default: 24)")
     add_search_flags(
         parser, generations=150, offspring=128, survivors=[16, 4, 1], tokens=[2048, 16384, 131072],
+        init={"uniform": "the target everywhere, or where that is no candidate as random",
+              "random": "the best of --initially_generated",
+              "measured": "the best sum of errors, of each unit alone on --initial_tokens"},
         initially_generated=32, initial_tokens=2048, fitness=["kl", "ppl", "sparse_kl"],
         generations_help="default: 150").add_argument(
         "--kl_topk", type=int, default=10, metavar="LOGITS", help="of sparse_kl: the teacher's largest (default: 10)")
@@ -133,7 +139,10 @@ def uniform_candidate(space: Space, target: float) -> Candidate | None:
 
 
 def random_candidate(space: Space, target: float, rng: random.Random) -> Candidate:
-    """All units at the first level not below the target, then random ones lowered until the budget holds."""
+    """All units at the first level not below the target, then random ones lowered until the budget holds; where that
+    would be the uniform candidate, as many random switches from it as there are units."""
+    if uniform := uniform_candidate(space, target):
+        return mutate(space, [uniform], 1, rng, fixed_mutations=len(space.units)) or uniform
     candidate = tuple(next((level for level in unit.levels if level >= target), unit.levels[-1]) for unit in space.units)
     while space.slack(candidate) < 0:        # every unit once before any a second time
         lowered = [i for i, level in enumerate(candidate) if space.down[i][level] is not None]
@@ -145,6 +154,11 @@ def random_candidate(space: Space, target: float, rng: random.Random) -> Candida
                 break
             candidate = moved(candidate, i, space.down[i][candidate[i]])
     return fill_budget(space, candidate, rng)
+
+
+def allocated_candidate(space: Space, errors: list[dict[int, float]], rng: random.Random) -> Candidate:
+    """The least sum of errors within the budget. errors: of every unit, level -> error."""
+    return fill_budget(space, tuple(allocate(errors, space.bits, space.budget)), rng)
 
 
 def fill_budget(space: Space, candidate: Candidate, rng: random.Random) -> Candidate:
@@ -270,11 +284,13 @@ def main(argv: list[str] | None = None) -> dict:
 
     sizes = (run.state or {}).get("microbatch_tokens", {})
     evaluation = Evaluation(decoder, evaluation_sets, switcher.set_block, args.microbatch_tokens, sizes.get("evaluation"))
-    fitness = Fitness(decoder, documents, switcher.set_block, args.fitness_fn != "ppl", args.kl_topk,
-                      args.microbatch_tokens, progress="uncompressed model on calibration data",
+    fitness = Fitness(decoder, documents, switcher.set_block,
+                      args.fitness_fn != "ppl" or args.init == "measured", args.kl_topk, args.microbatch_tokens,
+                      progress="uncompressed model on calibration data",
                       sizes=sizes.get("fitness"))
     rng = random.Random(args.seed)
     tokens_spent = 0
+    model = AdditiveModel([unit.levels for unit in space.units]) if args.screen > 1 else None
 
     def states(candidate: Candidate) -> tuple:
         return switcher.states(space.levels(candidate))
@@ -285,21 +301,37 @@ def main(argv: list[str] | None = None) -> dict:
         tokens_spent += len(candidates) * num_tokens
         minibatch = draw_minibatch(documents, num_tokens, rng)
         values = fitness.measure([states(candidate) for candidate in candidates], minibatch, (args.fitness_fn,))
-        return sorted(((value, candidate) for (value,), candidate in zip(values, candidates)), key=lambda pair: pair[0])
+        ranked = sorted(((value, candidate) for (value,), candidate in zip(values, candidates)), key=lambda pair: pair[0])
+        if model:
+            model.observe(ranked, num_tokens)
+        return ranked
 
     def checkpoint(generation: int) -> None:
         run.checkpoint(generation=generation, rng=rng_state(rng), population=population, start=start, fitness=best,
-                       tokens=tokens_spent, microbatch_tokens={"fitness": fitness.sizes, "evaluation": evaluation.sizes})
+                       tokens=tokens_spent, microbatch_tokens={"fitness": fitness.sizes, "evaluation": evaluation.sizes},
+                       model=model and model.state)
 
     if run.state:
         set_rng_state(rng, run.state["rng"])
         first_generation, tokens_spent, best = run.state["generation"] + 1, run.state["tokens"], run.state["fitness"]
         population, start = ([tuple(c) for c in run.state[key]] for key in ("population", "start"))
+        if model:
+            model.restore(run.state["model"])
         print(f"{run.folder}: resumed after generation {run.state['generation']}")
     else:
         uniform = uniform_candidate(space, args.target_bitwidth)
-        initial = [uniform] if uniform else draw_distinct(
-            lambda: random_candidate(space, args.target_bitwidth, rng), args.initially_generated, set())
+        if args.init == "measured":
+            errors, measured = estimate_alone(fitness, switcher, database, space.units, args.target_bitwidth,
+                                              draw_minibatch(documents, args.initial_tokens, rng))
+            tokens_spent += measured * args.initial_tokens
+            initial = [allocated_candidate(space, errors, rng)]
+            if model:
+                model.expect(errors)
+        elif args.init == "uniform" and uniform:
+            initial = [uniform]
+        else:
+            initial = draw_distinct(lambda: random_candidate(space, args.target_bitwidth, rng),
+                                    args.initially_generated, set())
         ranked = measure(initial, args.initial_tokens)
         population = [candidate for _, candidate in ranked[:args.population_size]]
         first_generation, best, start = 1, ranked[0][0], population[:1]
@@ -311,10 +343,12 @@ def main(argv: list[str] | None = None) -> dict:
     began, tokens_before = time.time(), tokens_spent
     for generation in range(first_generation, args.generations + 1):
         offspring = draw_distinct(lambda: mutate(space, population, args.max_mutations, rng, args.fixed_mutations),
-                                  args.offspring, set(population))
+                                  args.offspring * args.screen, set(population))
         if not offspring:
             print("no other candidate meets the budget: nothing to search")
             break
+        if model:
+            offspring = model.screen(offspring, args.offspring, rng)
         survivors = select(offspring, population, steps, measure, args.strategy)
         population, best = [candidate for _, candidate in survivors], survivors[0][0]
 
@@ -336,8 +370,8 @@ def main(argv: list[str] | None = None) -> dict:
         write_level_config(folder / args.configuration_name, winner)
     evaluations = {}
     if evaluation_sets:
-        uniform = start[0] == uniform_candidate(space, args.target_bitwidth)
-        start_name = "uniform" if uniform else f"best of {args.initially_generated} random"
+        start_name = ("uniform" if start[0] == uniform_candidate(space, args.target_bitwidth) else "measured start"
+                      if args.init == "measured" else f"best of {args.initially_generated} random")
         evaluations = {"dense": evaluation.dense, start_name: evaluation(states(start[0])),
                        "search": evaluation(states(population[0]))}
         print(format_table(evaluation_rows(evaluations)))

@@ -16,8 +16,10 @@ from operator import mul
 from pathlib import Path
 
 from database.levels import LevelSwitcher
+from database.sensitivity import estimate_alone
 from database.store import Database
 from utils import distributed
+from utils.allocation import allocate
 from utils.configs import write_level_config
 from utils.data import calibration_documents, default_sequence_length, draw_minibatch
 from utils.evaluation import Evaluation, load_evaluation_documents
@@ -28,6 +30,7 @@ from utils.flags import (add_calibration_flags, add_evaluation_flags, add_model_
 from utils.model import load_config, load_decoder, load_tokenizer
 from utils.runs import (Run, RunError, default_folder, evaluation_rows, format_table, open_wandb, plot_search,
                         rng_state, set_rng_state, user_errors)
+from utils.screening import AdditiveModel
 from utils.units import Unit, add_unit_flags, build_units, check_unit_flags, level_map
 
 Candidate = tuple[int, ...]      # the level of every unit
@@ -48,8 +51,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     space.add_argument("--level_cache_gb", type=float, default=24.0, metavar="GB",
                        help="packed levels kept on the device; the rest is read from disk (default: 24)")
     add_search_flags(
-        parser, generations=400, offspring=64, survivors=[8, 2, 1], tokens=[2048, 16384, 65536], initially_generated=32,
-        initial_tokens=2048, fitness=["kl", "ppl", "sparse_kl"], generations_help="default: 400").add_argument(
+        parser, generations=400, offspring=64, survivors=[8, 2, 1], tokens=[2048, 16384, 65536],
+        init={"uniform": "level 0 everywhere, or as near to it as allowed",
+              "random": "the best of --initially_generated, as many random switches from that as there are units",
+              "measured": "the best sum of errors, of each unit alone on --initial_tokens"},
+        initially_generated=32, initial_tokens=2048, fitness=["kl", "ppl", "sparse_kl"], generations_help="default: 400").add_argument(
         "--kl_topk", type=int, default=10, metavar="LOGITS", help="of sparse_kl: the teacher's largest (default: 10)")
     add_evaluation_flags(parser)
     output = parser.add_argument_group("output")
@@ -102,6 +108,18 @@ def start_candidate(space: Space, rng: random.Random) -> Candidate | None:
     """Level 0 everywhere where that is allowed; else levels as near to it as allowed, moved at random to the budget."""
     nearest = tuple(min(unit.levels, key=abs) for unit in space.units)
     return nearest if space.feasible(nearest) else balance(space, nearest, set(), rng)
+
+
+def random_candidate(space: Space, rng: random.Random) -> Candidate | None:
+    """As many random switches from the start as there are units. None where one of them is not drawn."""
+    start = start_candidate(space, rng)
+    return start and mutate(space, [start], 1, rng, fixed_mutations=len(space.units))
+
+
+def allocated_candidate(space: Space, errors: list[dict[int, float]]) -> Candidate:
+    """The least sum of errors within the budget. errors: of every unit, level -> error. Raises ValueError: none."""
+    steps = [{level: len(unit) * level for level in unit.levels} for unit in space.units]
+    return tuple(allocate(errors, steps, 0, exact=True))
 
 
 def balance(space: Space, candidate: Candidate, fixed: set[int], rng: random.Random) -> Candidate | None:
@@ -177,6 +195,9 @@ def check_flags(args: argparse.Namespace) -> None:
         value = getattr(args, flag)
         if value is not None and value < 0:
             raise ValueError(f"--{flag} {value}: must be 0 or more")
+    if args.init == "measured" and args.max_total_deviation is not None:
+        raise ValueError(f"--max_total_deviation {args.max_total_deviation}: --init measured cannot hold it; bound each "
+                         f"layer with --max_level, or use another --init")
     if args.kl_topk < 1:
         raise ValueError(f"--kl_topk {args.kl_topk}: must be at least 1")
     if "/" in args.configuration_name:
@@ -216,11 +237,13 @@ def main(argv: list[str] | None = None) -> dict:
 
     sizes = (run.state or {}).get("microbatch_tokens", {})
     evaluation = Evaluation(decoder, evaluation_sets, switcher.set_block, args.microbatch_tokens, sizes.get("evaluation"))
-    fitness = Fitness(decoder, documents, switcher.set_block, args.fitness_fn != "ppl", args.kl_topk,
-                      args.microbatch_tokens, progress="uncompressed model on calibration data",
+    fitness = Fitness(decoder, documents, switcher.set_block,
+                      args.fitness_fn != "ppl" or args.init == "measured", args.kl_topk, args.microbatch_tokens,
+                      progress="uncompressed model on calibration data",
                       sizes=sizes.get("fitness"))
     rng = random.Random(args.seed)
     tokens_spent = 0
+    model = AdditiveModel([unit.levels for unit in space.units]) if args.screen > 1 else None
 
     def states(candidate: Candidate) -> tuple:
         return switcher.states(space.levels(candidate))
@@ -231,24 +254,38 @@ def main(argv: list[str] | None = None) -> dict:
         tokens_spent += len(candidates) * num_tokens
         minibatch = draw_minibatch(documents, num_tokens, rng)
         values = fitness.measure([states(candidate) for candidate in candidates], minibatch, (args.fitness_fn,))
-        return sorted(((value, candidate) for (value,), candidate in zip(values, candidates)), key=lambda pair: pair[0])
+        ranked = sorted(((value, candidate) for (value,), candidate in zip(values, candidates)), key=lambda pair: pair[0])
+        if model:
+            model.observe(ranked, num_tokens)
+        return ranked
 
     def checkpoint(generation: int) -> None:
         run.checkpoint(generation=generation, rng=rng_state(rng), population=population, start=start, fitness=best,
-                       tokens=tokens_spent, microbatch_tokens={"fitness": fitness.sizes, "evaluation": evaluation.sizes})
+                       tokens=tokens_spent, microbatch_tokens={"fitness": fitness.sizes, "evaluation": evaluation.sizes},
+                       model=model and model.state)
 
     if run.state:
         set_rng_state(rng, run.state["rng"])
         first_generation, tokens_spent, best = run.state["generation"] + 1, run.state["tokens"], run.state["fitness"]
         population, start = ([tuple(c) for c in run.state[key]] for key in ("population", "start"))
+        if model:
+            model.restore(run.state["model"])
         print(f"{run.folder}: resumed after generation {run.state['generation']}")
     else:
         uniform = tuple(0 for _ in space.units)
-        initial = [uniform] if space.feasible(uniform) else draw_distinct(
-            lambda: start_candidate(space, rng), args.initially_generated, set())
+        draw = random_candidate if args.init == "random" else start_candidate
+        initial = [uniform] if args.init != "random" and space.feasible(uniform) else draw_distinct(
+            lambda: draw(space, rng), args.initially_generated, set())
         if not initial:
             raise SystemExit("error: --pin, --bounds, --tie, --max_level and --max_total_deviation leave no allocation "
                              "that keeps as many weights as level 0; loosen them")
+        if args.init == "measured":
+            errors, measured = estimate_alone(fitness, switcher, database, space.units, 0,
+                                              draw_minibatch(documents, args.initial_tokens, rng))
+            tokens_spent += measured * args.initial_tokens
+            initial = [allocated_candidate(space, errors)]
+            if model:
+                model.expect(errors)
         ranked = measure(initial, args.initial_tokens)
         population = [candidate for _, candidate in ranked[:args.population_size]]
         first_generation, best, start = 1, ranked[0][0], population[:1]
@@ -260,10 +297,12 @@ def main(argv: list[str] | None = None) -> dict:
     began, tokens_before = time.time(), tokens_spent
     for generation in range(first_generation, args.generations + 1):
         offspring = draw_distinct(lambda: mutate(space, population, args.max_mutations, rng, args.fixed_mutations),
-                                  args.offspring, set(population))
+                                  args.offspring * args.screen, set(population))
         if not offspring:
             print("no other candidate meets the budget: nothing to search")
             break
+        if model:
+            offspring = model.screen(offspring, args.offspring, rng)
         survivors = select(offspring, population, steps, measure, args.strategy)
         population, best = [candidate for _, candidate in survivors], survivors[0][0]
 
@@ -285,7 +324,8 @@ def main(argv: list[str] | None = None) -> dict:
         write_level_config(folder / args.configuration_name, winner)
     evaluations = {}
     if evaluation_sets:
-        start_name = "uniform" if not any(start[0]) else f"best of {args.initially_generated} random"
+        start_name = ("uniform" if not any(start[0]) else "measured start" if args.init == "measured"
+                      else f"best of {args.initially_generated} random")
         evaluations = {"dense": evaluation.dense, start_name: evaluation(states(start[0])),
                        "search": evaluation(states(population[0]))}
         print(format_table(evaluation_rows(evaluations)))

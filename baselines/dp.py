@@ -11,21 +11,19 @@ import argparse
 import itertools
 import json
 import math
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 
-import torch
-
 from baselines.inputs import check_calibration_flags, load_inputs
-from database.levels import GIGABYTE, LevelSwitcher
-from database.store import Database, LevelCache
+from database.levels import LevelSwitcher
+from database.sensitivity import layer_errors, measure_alone
+from database.store import Database
 from utils.allocation import allocate, interpolate
 from utils.configs import write_level_config
 from utils.files import check_writable, write_atomic
 from utils.fitness import Fitness
 from utils.flags import add_calibration_flags, add_model_flags
-from utils.model import Decoder, load_config
+from utils.model import load_config
 from utils.runs import RunError, format_table, user_errors
 
 Errors = dict[str, dict[int, float]]     # layer -> level -> error
@@ -49,8 +47,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
                         help="the database's layer errors, or KL of each layer alone at each level, measured on the "
                              "calibration tokens (default: manifest, which needs no model and no tokens)")
     errors.add_argument("--measured_levels", type=int, nargs="+", metavar="LEVEL",
-                        help="of --errors kl: measure only these, or the outermost of a layer with fewer, and "
-                             "interpolate the others' logarithm, e.g. -8 -4 0 4 8, or 2 3 4 5 for bits (default: all)")
+                        help="of --errors kl: measure only these, or the outermost of a layer with fewer, and take "
+                             "the others to follow the layer's error, e.g. -8 -4 0 4 8, or 2 3 for bits (default: all)")
     errors.add_argument("--level_cache_gb", type=float, default=0.0, metavar="GB",
                         help="packed levels kept on the device (default: 0, since each is used once a microbatch)")
     errors.add_argument("--seed", type=int, default=0, help="of the calibration tokens' choice (default: 0)")
@@ -121,50 +119,7 @@ def solve(database: Database, errors: Errors, target: float | None, count_overhe
 
 def manifest_errors(database: Database) -> Errors:
     """Relative output error of every layer at every level, as the database was built."""
-    return {name: {level: database.error(name, level) for level in database.levels(name)} for name in database.layers}
-
-
-def single_layer_switch(decoder: Decoder, database: Database, cache_gb: float) -> Callable[[int, object], None]:
-    """`set_block` for candidates in which a block is uncompressed (None) or has one layer at a level, (name, level)."""
-    cache = LevelCache(database, decoder.device, decoder.dtype, int(cache_gb * GIGABYTE))
-    layers = decoder.layers
-    dense: dict[str, torch.Tensor] = {}      # weights of the few layers that are at a level now
-
-    def set_block(index: int, state: tuple[str, int] | None) -> None:
-        for name in [name for name in dense if name in decoder.blocks[index].layers]:
-            layers[name].weight.data.copy_(dense.pop(name))
-        if state is not None:
-            name, level = state
-            dense[name] = layers[name].weight.data.clone()
-            cache.copy_(layers[name].weight, name, level)
-
-    return set_block
-
-
-def measured_errors(fitness: Fitness, levels: Mapping[str, Sequence[int]]) -> Errors:
-    """KL divergence, in nats a token, of the model with one layer alone at a level, for every layer and level.
-
-    `fitness` switches by `single_layer_switch`. What is before the layer's block is shared, so on average this costs
-    half a forward pass for each; leaves the model uncompressed.
-    """
-    blocks = fitness.decoder.blocks
-    errors: Errors = {}
-    began = shown = time.time()
-    for block in blocks:
-        changes = [(name, level) for name in block.layers for level in levels.get(name, ())]
-        if not changes:
-            continue
-        candidates = [tuple(change if i == block.index else None for i in range(len(blocks))) for change in changes]
-        for (name, level), (value,) in zip(changes, fitness.measure(candidates)):
-            errors.setdefault(name, {})[level] = value
-        if time.time() - shown > 10:
-            shown = time.time()
-            print(f"measuring single layers: {len(errors)} of {len(levels)}, "
-                  f"{(shown - began) * (len(levels) - len(errors)) / len(errors):.0f} s left", flush=True)
-    for block in blocks:
-        fitness.set_block(block.index, None)
-        fitness.decoder.states[block.index] = None
-    return errors
+    return {name: layer_errors(database, [name], database.levels(name)) for name in database.layers}
 
 
 def levels_to_measure(levels: Sequence[int], grid: Sequence[int] | None) -> list[int]:
@@ -201,13 +156,13 @@ def main(argv: list[str] | None = None) -> dict:
         levels = {name: levels_to_measure(database.levels(name), args.measured_levels) for name in database.layers}
         if args.errors == "kl":              # only now: targets that cannot be met have been refused
             decoder, documents = load_inputs(args, config)
-            LevelSwitcher(decoder, database, 0)                      # raises ValueError where the layers do not match
+            switcher = LevelSwitcher(decoder, database, args.level_cache_gb)
 
     if args.errors == "kl":
-        fitness = Fitness(decoder, documents, single_layer_switch(decoder, database, args.level_cache_gb),
-                          microbatch_tokens=args.microbatch_tokens, progress="uncompressed model on calibration data")
-        measured = measured_errors(fitness, levels)
-        errors = {name: interpolate(measured[name], database.levels(name)) for name in database.layers}
+        fitness = Fitness(decoder, documents, switcher.set_block, microbatch_tokens=args.microbatch_tokens,
+                          progress="uncompressed model on calibration data")
+        measured = measure_alone(fitness, switcher, [[name] for name in levels], list(levels.values()))
+        errors = {name: interpolate(divergences, errors[name]) for name, divergences in zip(levels, measured)}
         solutions = [solve(database, errors, target, args.count_overhead) for target in targets]
 
     costs = dict(zip(database.layers, costs_of(database, args.count_overhead)))

@@ -1,7 +1,10 @@
 """Put a model's layers at the levels of a database: what the searches, baselines and evaluations switch with."""
 import argparse
 import re
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
 
 from database.store import Database, LevelCache
 from utils.configs import check_level_config, read_drop_config, read_level_config
@@ -30,15 +33,36 @@ class LevelSwitcher:
         self.loaded: dict[str, int] = {}
         self.switches = 0
         self._layers = decoder.layers
+        self._uncompressed: dict[str, torch.Tensor] | None = None   # weights that `restorable` is to bring back
         self._cache = LevelCache(database, decoder.device, decoder.dtype, int(cache_gb * GIGABYTE))
 
     def set_block(self, index: int, levels: Hashable) -> None:
         """Put the layers of block `index` at `levels`, a tuple in the order of `names[index]`."""
         for name, level in zip(self.names[index], levels, strict=True):
-            if self.loaded.get(name) != level:
-                self._cache.copy_(self._layers[name].weight, name, level)
+            if self.loaded.get(name) == level:
+                continue
+            weight = self._layers[name].weight
+            if self._uncompressed is not None and name not in self.loaded:
+                self._uncompressed[name] = weight.data.clone()
+            if level is None:
+                weight.data.copy_(self._uncompressed.pop(name))
+                del self.loaded[name]
+            else:
+                self._cache.copy_(weight, name, level)
                 self.loaded[name] = level
-                self.switches += 1
+            self.switches += 1
+
+    @contextmanager
+    def restorable(self) -> Iterator[None]:
+        """Use it while the model is uncompressed. Within, the level None is a layer as it was, whose weights are kept
+        beside it for as long as it is at another level; afterwards all layers are as they were."""
+        self._uncompressed = {}
+        try:
+            yield
+        finally:
+            for index, names in enumerate(self.names):
+                self.set_block(index, (None,) * len(names))
+            self._uncompressed = None
 
     def states(self, levels: Mapping[str, int]) -> tuple[tuple[int, ...], ...]:
         """Level by layer name as a candidate of the fitness walk: a tuple of levels for every block."""

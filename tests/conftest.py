@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import families  # noqa: E402
+from database import gptq, sparsegpt  # noqa: E402
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("repeatable")                         # a slow machine fails no test
@@ -32,3 +33,17 @@ def tokenizer():
 def checkpoint(tmp_path_factory, tokenizer):
     """Folder of a random Llama of six blocks with its tokenizer, as `from_pretrained` reads it."""
     return families.save_llama(tmp_path_factory.mktemp("llama"), tokenizer, num_hidden_layers=6)
+
+
+@pytest.fixture(scope="session")
+def databases(checkpoint, tmp_path_factory):
+    """{"sparse": folder, "quant": folder}: built by the command-line programs on the small Llama."""
+    folders = {kind: tmp_path_factory.mktemp("databases") / kind for kind in ("sparse", "quant")}
+    build = ["--model_name_or_path", str(checkpoint), "--calibration_data", "stdlib", "--calibration_sequence_length", "32",
+             "--calibration_tokens", "512"]
+    sparsegpt.main(sparsegpt.make_parser().parse_args(
+        [*build, "--sparsity", "0.5", "--num_levels", "3", "--weights_diff", "100", "--save_dir", str(folders["sparse"])]))
+    gptq.main(gptq.make_parser().parse_args(
+        [*build, "--bitwidth_options", "2", "3", "4", "8", "--calibration_bitwidth", "3", "--group_size", "16",
+         "--perchannel", "--save_dir", str(folders["quant"])]))
+    return folders

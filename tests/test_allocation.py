@@ -106,11 +106,17 @@ def test_an_impossible_budget_is_named_with_what_is_possible():
         allocate([{2: 1.0}, {2: math.inf}], [{2: 2}, {2: 2}], 10)
 
 
-def test_interpolation_is_exact_for_errors_that_grow_geometrically():
-    truth = {level: 0.3 * 1.7**level for level in range(-8, 9)}
+def test_interpolation_is_exact_for_divergences_that_are_a_power_of_the_layer_error():
+    layer_errors = {level: 0.2 * 1.7**level + 0.01 * level**2 for level in range(-8, 9)}
+    truth = {level: 3 * error**1.3 for level, error in layer_errors.items()}
     measured = {level: truth[level] for level in (-6, 0, 8)}
-    assert interpolate(measured, range(-8, 9)) == pytest.approx(truth)      # -8 and -7 lie beyond what is measured
-    assert interpolate({2: 0.1, 4: 0.0}, [2, 3, 4]) == {2: 0.1, 3: pytest.approx(0.05), 4: 0.0}
-    assert interpolate({3: 0.1}, [3]) == {3: 0.1}
-    with pytest.raises(ValueError, match="level 4: only .3. measured"):
-        interpolate({3: 0.1}, [3, 4])
+    assert interpolate(measured, layer_errors) == pytest.approx(truth)      # -8 and -7 lie beyond what is measured
+    proportional = {level: 3 * error for level, error in layer_errors.items()}
+    assert interpolate({8: proportional[8]}, layer_errors) == pytest.approx(proportional)
+
+
+def test_interpolation_without_a_logarithm_is_a_straight_line():
+    assert interpolate({2: 0.4, 4: 0.0}, {2: 8.0, 3: 2.0, 4: 0.0}) == {2: 0.4, 3: pytest.approx(0.1), 4: 0.0}
+    assert interpolate({2: 0.4}, {2: 8.0, 3: 2.0, 4: 0.0}) == {2: 0.4, 3: pytest.approx(0.1), 4: 0.0}
+    assert interpolate({2: -0.4, 3: 0.2}, {2: 1.0, 3: 1.0, 4: 1.0})[4] == pytest.approx(-0.1)
+    assert interpolate({3: 0.1}, {3: 0.0}) == {3: 0.1}

@@ -404,7 +404,8 @@ def kill_at(monkeypatch, owner, name: str, call: int) -> None:
         (Fitness, "measure", 1), (Fitness, "measure", 5), (Run, "log", 1), (Run, "log", 3), (Run, "checkpoint", 1),
         (Run, "checkpoint", 5), (evo_drop, "write_drop_config", 1), (Run, "summarize", 1)]],
     *[({"sparsity": None, "drop_params": 0.3, "generations": None, **TWO_PARENTS}, *place) for place in [
-        (Fitness, "measure", 4), (Run, "checkpoint", 3)]]])
+        (Fitness, "measure", 4), (Run, "checkpoint", 3)]],
+    *[({"init": "measured", "screen": 3}, *place) for place in [(Fitness, "measure", 3), (Run, "checkpoint", 4)]]])
 def test_killed_anywhere_and_resumed_gives_the_same_files(options, owner, name, call, command, tmp_path, monkeypatch):
     evo_drop.main(command("whole", **options))
     with monkeypatch.context() as patch:

@@ -13,7 +13,6 @@ import eval_config
 import evo_quant
 import evo_unstructured
 import families
-from database import gptq, sparsegpt
 from database.levels import LevelSwitcher
 from database.store import Database
 from utils.configs import read_level_config, write_level_config
@@ -25,19 +24,6 @@ TEXT = ["--calibration_data", "stdlib", "--calibration_sequence_length", "32"]
 SEARCH = ["--no_eval", "--calibration_tokens", "1024", "--initial_tokens", "64", "--initially_generated", "4",
           "--offspring", "6", "--survivors_per_selection", "3", "1", "--tokens_per_selection", "64", "256",
           "--generations", "3"]
-
-
-@pytest.fixture(scope="session")
-def databases(checkpoint, tmp_path_factory):
-    """{"sparse": folder, "quant": folder}: built by the command-line programs on the small Llama."""
-    folders = {kind: tmp_path_factory.mktemp("databases") / kind for kind in ("sparse", "quant")}
-    build = ["--model_name_or_path", str(checkpoint), *TEXT, "--calibration_tokens", "512"]
-    sparsegpt.main(sparsegpt.make_parser().parse_args(
-        [*build, "--sparsity", "0.5", "--num_levels", "3", "--weights_diff", "100", "--save_dir", str(folders["sparse"])]))
-    gptq.main(gptq.make_parser().parse_args(
-        [*build, "--bitwidth_options", "2", "3", "4", "8", "--calibration_bitwidth", "3", "--group_size", "16",
-         "--perchannel", "--save_dir", str(folders["quant"])]))
-    return folders
 
 
 def flags(task: str, checkpoint, databases, folder, *more: str) -> list[str]:
@@ -260,31 +246,36 @@ def test_tied_blocks_and_max_level_hold_in_every_candidate(checkpoint, databases
             assert sum(abs(level) for block in candidate for level in block) <= 28
 
 
-@pytest.mark.parametrize("task", ["sparse", "quant"])
+MEASURED = ["--init", "measured", "--screen", "3"]
+
+
+@pytest.mark.parametrize("task, more, call", [("sparse", [], 4), ("quant", [], 4), ("sparse", MEASURED, 3),
+                                              ("sparse", MEASURED, 12), ("quant", MEASURED, 10)])
 def test_same_seed_gives_the_same_bytes_and_a_killed_run_resumes_to_them(checkpoint, databases, tmp_path, monkeypatch,
-                                                                         task):
+                                                                         task, more, call):
+    """The call of `measure` that kills: of a measured start, one for every block, then one for the start."""
     def result(folder):
         return {file.name: file.read_bytes() for file in folder.iterdir() if file.suffix in (".txt", ".jsonl")
                 and file.name != "timing.jsonl"}
 
     module = program(task)
-    module.main(flags(task, checkpoint, databases, tmp_path / "whole"))
-    module.main(flags(task, checkpoint, databases, tmp_path / "again"))
+    module.main(flags(task, checkpoint, databases, tmp_path / "whole", *more))
+    module.main(flags(task, checkpoint, databases, tmp_path / "again", *more))
     measured, measure = 0, Fitness.measure
 
     def dying(self, *args):
         nonlocal measured
         measured += 1
-        if measured == 4:                                   # in the middle of the second generation
+        if measured == call:
             raise KeyboardInterrupt
         return measure(self, *args)
 
     monkeypatch.setattr(Fitness, "measure", dying)
     with pytest.raises(KeyboardInterrupt):
-        module.main(flags(task, checkpoint, databases, tmp_path / "killed"))
+        module.main(flags(task, checkpoint, databases, tmp_path / "killed", *more))
     assert not list((tmp_path / "killed").glob("*.txt"))
     monkeypatch.setattr(Fitness, "measure", measure)
-    module.main(flags(task, checkpoint, databases, tmp_path / "killed"))
+    module.main(flags(task, checkpoint, databases, tmp_path / "killed", *more))
     assert len(result(tmp_path / "whole")) == 2
     assert result(tmp_path / "whole") == result(tmp_path / "again") == result(tmp_path / "killed")
 

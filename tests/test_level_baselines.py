@@ -12,8 +12,6 @@ from database import gptq, sparsegpt
 from database.store import Database
 from utils.configs import read_level_config
 from utils.data import calibration_documents
-from utils.fitness import Fitness
-from utils.model import Decoder
 
 SHORT = ["--calibration_data", "stdlib", "--calibration_sequence_length", "40"]
 
@@ -204,16 +202,6 @@ def test_dp_over_measured_divergences(kind, checkpoint, small_sparse_database, s
                    (database.bits, lambda bits: bits <= 2.6 * weights))
     expected = best_by_enumeration(database, result["errors"], cost, meets)
     assert read_level_config(tmp_path / result["solutions"][0]["file"]) == expected
-
-
-def test_measuring_single_layers_leaves_the_model_uncompressed(checkpoint, small_quant_database):
-    decoder = Decoder(AutoModelForCausalLM.from_pretrained(checkpoint))
-    before = {name: layer.weight.clone() for name, layer in decoder.layers.items()}
-    fitness = Fitness(decoder, [torch.arange(20)], dp.single_layer_switch(decoder, small_quant_database, 0.0))
-    errors = dp.measured_errors(fitness, {name: [2, 4] for name in small_quant_database.layers})
-    assert all(set(errors[name]) == {2, 4} for name in small_quant_database.layers)
-    assert all(torch.equal(layer.weight, before[name]) for name, layer in decoder.layers.items())
-    assert decoder.states == [None] * len(decoder.blocks)
 
 
 def test_measured_levels_are_the_grid_within_what_a_layer_has():

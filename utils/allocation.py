@@ -60,23 +60,26 @@ def allocate(errors: Sequence[Mapping[int, float]], costs: Sequence[Mapping[int,
     return chosen[::-1]
 
 
-def interpolate(errors: Mapping[int, float], levels: Sequence[int]) -> dict[int, float]:
-    """level -> error at `levels` from the errors of two or more of them.
+def interpolate(measured: Mapping[int, float], layer_errors: Mapping[int, float]) -> dict[int, float]:
+    """level -> error at every level of `layer_errors`, from what was measured at one or more of them.
 
-    Errors grow about geometrically with bits taken or weights pruned, so their logarithm is taken to be linear between
-    two measured levels, and beyond the outermost ones; where one of the two is not positive, the error itself.
-    Raises ValueError where fewer than two are measured and more are asked for.
+    Both the divergence of the model and the output error of a layer are quadratic in a small change of its weights, so
+    the one is taken to be a power of the other: between two measured levels, and beyond the outermost, the power that
+    these two show; where only one was measured, the first. Where that has no logarithm, a straight line replaces it.
     """
-    measured = sorted(errors)
+    points = sorted(measured, key=lambda level: (layer_errors[level], level))
     estimates = {}
-    for level in levels:
-        if level in errors:
-            estimates[level] = errors[level]
+    for level, x in layer_errors.items():
+        if level in measured:
+            estimates[level] = measured[level]
             continue
-        if len(measured) < 2:
-            raise ValueError(f"error at level {level}: only {measured} measured; at least two levels are needed")
-        right = min(max(bisect(measured, level), 1), len(measured) - 1)
-        left, right = measured[right - 1], measured[right]
-        a, b, t = errors[left], errors[right], (level - left) / (right - left)
-        estimates[level] = a ** (1 - t) * b**t if min(a, b) > 0 else a + (b - a) * t
+        if len(points) == 1:
+            (x0, y0), (x1, y1) = (0.0, 0.0), (layer_errors[points[0]], measured[points[0]])
+        else:
+            right = min(max(bisect([layer_errors[point] for point in points], x), 1), len(points) - 1)
+            (x0, y0), (x1, y1) = ((layer_errors[point], measured[point]) for point in points[right - 1:right + 1])
+        if min(x, x0, y0, x1, y1) > 0 and x0 != x1:
+            estimates[level] = y0 * (y1 / y0) ** (math.log(x / x0) / math.log(x1 / x0))
+        else:
+            estimates[level] = y0 + (y1 - y0) * ((x - x0) / (x1 - x0) if x0 != x1 else 0.5)
     return estimates

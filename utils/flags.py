@@ -48,22 +48,29 @@ def add_evaluation_flags(parser: argparse.ArgumentParser, in_search: bool = True
 
 
 def add_search_flags(parser: argparse.ArgumentParser, generations: int | None, offspring: int, survivors: list[int],
-                     tokens: list[int], initially_generated: int, initial_tokens: int, fitness: list[str],
-                     generations_help: str) -> argparse._ArgumentGroup:
+                     tokens: list[int], init: dict[str, str], initially_generated: int, initial_tokens: int,
+                     fitness: list[str], generations_help: str) -> argparse._ArgumentGroup:
+    """`init`: meaning of every --init; the first is the default."""
     group = parser.add_argument_group("evolutionary search")
     group.add_argument("--generations", type=int, default=generations, help=generations_help)
     group.add_argument("--offspring", type=int, default=offspring, metavar="CANDIDATES",
                        help=f"a generation (default: {offspring})")
     group.add_argument("--population_size", type=int, metavar="CANDIDATES",
                        help="parents; always the last of --survivors_per_selection (default: that)")
+    group.add_argument("--init", choices=list(init), default=next(iter(init)),
+                       help=f"the first parents. {'; '.join(f'{name}: {meaning}' for name, meaning in init.items())} "
+                            f"(default: {next(iter(init))})")
     group.add_argument("--initially_generated", type=int, default=initially_generated, metavar="CANDIDATES",
                        help=f"random ones from which the first parents are chosen (default: {initially_generated})")
     group.add_argument("--initial_tokens", type=int, default=initial_tokens, metavar="TOKENS",
-                       help=f"on which the random ones are measured (default: {initial_tokens})")
+                       help=f"on which the random ones are measured, or every unit alone (default: {initial_tokens})")
     group.add_argument("--survivors_per_selection", type=int, nargs="+", default=survivors, metavar="CANDIDATES",
                        help=f"kept after each selection step (default: {' '.join(map(str, survivors))})")
     group.add_argument("--tokens_per_selection", type=int, nargs="+", default=tokens, metavar="TOKENS",
                        help=f"of each selection step's minibatch (default: {' '.join(map(str, tokens))})")
+    group.add_argument("--screen", type=int, default=1, metavar="FACTOR",
+                       help="draw this many times the offspring and measure those that an additive model of the levels, "
+                            "fitted to all that was measured before, ranks best, e.g. 4 (default: 1, all are measured)")
     group.add_argument("--strategy", choices=["plus", "comma"], default="plus",
                        help="plus: the parents compete in the last selection step; comma: offspring alone survive "
                             "(default: plus)")
@@ -88,7 +95,7 @@ def check_search_flags(args: argparse.Namespace) -> None:
     if min(survivors) < 1 or min(tokens) < 2:
         raise ValueError(f"--survivors_per_selection {_words(survivors)}, --tokens_per_selection {_words(tokens)}: "
                          f"at least 1 survivor and 2 tokens in every step are needed")
-    for flag in ("offspring", "population_size", "initially_generated", "max_mutations", "fixed_mutations",
+    for flag in ("offspring", "screen", "population_size", "initially_generated", "max_mutations", "fixed_mutations",
                  "microbatch_tokens"):
         value = getattr(args, flag, None)
         if value is not None and value < 1:

@@ -1,0 +1,310 @@
+"""--init measured and --screen: what is measured alone, the start it gives, and that neither traps the search."""
+import itertools
+import json
+import random
+from pathlib import Path
+
+import families
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import evo_drop
+import evo_quant
+import evo_unstructured
+from database.levels import LevelSwitcher
+from database.sensitivity import estimate_alone, measure_alone
+from database.store import Database
+from utils.configs import read_drop_config, read_level_config
+from utils.fitness import Fitness
+from utils.model import Decoder
+from utils.screening import AdditiveModel
+from utils.units import Unit
+
+SEARCH = ["--calibration_sequence_length", "32", "--calibration_tokens", "256", "--no_eval", "--initial_tokens", "128",
+          "--offspring", "8", "--survivors_per_selection", "2", "1", "--tokens_per_selection", "64", "128"]
+MEASURED = ["--init", "measured"]
+
+
+@pytest.fixture(scope="session")
+def search(checkpoint, databases, tmp_path_factory):
+    """search(module, folder, *flags): run one of the three searches on a little text."""
+    rows = tmp_path_factory.mktemp("text") / "rows.jsonl"
+    words = Path(random.__file__).read_text().split()
+    rows.write_text("".join(json.dumps({"text": " ".join(words[i:i + 25])}) + "\n" for i in range(0, 1000, 25)))
+    database = {evo_drop: [], evo_quant: ["--quant_weights_path", str(databases["quant"])],
+                evo_unstructured: ["--sparse_weights_path", str(databases["sparse"])]}
+
+    def run(module, folder, *flags: str) -> dict:
+        return module.main(["--model_name_or_path", checkpoint, "--calibration_data", str(rows), *SEARCH,
+                            *database[module], "--output_dir", str(folder), *flags])
+
+    return run
+
+
+def log(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+# ---- units alone -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind, target, near", [("quant", 2.5, 3), ("sparse", 0, 0)])
+def test_units_are_measured_alone_at_two_levels_and_follow_the_layers_errors_between(
+        checkpoint, databases, kind, target, near):
+    database = Database.open(databases[kind])
+    model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+    documents = [torch.arange(3, 23), torch.arange(30, 42)]
+    logits = families.plain_logits(model, documents)
+    decoder = Decoder(AutoModelForCausalLM.from_pretrained(checkpoint))
+    switcher = LevelSwitcher(decoder, database, 0.0)
+    tied = [name for name in database.layers if "layers.2.self_attn" in name and not name.endswith("o_proj")]
+    held = next(name for name in database.layers if "layers.4" in name)
+    units = [Unit(tuple(tied), tuple(database.levels(tied[1]))), Unit((held,), (near,)),
+             *(Unit((name,), tuple(database.levels(name))) for name in database.layers if "layers.5.mlp" in name)]
+    errors, measured = estimate_alone(Fitness(decoder, documents, switcher.set_block), switcher, database, units, target,
+                                      [(0, 20), (1, 12)])
+    assert measured == 2 * (len(units) - 1)                  # a unit that is held at a level has nothing to measure
+    assert errors[1] == {near: 0.0}
+    for unit, known in zip(units, errors):
+        assert tuple(sorted(known)) == unit.levels
+        for level in {unit.levels[0 if kind == "quant" else -1], near} if len(unit.levels) > 1 else ():
+            fresh = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+            for name in unit.names:
+                fresh.get_submodule(name).weight.data.copy_(database.weight(name, level))
+            plain = families.plain_values(logits, families.plain_logits(fresh, documents), documents)["kl"]
+            assert known[level] == pytest.approx(plain, rel=1e-3, abs=1e-7)
+        assert list(known[level] for level in unit.levels) == sorted(known.values(), reverse=kind == "quant")
+
+
+def test_measuring_alone_leaves_the_model_uncompressed(checkpoint, databases):
+    database = Database.open(databases["quant"])
+    decoder = Decoder(AutoModelForCausalLM.from_pretrained(checkpoint))
+    before = {name: layer.weight.clone() for name, layer in decoder.layers.items()}
+    switcher = LevelSwitcher(decoder, database, 0.0)
+    fitness = Fitness(decoder, [torch.arange(20)], switcher.set_block)
+    errors = measure_alone(fitness, switcher, [[name] for name in database.layers], [[2, 4]] * len(database.layers))
+    assert all(list(known) == [2, 4] and known[2] > 0 for known in errors)
+    assert all(torch.equal(layer.weight, before[name]) for name, layer in decoder.layers.items())
+    assert decoder.states == [None] * len(decoder.blocks) and switcher.loaded == {}
+    fitness.measure([switcher.states(dict.fromkeys(database.layers, 3))])
+    assert not any(torch.equal(layer.weight, before[name]) for name, layer in decoder.layers.items())
+
+
+# ---- the start -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task, more", [
+    ("quant", ["--tie", "qkv,gate_up", "--bounds", "*.down_proj=3:4", "--target_bitwidth", "2.8"]),
+    ("quant", ["--count_overhead", "--pin", "model.layers.[0-3].*=3", "--target_bitwidth", "5.1"]),
+    ("sparse", ["--tie", "qkv", "--pin", "model.layers.0.*=-1", "--max_level", "2"])])
+def test_start_has_the_least_sum_of_errors_of_many_that_meet_the_budget_and_its_tokens_count(
+        task, more, search, tmp_path, monkeypatch):
+    module = {"quant": evo_quant, "sparse": evo_unstructured}[task]
+    seen = {}
+
+    def recording(fitness, switcher, database, units, *rest):
+        seen["errors"], seen["measured"] = estimate_alone(fitness, switcher, database, units, *rest)
+        return seen["errors"], seen["measured"]
+
+    def allocating(space, errors, *rest):
+        seen["space"], seen["start"] = space, original(space, errors, *rest)
+        return seen["start"]
+
+    original = module.allocated_candidate
+    monkeypatch.setattr(module, "estimate_alone", recording)
+    monkeypatch.setattr(module, "allocated_candidate", allocating)
+    summary = search(module, tmp_path / "run", *MEASURED, *more, "--generations", "0")
+    space, start, errors = seen["space"], seen["start"], seen["errors"]
+    assert space.feasible(start) and summary["levels"] == space.levels(start)
+    assert log(tmp_path / "run")[0]["tokens"] == (seen["measured"] + 1) * 128
+    assert seen["measured"] == 2 * sum(len(unit.levels) > 1 for unit in space.units)
+
+    def total(candidate):
+        return sum(known[level] for known, level in zip(errors, candidate))
+
+    rng = random.Random(0)
+    others = {start}
+    for _ in range(300):                     # neighbours of the start, and neighbours of theirs
+        child = module.mutate(space, sorted(others)[-20:], 3, rng)
+        others |= {child} if child else set()
+    assert len(others) > 20 and min(others, key=total) == start
+
+
+def growing_harm(units: int, seed: int):
+    """(harms, overlaps >= 0): of every unit alone, and of every two beyond that, so that harm grows with each drop."""
+    rng = random.Random(seed)
+    return [rng.uniform(0.1, 1) for _ in range(units)], {pair: rng.choice([0, 0, rng.uniform(0, 1)])
+                                                         for pair in itertools.combinations(range(units), 2)}
+
+
+@pytest.mark.parametrize("counts, least_size", [({"attn": 3, "mlp": 2}, 0), ({"attn": 0, "mlp": 5}, 0), (None, 900)])
+def test_lazy_greedy_drops_what_greedy_drops_and_measures_less(counts, least_size):
+    fewer = 0
+    for seed in range(20):
+        harms, overlaps = growing_harm(24, seed)
+        units = tuple(evo_drop.Unit(kind, ((i, half),), 100, legal=i != 3) for half, kind in enumerate(("attn", "mlp"))
+                      for i in range(12))
+        space = evo_drop.Space(units, counts, least_size, 100)
+
+        def harm(candidate):
+            dropped = [i for i, is_dropped in enumerate(candidate) if is_dropped]
+            return sum(harms[i] for i in dropped) + sum(overlaps[pair] for pair in itertools.combinations(dropped, 2))
+
+        calls = []
+
+        def measure(candidates):
+            calls.extend(candidates)
+            return {candidate: harm(candidate) for candidate in candidates}
+
+        found, errors = evo_drop.measured_candidate(space, measure, random.Random(0))
+        greedy, steps = (False,) * 24, 0
+        while choices := evo_drop.droppable(space, greedy):
+            steps += len(choices)
+            greedy = min((tuple(old or i == j for j, old in enumerate(greedy)) for i in choices), key=harm)
+        assert found == greedy and space.feasible(found)
+        assert not any(found[i] for i in (3, 15))
+        assert all(errors[i][True] >= harms[i] - 1e-9 and errors[i][False] == 0 for i in range(24))
+        fewer += len(calls) < steps
+    assert fewer >= 15
+
+
+def test_greedy_meets_a_budget_of_parameters_that_its_choices_do_not_add_up_to():
+    sizes = [50, 50, 70, 70, 70, 90]
+    units = tuple(evo_drop.Unit("attn", ((i, 0),), size, True) for i, size in enumerate(sizes))
+    for least in range(40, 300, 7):
+        space = evo_drop.Space(units, None, least, 50)
+        found, _ = evo_drop.measured_candidate(
+            space, lambda candidates: {c: float(space.dropped_size(c)) for c in candidates}, random.Random(0))
+        assert found is None or space.feasible(found)
+        assert found is not None or least > 250
+
+
+def test_measured_depth_start_is_logged_with_its_tokens(search, tmp_path):
+    summary = search(evo_drop, tmp_path / "run", *MEASURED, "--drop_attn", "2", "--drop_mlp", "1", "--generations", "0")
+    start = read_drop_config(tmp_path / "run" / "layer_drop_config.txt")
+    assert [sum(states) for states in zip(*start)] == [2, 1]
+    [record] = log(tmp_path / "run")
+    assert record["tokens"] % 128 == 0 and 1 + 12 + 2 < record["tokens"] // 128 <= 1 + 12 + 11 + 10 + 1
+    assert record["fitness"] == summary["fitness"] and record["tokens"] == summary["tokens"]
+
+
+def test_measured_start_and_a_bound_on_the_total_deviation_exclude_each_other(search, tmp_path):
+    with pytest.raises(SystemExit, match="--max_total_deviation 8: --init measured cannot hold it"):
+        search(evo_unstructured, tmp_path, *MEASURED, "--max_total_deviation", "8")
+
+
+@pytest.mark.parametrize("module, target", [(evo_quant, ["--target_bitwidth", "3"]), (evo_unstructured, [])])
+def test_random_starts_differ_from_uniform_and_meet_the_budget(module, target, search, tmp_path):
+    summaries = [search(module, tmp_path / init, *target, "--init", init, "--generations", "0", "--initially_generated",
+                        "3") for init in ("uniform", "random")]
+    assert len(set(summaries[0]["levels"].values())) == 1 < len(set(summaries[1]["levels"].values()))
+    assert summaries[0]["budget"] == summaries[1]["budget"]
+
+
+# ---- the additive model ----------------------------------------------------------------------------------------------
+
+
+def planted(seed: int, units: int = 30, levels=(2, 3, 4)):
+    rng = random.Random(seed)
+    effects = [{level: rng.gauss(0, 1) for level in levels} for _ in range(units)]
+
+    def candidates(count):
+        return [tuple(rng.choice(levels) for _ in range(units)) for _ in range(count)]
+
+    return effects, candidates, lambda candidate: sum(known[level] for known, level in zip(effects, candidate))
+
+
+@pytest.mark.parametrize("expected", ["nothing", "wrong", "near"])
+def test_model_finds_planted_effects_whatever_it_expects_and_whatever_minibatches_share(expected):
+    effects, candidates, fitness = planted(0)
+    model = AdditiveModel([(2, 3, 4)] * 30)
+    rng = random.Random(1)
+    if expected != "nothing":
+        model.expect([{level: value + 0.3 if expected == "near" else rng.gauss(0, 1) for level, value in known.items()}
+                      for known in effects])
+    unseen = candidates(100)
+    truth = [fitness(candidate) for candidate in unseen]
+    before = np.corrcoef(model.predict(unseen), truth)[0, 1] if expected == "wrong" else 0
+    for step in range(12):
+        model.observe([(fitness(candidate) + 50 * step, candidate) for candidate in candidates(16)], tokens=256)
+    assert abs(before) < 0.5
+    assert np.corrcoef(model.predict(unseen), truth)[0, 1] > 0.95
+
+
+def test_screening_keeps_the_best_predicted_and_a_random_share():
+    effects, candidates, fitness = planted(1)
+    model = AdditiveModel([(2, 3, 4)] * 30)
+    model.expect(effects)
+    pool = candidates(64)
+    best = sorted(pool, key=fitness)
+    kept = model.screen(pool, 16, random.Random(0))
+    assert kept[:12] == best[:12] and len(set(kept)) == 16
+    assert {*kept[12:]} <= {*best[12:]} and {*kept[12:]} != {*best[12:16]}
+    assert model.screen(pool, 16, random.Random(0)) == kept
+    assert sorted(model.screen(pool[:10], 16, random.Random(0))) == sorted(pool[:10])
+
+
+def test_model_restored_from_json_predicts_the_same_and_what_is_not_finite_teaches_nothing():
+    _, candidates, fitness = planted(2)
+    model = AdditiveModel([(2, 3, 4)] * 30)
+    model.expect([{2: float("inf"), 3: 0.2, 4: 0.1}] * 30)
+    batch = candidates(20)
+    model.observe([(fitness(candidate), candidate) for candidate in batch], tokens=64)
+    expected = model.predict(batch)
+    model.observe([(float("inf"), candidate) for candidate in candidates(4)], tokens=64)
+    assert np.isfinite(expected).all() and np.array_equal(model.predict(batch), expected)
+    restored = AdditiveModel([(2, 3, 4)] * 30)
+    restored.restore(json.loads(json.dumps(model.state)))
+    assert np.array_equal(restored.predict(batch), expected)
+
+
+# ---- measurements that mislead ---------------------------------------------------------------------------------------
+
+
+def misleading_depth(candidate) -> float:
+    """Blocks 0 and 1 do least harm alone, and the most together with any other; blocks 3 to 5 make up for each other."""
+    value = 0.0
+    for half in (0, 1):
+        dropped = {i for i, state in enumerate(candidate) if state[half]}
+        value += sum(0.1 if i < 2 else 0.5 for i in dropped)
+        value += sum(0.8 if a < 2 else -0.25 if a >= 3 else 0.1 for a, b in itertools.combinations(sorted(dropped), 2))
+    return value
+
+
+def misleading_bits(candidate) -> float:
+    """Alone, blocks 0 and 1 hardly mind 2 bits; with them there, every other block below 4 bits costs far more."""
+    bits = [block[0] or 4 for block in candidate]            # None: uncompressed, in what is measured alone
+    low = sum(level == 2 for level in bits[:2])
+    return sum((4 - level) * (0.05 if i < 2 else (0.3 + 0.01 * i) * (1 + 3 * low)) for i, level in enumerate(bits))
+
+
+@pytest.mark.parametrize("task, planted_fitness", [("depth", misleading_depth), ("bits", misleading_bits)])
+def test_optimum_is_found_in_9_of_10_seeds_where_measurements_mislead(task, planted_fitness, search, tmp_path,
+                                                                      monkeypatch):
+    monkeypatch.setattr(Fitness, "_run_teacher", lambda self, progress: None)
+    monkeypatch.setattr(Fitness, "measure", lambda self, candidates, minibatch, kinds=("kl",): [
+        (planted_fitness(candidate),) for candidate in candidates])
+    if task == "depth":
+        everything = [tuple(zip((i in attn for i in range(6)), (i in mlp for i in range(6))))
+                      for attn in itertools.combinations(range(6), 3) for mlp in itertools.combinations(range(6), 3)]
+        module, own = evo_drop, ["--drop_attn", "3", "--drop_mlp", "3"]
+        read = lambda folder: tuple(read_drop_config(folder / "layer_drop_config.txt"))
+    else:
+        everything = [tuple((level,) * 7 for level in levels) for levels in itertools.product((2, 3, 4), repeat=6)
+                      if sum(levels) == 18]
+        module = evo_quant
+        own = ["--target_bitwidth", "3", "--tie", "block", "--bounds", "*=2:4"]
+        read = lambda folder: tuple(
+            (level,) * 7 for level in list(read_level_config(next(folder.glob("evo*.txt"))).values())[::7])
+    optimum = min(map(planted_fitness, everything))
+    monkeypatch.setattr(module, "plot_search", lambda *_: None)
+    found = trapped = 0
+    for seed in range(10):
+        folder = tmp_path / str(seed)
+        search(module, folder, *MEASURED, *own, "--screen", "4", "--generations", "10", "--seed", str(seed))
+        trapped += log(folder)[0]["fitness"] > optimum + 0.1
+        found += planted_fitness(read(folder)) == pytest.approx(optimum)
+    assert trapped == 10, "measurements that do not mislead show nothing"
+    assert found >= 9
