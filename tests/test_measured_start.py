@@ -283,7 +283,6 @@ def misleading_bits(candidate) -> float:
 @pytest.mark.parametrize("task, planted_fitness", [("depth", misleading_depth), ("bits", misleading_bits)])
 def test_optimum_is_found_in_9_of_10_seeds_where_measurements_mislead(task, planted_fitness, search, tmp_path,
                                                                       monkeypatch):
-    monkeypatch.setattr(Fitness, "_run_teacher", lambda self, *_: None)
     monkeypatch.setattr(Fitness, "measure", lambda self, candidates, minibatch, kinds=("kl",): [
         (planted_fitness(candidate),) for candidate in candidates])
     if task == "depth":

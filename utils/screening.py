@@ -5,6 +5,8 @@ from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 
+from utils.distributed import from_main
+
 Candidate = tuple[Hashable, ...]     # the level of every unit
 WINDOW = 1024                        # latest measurements that the model is fitted to: errors change as the search moves
 RANDOM_SHARE = 4                     # one in four of those kept is drawn at random, so that a wrong model misleads less
@@ -70,6 +72,7 @@ class AdditiveModel:
         return np.array([[columns[level] for columns, level in zip(self._columns, candidate)]
                          for candidate in candidates])
 
+    @from_main                                               # processors differ in the last digit, searches may not
     def _fit(self) -> np.ndarray:
         """[columns] effects."""
         if not self._measured:
