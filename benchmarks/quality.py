@@ -4,9 +4,9 @@
 
 Depth at 25% and 37.5%: best of 64 random candidates and the ShortGPT ranking. Sparsity at 50, 60 and 70%: uniform.
 Bits at 2.25 and 2.5: best of 32 random allocations; at 3: uniform. Bits may move between layers of unlike size
-(--group_rule none): in a small model, uniform can be the best that layers of one size can do among themselves. Each seed
-draws other calibration text and another search; all are evaluated on the same held-out text. Finished parts are not run
-again.
+(--group_rule none): in a small model, uniform can be the best that layers of one size can do among themselves; and at 3
+bits, where uniform is hard to beat, searches take three times as many generations. Each seed draws other calibration text
+and another search; all are evaluated on the same held-out text. Finished parts are not run again.
 """
 import argparse
 import json
@@ -97,7 +97,7 @@ def main() -> None:
         for seed in range(args.seeds):
             searches.append((f"{target} bits", seed, out / f"bits-{target}-{seed}", [
                 "evo_quant.py", *search, *LEVELS, "--quant_weights_path", out / "quant", "--target_bitwidth", target,
-                "--group_rule", "none", "--configuration_name", f"{target}-seed-{seed}.txt"]))
+                "--group_rule", "none", "--generations", 30 if target == 3 else 10, "--configuration_name", f"{target}-seed-{seed}.txt"]))
 
     def prepare(item) -> None:
         result, commands = item
