@@ -97,7 +97,8 @@ def main() -> None:
         for seed in range(args.seeds):
             searches.append((f"{target} bits", seed, out / f"bits-{target}-{seed}", [
                 "evo_quant.py", *search, *LEVELS, "--quant_weights_path", out / "quant", "--target_bitwidth", target,
-                "--group_rule", "none", "--generations", 30 if target == 3 else 10, "--configuration_name", f"{target}-seed-{seed}.txt"]))
+                "--group_rule", "none", "--generations", 30 if target == 3 else 10, "--configuration_name",
+                f"{target}-seed-{seed}.txt"]))
 
     def prepare(item) -> None:
         result, commands = item
