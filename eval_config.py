@@ -10,7 +10,7 @@ import argparse
 import json
 
 from database.levels import add_configuration_flags, check_configuration_flags, load_configuration
-from utils.data import check_dataset, default_sequence_length
+from utils.data import check_dataset, sequence_length
 from utils.evaluation import Evaluation, load_evaluation_documents
 from utils.files import check_writable_file, write_atomic
 from utils.flags import add_evaluation_flags, add_model_flags
@@ -50,7 +50,8 @@ def main(argv: list[str] | None = None) -> dict:
         tokenizer = load_tokenizer(args.tokenizer_name or args.model_name_or_path, args.use_fast_tokenizer,
                                    args.trust_remote_code)
         documents = load_evaluation_documents(datasets, tokenizer, args.eval_tokens,
-                                              args.eval_sequence_length or default_sequence_length(config))
+                                              sequence_length(args.eval_sequence_length, config,
+                                                              "--eval_sequence_length"))
         decoder = load_decoder(args.model_name_or_path, args.dtype, args.device, args.attn_implementation,
                                args.trust_remote_code)
         set_block, candidate = load_configuration(args, decoder)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from utils import distributed
 from utils.configs import DROP_WORDS, read_drop_config, write_drop_config
-from utils.data import calibration_documents, default_sequence_length, draw_minibatch
+from utils.data import calibration_documents, check_minibatches, draw_minibatch, sequence_length
 from utils.evaluation import Evaluation, load_evaluation_documents
 from utils.files import check_writable
 from utils.fitness import Fitness
@@ -318,9 +318,12 @@ def main(argv: list[str] | None = None) -> dict:
         tokenizer = load_tokenizer(args.tokenizer_name or args.model_name_or_path, args.use_fast_tokenizer,
                                    args.trust_remote_code)
         documents = calibration_documents(args.calibration_data, tokenizer, args.calibration_tokens,
-                                          args.calibration_sequence_length or default_sequence_length(config), args.seed)
+                                          sequence_length(args.calibration_sequence_length, config,
+                                                          "--calibration_sequence_length"), args.seed)
+        check_minibatches(documents, [args.initial_tokens, *args.tokens_per_selection])
         evaluation_sets = {} if args.no_eval else load_evaluation_documents(
-            args.eval_datasets, tokenizer, args.eval_tokens, args.eval_sequence_length or default_sequence_length(config))
+            args.eval_datasets, tokenizer, args.eval_tokens,
+            sequence_length(args.eval_sequence_length, config, "--eval_sequence_length"))
         decoder = load_decoder(args.model_name_or_path, args.dtype, args.device, args.attn_implementation,
                                args.trust_remote_code)
         blocks = decoder.blocks

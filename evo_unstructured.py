@@ -20,8 +20,8 @@ from database.sensitivity import estimate_alone
 from database.store import Database
 from utils import distributed
 from utils.allocation import allocate
-from utils.configs import write_level_config
-from utils.data import calibration_documents, default_sequence_length, draw_minibatch
+from utils.configs import check_configuration_name, write_level_config
+from utils.data import calibration_documents, check_minibatches, draw_minibatch, sequence_length
 from utils.evaluation import Evaluation, load_evaluation_documents
 from utils.files import check_writable
 from utils.fitness import Fitness
@@ -200,8 +200,7 @@ def check_flags(args: argparse.Namespace) -> None:
                          f"layer with --max_level, or use another --init")
     if args.kl_topk < 1:
         raise ValueError(f"--kl_topk {args.kl_topk}: must be at least 1")
-    if "/" in args.configuration_name:
-        raise ValueError(f"--configuration_name {args.configuration_name}: a file name is needed, without a folder")
+    check_configuration_name(args.configuration_name)
 
 
 @user_errors(RunError)
@@ -225,9 +224,12 @@ def main(argv: list[str] | None = None) -> dict:
         tokenizer = load_tokenizer(args.tokenizer_name or args.model_name_or_path, args.use_fast_tokenizer,
                                    args.trust_remote_code)
         documents = calibration_documents(args.calibration_data, tokenizer, args.calibration_tokens,
-                                          args.calibration_sequence_length or default_sequence_length(config), args.seed)
+                                          sequence_length(args.calibration_sequence_length, config,
+                                                          "--calibration_sequence_length"), args.seed)
+        check_minibatches(documents, [args.initial_tokens, *args.tokens_per_selection])
         evaluation_sets = {} if args.no_eval else load_evaluation_documents(
-            args.eval_datasets, tokenizer, args.eval_tokens, args.eval_sequence_length or default_sequence_length(config))
+            args.eval_datasets, tokenizer, args.eval_tokens,
+            sequence_length(args.eval_sequence_length, config, "--eval_sequence_length"))
         decoder = load_decoder(args.model_name_or_path, args.dtype, args.device, args.attn_implementation,
                                args.trust_remote_code)
         switcher = LevelSwitcher(decoder, database, args.level_cache_gb)

@@ -3,7 +3,7 @@ import argparse
 
 import torch
 
-from utils.data import calibration_documents, check_dataset, default_sequence_length
+from utils.data import calibration_documents, check_dataset, sequence_length
 from utils.model import Decoder, load_decoder, load_tokenizer
 
 
@@ -21,7 +21,8 @@ def load_inputs(args: argparse.Namespace, config) -> tuple[Decoder, list[torch.T
     tokenizer = load_tokenizer(args.tokenizer_name or args.model_name_or_path, args.use_fast_tokenizer,
                                args.trust_remote_code)
     documents = calibration_documents(args.calibration_data, tokenizer, args.calibration_tokens,
-                                      args.calibration_sequence_length or default_sequence_length(config), args.seed)
+                                      sequence_length(args.calibration_sequence_length, config,
+                                                      "--calibration_sequence_length"), args.seed)
     decoder = load_decoder(args.model_name_or_path, args.dtype, args.device, args.attn_implementation,
                            args.trust_remote_code)
     return decoder, documents

@@ -13,7 +13,7 @@ from torch import nn
 from database.hessian import Calibration
 from database.store import (FORMAT, Database, check_no_foreign_files, config_sha256, differences, intact,
                             layer_file, read_manifest, write_layer, write_manifest)
-from utils.data import calibration_documents, check_dataset, default_sequence_length
+from utils.data import calibration_documents, check_dataset, sequence_length
 from utils.files import check_writable, remove_partial
 from utils.flags import add_calibration_flags, add_model_flags
 from utils.model import Decoder, default_device, load_config, load_decoder, load_tokenizer
@@ -99,7 +99,8 @@ def build(args: argparse.Namespace, method: str, layers_flag: str, solve_layer: 
     if manifest is None and args.save_dir.exists():
         check_no_foreign_files(args.save_dir, [])
     config = load_config(args.model_name_or_path, args.trust_remote_code)
-    args.calibration_sequence_length = args.calibration_sequence_length or default_sequence_length(config)
+    args.calibration_sequence_length = sequence_length(args.calibration_sequence_length, config,
+                                                       "--calibration_sequence_length")
     resolve(args, config)
     flags = {key: value for key, value in vars(args).items() if key not in NOT_COMPARED}
     header = {"format": FORMAT, "method": method, "model": args.model_name_or_path,

@@ -1,5 +1,6 @@
 """Put a model's layers at the levels of a database: what the searches, baselines and evaluations switch with."""
 import argparse
+import math
 import re
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
@@ -75,19 +76,26 @@ class LevelSwitcher:
 def add_configuration_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("configuration (a drop configuration may go with one of the other two)")
     group.add_argument("--drop_config", metavar="FILE", help="layer_drop_config.txt of evo_drop.py")
+    group.add_argument("--drop_budget", type=float, metavar="FRACTION",
+                       help="refuse one that drops less than this share of the attentions and MLPs, e.g. 0.25")
     for kind, script in (("sparse", "evo_unstructured.py"), ("quant", "evo_quant.py")):
         group.add_argument(f"--{kind}_weights_path", metavar="FOLDER", help=f"database the {kind} configuration is for")
         group.add_argument(f"--{kind}_config_path", metavar="FILE|LEVEL",
                            help=f"result of {script}, or one level for all layers")
+    group.add_argument("--sparse_budget", type=float, metavar="FRACTION",
+                       help="refuse a sparse configuration that prunes less than this share of the weights, e.g. 0.7")
+    group.add_argument("--quant_budget", type=float, metavar="BITS",
+                       help="refuse a quant configuration that takes more bits a weight on average, e.g. 2.5")
     group.add_argument("--level_cache_gb", type=float, default=0.0, metavar="GB",
                        help="packed levels kept on the device (default: 0)")
 
 
 def check_configuration_flags(args: argparse.Namespace, config) -> None:
-    """Raise ValueError for a configuration that cannot be read or does not fit its database and the model's `config`:
-    all that can be known before the model is loaded."""
+    """Raise ValueError for a configuration that cannot be read, does not fit its database and the model's `config`, or
+    misses its budget: all that can be known before the model is loaded."""
     if args.drop_config:
-        read_drop_config(args.drop_config, config.get_text_config(decoder=True).num_hidden_layers)
+        states = read_drop_config(args.drop_config, config.get_text_config(decoder=True).num_hidden_layers)
+        check_budget(args, "drop", sum(map(sum, states)) / (2 * len(states)))
     for kind in ("sparse", "quant"):
         folder, file = getattr(args, f"{kind}_weights_path"), getattr(args, f"{kind}_config_path")
         if bool(folder) != bool(file):
@@ -97,7 +105,24 @@ def check_configuration_flags(args: argparse.Namespace, config) -> None:
         raise ValueError("--sparse_weights_path and --quant_weights_path: a layer is either sparse or quantized; give one")
     opened = open_configuration(args)
     if opened:
-        opened[0].check_model(config)
+        database, levels = opened
+        database.check_model(config)
+        size = sum(math.prod(database.shape(name)) for name in levels)
+        if database.method == "gptq":
+            check_budget(args, "quant", sum(database.bits(name, level) for name, level in levels.items()) / size)
+        else:
+            check_budget(args, "sparse", 1 - sum(database.kept(name, level) for name, level in levels.items()) / size)
+
+
+def check_budget(args: argparse.Namespace, kind: str, found: float) -> None:
+    """Raise ValueError where a configuration takes more bits, or prunes or drops less, than --<kind>_budget allows."""
+    budget = getattr(args, f"{kind}_budget")
+    over = budget is not None and (found > budget + 1e-9 if kind == "quant" else found < budget - 1e-9)
+    if over:
+        measure = {"drop": "of the sub-blocks dropped", "sparse": "of the weights pruned", "quant": "bits a weight"}[kind]
+        file = args.drop_config if kind == "drop" else getattr(args, f"{kind}_config_path")
+        raise ValueError(f"{file}: {found:.6g} {measure}, which misses --{kind}_budget {budget:g}; change the "
+                         f"configuration or the budget")
 
 
 def open_configuration(args: argparse.Namespace) -> tuple[Database, dict[str, int]] | None:

@@ -3,6 +3,7 @@
 Depth: one of none/attn/mlp/attn+mlp a line, one line a block. Sparsity and bits: `layer.name: level` a line.
 Files are read strictly: a misspelt or missing line is an error, never a default.
 """
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -29,6 +30,12 @@ def write_drop_config(path: str | Path, dropped: Sequence[tuple[bool, bool]]) ->
     """One line a block, as `read_drop_config` reads it."""
     words = {state: word for word, state in DROP_WORDS.items()}
     write_atomic(path, "".join(f"{words[bool(attn), bool(mlp)]}\n" for attn, mlp in dropped))
+
+
+def check_configuration_name(name: str) -> None:
+    """Raise ValueError for a --configuration_name that leads elsewhere, or could be another file of a run or database."""
+    if not re.fullmatch(r"[^/\0]+\.txt", name):
+        raise ValueError(f"--configuration_name {name}: a file name ending in .txt is needed, without a folder")
 
 
 def read_level_config(path: str | Path) -> dict[str, int]:

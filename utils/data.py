@@ -66,8 +66,11 @@ def evaluation_documents(name: str, tokenizer, num_tokens: int, sequence_length:
     if not documents:
         raise ValueError(f"--eval_datasets {name}: no text to evaluate on at --eval_sequence_length {sequence_length}")
     if sum(map(len, documents)) > num_tokens:
-        if _parse(name)[0] in ("wikitext2", "c4"):
-            return documents[:max(1, num_tokens // sequence_length)]  # only whole windows
+        if _parse(name)[0] in ("wikitext2", "c4"):                    # only whole windows
+            if num_tokens < sequence_length:
+                raise ValueError(f"--eval_tokens {num_tokens}: {name} comes in windows of --eval_sequence_length "
+                                 f"{sequence_length} tokens; raise it to that, or lower that")
+            return documents[:num_tokens // sequence_length]
         lengths = trimmed_lengths([len(d) for d in documents], num_tokens)
         documents = [document[:length] for document, length in zip(documents, lengths)]
     return documents
@@ -104,8 +107,29 @@ def draw_minibatch(documents: list[torch.Tensor], num_tokens: int, rng: random.R
     """
     order = list(range(len(documents)))
     rng.shuffle(order)
+    if num_tokens % 2 and all(len(documents[i]) == 2 for i in order[:num_tokens // 2]):
+        longer = next((i for i in order if len(documents[i]) > 2), order[0])   # no odd number is made of twos alone
+        order.remove(longer)
+        order.insert(0, longer)
     lengths = trimmed_lengths([len(documents[i]) for i in order], num_tokens)
     return list(zip(order, lengths))
+
+
+def check_minibatches(documents: list[torch.Tensor], sizes: Iterable[int]) -> None:
+    """Raise ValueError for a number of tokens that no minibatch of `documents` can have: an odd one where all of them
+    have two tokens."""
+    odd = [size for size in sizes if size % 2]
+    if odd and all(len(document) == 2 for document in documents):
+        raise ValueError(f"--initial_tokens, --tokens_per_selection {odd[0]}: an odd number, but all calibration documents "
+                         f"have two tokens; give even numbers, or a --calibration_sequence_length above 2")
+
+
+def sequence_length(asked: int | None, config, flag: str) -> int:
+    """The value of `flag`, or its default. Raises ValueError where the model has fewer positions."""
+    positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if asked and positions and asked > positions:
+        raise ValueError(f"{flag} {asked}: more than the model's {positions} positions; give at most that many")
+    return asked or default_sequence_length(config)
 
 
 def default_sequence_length(config) -> int:

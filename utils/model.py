@@ -68,8 +68,12 @@ def load_decoder(name: str, dtype: str = "auto", device: str | torch.device | No
         raise ValueError(f"--dtype {dtype}: use one of auto, {', '.join(DTYPES)}")
     torch_dtype = DTYPES.get(dtype) or ("auto" if device.type != "cpu" else torch.float32)
     with _naming_the_flag("--model_name_or_path", name):
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch_dtype, attn_implementation=attn_implementation,
-                                                     trust_remote_code=trust_remote_code)
+        # unpickling can run code, too; and transformers draws weights that a checkpoint lacks at random
+        model, found = AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch_dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code,
+            use_safetensors=None if trust_remote_code else True, output_loading_info=True)
+        if found["missing_keys"]:
+            raise ValueError(f"its weights lack {min(found['missing_keys'])}")
     return Decoder(model.to(device))
 
 
@@ -77,10 +81,10 @@ def load_decoder(name: str, dtype: str = "auto", device: str | torch.device | No
 def _naming_the_flag(flag: str, value: str):
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:           # a damaged file ends in whatever its reader stumbles over
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{flag} {value}: cannot be loaded ({reason}); give a folder with a Hugging Face checkpoint "
-                         f"or a model name on the hub") from error
+                         f"in safetensors or a model name on the hub") from error
 
 
 # ---- structure -------------------------------------------------------------------------------------------------------
