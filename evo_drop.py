@@ -335,8 +335,7 @@ def main(argv: list[str] | None = None) -> dict:
     sizes = (run.state or {}).get("microbatch_tokens", {})
     evaluation = Evaluation(decoder, evaluation_sets, set_block, args.microbatch_tokens, sizes.get("evaluation"))
     fitness = Fitness(decoder, documents, set_block, teacher=args.fitness_fn == "kl",
-                      microbatch_tokens=args.microbatch_tokens, progress="uncompressed model on calibration data",
-                      sizes=sizes.get("fitness"))
+                      microbatch_tokens=args.microbatch_tokens, progress="uncompressed model on calibration data", sizes=sizes.get("fitness"))
     rng = random.Random(args.seed)
     tokens_spent = 0
     model = AdditiveModel([(False, True) for _ in space.units]) if args.screen > 1 else None
@@ -380,6 +379,8 @@ def main(argv: list[str] | None = None) -> dict:
             if model:
                 model.expect(errors)
         ranked = measure(initial, args.initial_tokens)
+        if not math.isfinite(ranked[0][0]):
+            raise RunError(f"--fitness_fn {args.fitness_fn}: not finite for any start; use --dtype bfloat16 or float32")
         population = [candidate for _, candidate in ranked[:args.population_size]]
         first_generation, best, start = 1, ranked[0][0], population[:1]
         run.log({"generation": 0, "fitness": best, "tokens": tokens_spent})

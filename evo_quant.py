@@ -288,8 +288,7 @@ def main(argv: list[str] | None = None) -> dict:
     evaluation = Evaluation(decoder, evaluation_sets, switcher.set_block, args.microbatch_tokens, sizes.get("evaluation"))
     fitness = Fitness(decoder, documents, switcher.set_block,
                       args.fitness_fn != "ppl" or args.init == "measured", args.kl_topk, args.microbatch_tokens,
-                      progress="uncompressed model on calibration data",
-                      sizes=sizes.get("fitness"))
+                      progress="uncompressed model on calibration data", sizes=sizes.get("fitness"))
     rng = random.Random(args.seed)
     tokens_spent = 0
     model = AdditiveModel([unit.levels for unit in space.units]) if args.screen > 1 else None
@@ -335,6 +334,8 @@ def main(argv: list[str] | None = None) -> dict:
             initial = draw_distinct(lambda: random_candidate(space, args.target_bitwidth, rng),
                                     args.initially_generated, set())
         ranked = measure(initial, args.initial_tokens)
+        if not math.isfinite(ranked[0][0]):
+            raise RunError(f"--fitness_fn {args.fitness_fn}: not finite for any start; use --dtype bfloat16 or float32")
         population = [candidate for _, candidate in ranked[:args.population_size]]
         first_generation, best, start = 1, ranked[0][0], population[:1]
         run.log({"generation": 0, "fitness": best, "tokens": tokens_spent})

@@ -1,5 +1,7 @@
-"""Set-up of all tests: one thread, no network, and one small checkpoint with a tokenizer of its own."""
+"""Set-up of all tests: one thread, no network, one small checkpoint with a tokenizer of its own, a small dataset."""
+import json
 import os
+import random
 import sys
 from pathlib import Path
 
@@ -47,3 +49,14 @@ def databases(checkpoint, tmp_path_factory):
         [*build, "--bitwidth_options", "2", "3", "4", "8", "--calibration_bitwidth", "3", "--group_size", "16",
          "--perchannel", "--save_dir", str(folders["quant"])]))
     return folders
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory) -> str:
+    """A small local dataset with both sides."""
+    rng = random.Random(0)
+    words = Path(random.__file__).read_text().split()
+    path = tmp_path_factory.mktemp("text") / "rows.jsonl"
+    path.write_text("".join(json.dumps({"text": " ".join(rng.choices(words, k=rng.randint(4, 40)))}) + "\n"
+                            for _ in range(80)))
+    return str(path)

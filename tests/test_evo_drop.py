@@ -31,17 +31,6 @@ WHOLE_SET = {"tokens_per_selection": [256, 256], "initial_tokens": 256}
 TWO_PARENTS = {"survivors_per_selection": [4, 2], "offspring": 8}
 
 
-@pytest.fixture(scope="session")
-def text(tmp_path_factory) -> str:
-    """A small local dataset with both sides."""
-    rng = random.Random(0)
-    words = Path(random.__file__).read_text().split()
-    path = tmp_path_factory.mktemp("text") / "rows.jsonl"
-    path.write_text("".join(json.dumps({"text": " ".join(rng.choices(words, k=rng.randint(4, 40)))}) + "\n"
-                            for _ in range(80)))
-    return str(path)
-
-
 @pytest.fixture
 def command(checkpoint, text, tmp_path, monkeypatch):
     """command(folder="a", seed=1, sparsity=None): the command line of a small search; None leaves a flag out."""

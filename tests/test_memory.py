@@ -18,7 +18,7 @@ from utils.runs import Run, RunError
 CPU = RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried "
                    "to allocate 68719476736 bytes. Error code 12 (Cannot allocate memory)")
 GPU = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has a total capacity of 8 GiB")
-TEXT = ["--calibration_data", "stdlib", "--calibration_sequence_length", "32", "--calibration_tokens", "512"]
+TEXT = ["--calibration_sequence_length", "32", "--calibration_tokens", "512", "--calibration_data"]
 
 
 @pytest.fixture
@@ -48,7 +48,8 @@ def test_walk_that_does_not_fit_gives_the_same_values_in_smaller_microbatches(er
     values = fitness.measure(random_candidates(6), kinds=("kl", "ppl"))
     assert fitness.sizes == [160, 40] and memory.failures == 2
     assert capsys.readouterr().out.splitlines() == [
-        f"out of memory: from now on at most {new} tokens at once instead of {old}" for old, new in ((160, 80), (80, 40))]
+        f"out of memory: from now on at most {new} tokens at once instead of {old}"
+        for old, new in ((160, 80), (80, 40))]
     torch.testing.assert_close(torch.tensor(values), torch.tensor(expected), rtol=1e-6, atol=1e-8)
     assert fitness.measure(random_candidates(6), kinds=("kl", "ppl")) == values and memory.failures == 2
 
@@ -93,9 +94,9 @@ def test_the_cpus_own_allocator_is_recognised():
     assert out_of_memory(caught.value)
 
 
-def test_a_block_left_half_switched_is_switched_anew(checkpoint, tmp_path, monkeypatch):
+def test_a_block_left_half_switched_is_switched_anew(checkpoint, text, tmp_path, monkeypatch):
     gptq.main(gptq.make_parser().parse_args(
-        ["--model_name_or_path", checkpoint, *TEXT, "--bitwidth_options", "2", "3", "4", "--calibration_bitwidth", "3",
+        ["--model_name_or_path", checkpoint, *TEXT, text, "--bitwidth_options", "2", "3", "4", "--calibration_bitwidth", "3",
          "--save_dir", str(tmp_path / "db")]))
     database, rng = Database.open(tmp_path / "db"), random.Random(0)
     texts = [torch.randint(3, 90, (24,), generator=torch.Generator().manual_seed(i)) for i in range(4)]
@@ -123,11 +124,11 @@ def test_a_block_left_half_switched_is_switched_anew(checkpoint, tmp_path, monke
         torch.testing.assert_close(torch.tensor(measure(fails_at)), torch.tensor(expected), rtol=1e-5, atol=1e-8)
 
 
-def test_a_search_that_ran_out_of_memory_resumes_to_the_same_files(checkpoint, tmp_path, memory, monkeypatch, capsys):
+def test_a_search_that_ran_out_of_memory_resumes_to_the_same_files(checkpoint, text, tmp_path, memory, monkeypatch, capsys):
     def search(folder: str) -> dict[str, bytes]:
-        evo_drop.main(["--model_name_or_path", checkpoint, *TEXT, "--sparsity", "0.34", "--initially_generated", "4",
+        evo_drop.main(["--model_name_or_path", checkpoint, *TEXT, text, "--sparsity", "0.34", "--initially_generated", "4",
                        "--initial_tokens", "64", "--generations", "3", "--offspring", "4", "--survivors_per_selection",
-                       "2", "1", "--tokens_per_selection", "64", "256", "--eval_datasets", "stdlib", "--eval_tokens",
+                       "2", "1", "--tokens_per_selection", "64", "256", "--eval_datasets", text, "--eval_tokens",
                        "256", "--eval_sequence_length", "32", "--output_dir", str(tmp_path / folder)])
         return {name: (tmp_path / folder / name).read_bytes()
                 for name in ("layer_drop_config.txt", "log.jsonl", "checkpoint.json")}
@@ -144,7 +145,7 @@ def test_a_search_that_ran_out_of_memory_resumes_to_the_same_files(checkpoint, t
     whole = search("whole")
     assert capsys.readouterr().out.count("out of memory") == memory.failures > 0
     state = json.loads(whole["checkpoint.json"])["state"]["microbatch_tokens"]
-    assert state["fitness"][1] <= 100 < state["fitness"][0] and state["evaluation"]["stdlib"][1] <= 100
+    assert state["fitness"][1] <= 100 < state["fitness"][0] and state["evaluation"][text][1] <= 100
 
     memory.tokens = 10**9
     checkpoint_, killed = Run.checkpoint, []
