@@ -89,7 +89,7 @@ class Fitness:
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
-                failure = str(error).splitlines()[0]
+                failure = (str(error) or type(error).__name__).splitlines()[0]
             failure = next(filter(None, distributed.gather(failure)), None)   # too little for one is too little for all
             if failure is None:
                 return result
