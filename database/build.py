@@ -13,6 +13,7 @@ from torch import nn
 from database.hessian import Calibration
 from database.store import (FORMAT, Database, check_no_foreign_files, config_sha256, differences, intact,
                             layer_file, read_manifest, write_layer, write_manifest)
+from utils import distributed
 from utils.data import calibration_documents, check_dataset, sequence_length
 from utils.files import check_writable, remove_partial
 from utils.flags import add_calibration_flags, add_model_flags
@@ -51,7 +52,7 @@ def run(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], No
     """Run a command; what its user can mend ends it with one sentence instead of a traceback."""
     args = parser.parse_args()
     try:
-        main(args)
+        distributed.launch(lambda: main(args))
     except torch.OutOfMemoryError as error:
         parser.exit(1, f"{parser.prog}: error: {str(error).splitlines()[0]}; lower --microbatch_tokens, or use "
                        f"--cpu_offload_modules and --cpu_offload_activations\n")
@@ -95,9 +96,7 @@ def build(args: argparse.Namespace, method: str, layers_flag: str, solve_layer: 
     check_build_flags(args)
     pattern = getattr(args, layers_flag)
     check_regex(pattern, f"--{layers_flag}")
-    manifest = read_manifest(args.save_dir)
-    if manifest is None and args.save_dir.exists():
-        check_no_foreign_files(args.save_dir, [])
+    manifest = find_manifest(args.save_dir)
     config = load_config(args.model_name_or_path, args.trust_remote_code)
     args.calibration_sequence_length = sequence_length(args.calibration_sequence_length, config,
                                                        "--calibration_sequence_length")
@@ -113,7 +112,7 @@ def build(args: argparse.Namespace, method: str, layers_flag: str, solve_layer: 
     header["calibration_sha256"] = hashlib.sha256(b"".join(d.numpy().tobytes() + b"|" for d in documents)).hexdigest()
     check_same(manifest, header, args.save_dir)
     if manifest is not None:
-        forget_damaged(args.save_dir, manifest)
+        manifest = forget_damaged(args.save_dir, manifest)
         if all(manifest["layers"].values()):
             print(f"{args.save_dir}: finished, {len(manifest['layers'])} layers")
             return
@@ -130,9 +129,7 @@ def build(args: argparse.Namespace, method: str, layers_flag: str, solve_layer: 
     check_same(manifest, header, args.save_dir)
     if manifest is None:
         manifest = {**header, "layers": {name: None for block in layers for name in block}}
-    remove_partial(args.save_dir)
-    check_no_foreign_files(args.save_dir, list(manifest["layers"]))
-    write_manifest(args.save_dir, manifest)
+    start_writing(args.save_dir, manifest)
     calibration = Calibration(decoder, documents, device, args.microbatch_tokens, home != device,
                               args.cpu_offload_activations)
     build_blocks(args, manifest, calibration, layers, solve_layer, feed_forward)
@@ -150,10 +147,15 @@ def build_blocks(args: argparse.Namespace, manifest: dict, calibration: Calibrat
             if index in incomplete:
                 hessians = calibration.measure(layers[index], advance=feed_forward is None)
                 measured = time.time()
-                for name, layer in layers[index].items():
-                    write_layer(args.save_dir, manifest, name, tuple(layer.weight.shape),
-                                solve(name, layer.weight, hessians.pop(name), args, solve_layer))
-                write_manifest(args.save_dir, manifest)
+                built, notes = {}, []
+                for name in list(hessians):                  # the layers of the block that this process solves
+                    weight = layers[index][name].weight
+                    levels = solve(name, weight, hessians.pop(name), args, solve_layer, notes.append)
+                    built[name] = write_layer(args.save_dir, name, tuple(weight.shape), levels)
+                for others, lines in distributed.gather((built, notes)):
+                    entries.update(others)
+                    print("".join(f"{line}\n" for line in lines), end="")
+                distributed.from_main(write_manifest)(args.save_dir, manifest)
                 solved = time.time()
             if feed_forward is not None and index < incomplete[-1]:
                 database = Database(args.save_dir, finished=False)
@@ -169,26 +171,27 @@ def build_blocks(args: argparse.Namespace, manifest: dict, calibration: Calibrat
                   f"left {timedelta(seconds=round(left))}", flush=True)
         else:
             print(f"block {index + 1}/{len(layers)}: already built", flush=True)
+    distributed.report_idle(time.time() - began)
     print(f"{args.save_dir}: finished, {len(entries)} layers in {timedelta(seconds=round(time.time() - began))}")
 
 
 def solve(name: str, weight: torch.Tensor, hessian: torch.Tensor | None, args: argparse.Namespace,
-          solve_layer: Callable) -> dict:
-    """`solve_layer` with its errors under the layer's name, and with a word where something unusual had to be done."""
+          solve_layer: Callable, note: Callable[[str], None] = print) -> dict:
+    """`solve_layer` with its errors under the layer's name, and with a note where something unusual had to be done."""
     if not torch.isfinite(weight).all():
         raise ValueError(f"{name}: NaN or infinite weights; check the model, or use another --dtype (bfloat16, "
                          f"float32)")
     if hessian is None:
-        print(f"{name}: saw no calibration token, so it is rounded to nearest or pruned by magnitude")
+        note(f"{name}: saw no calibration token, so it is rounded to nearest or pruned by magnitude")
         hessian = torch.eye(weight.shape[1], device=weight.device)
     try:
         levels, damping = solve_layer(weight, hessian, args)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     if damping > args.rel_damp:
-        print(f"{name}: its Hessian is not positive definite with --rel_damp {args.rel_damp:g}; used {damping:g}")
+        note(f"{name}: its Hessian is not positive definite with --rel_damp {args.rel_damp:g}; used {damping:g}")
     if args.verbose:
-        print(f"{name}: error " + ", ".join(f"{level}: {entry['error']:.3g}" for level, (_, entry) in levels.items()))
+        note(f"{name}: error " + ", ".join(f"{level}: {entry['error']:.3g}" for level, (_, entry) in levels.items()))
     return levels
 
 
@@ -212,13 +215,32 @@ def check_same(manifest: dict | None, header: dict, save_dir: Path) -> None:
                          f"another folder, or the same flags to resume it")
 
 
-def forget_damaged(save_dir: Path, manifest: dict) -> None:
-    """Mark layers whose file is not the one that was built as not built, and say so."""
+@distributed.from_main
+def find_manifest(save_dir: Path) -> dict | None:
+    """The manifest of an earlier build in the folder. Raises ValueError for database files without one."""
+    manifest = read_manifest(save_dir)
+    if manifest is None and save_dir.exists():
+        check_no_foreign_files(save_dir, [])
+    return manifest
+
+
+@distributed.from_main
+def start_writing(save_dir: Path, manifest: dict) -> None:
+    """Clear away what a killed build was writing, and write the manifest."""
+    remove_partial(save_dir)
+    check_no_foreign_files(save_dir, list(manifest["layers"]))
+    write_manifest(save_dir, manifest)
+
+
+@distributed.from_main
+def forget_damaged(save_dir: Path, manifest: dict) -> dict:
+    """The manifest with layers whose file is not the one that was built marked as not built; says so."""
     for name, entry in manifest["layers"].items():
         if entry is not None and not intact(save_dir, manifest, name):
             file = layer_file(save_dir, name)
             print(f"{file}: {'not the file that was built' if file.exists() else 'missing'}; building it again")
             manifest["layers"][name] = None
+    return manifest
 
 
 def weights_sha256(layers: dict[str, nn.Linear]) -> str:

@@ -6,12 +6,20 @@ import torch
 from torch import nn
 
 from database.solver import spans
+from utils import distributed
 from utils.fitness import assemble, default_microbatch_tokens, microbatches
 from utils.model import BlockInputs, Decoder
 
+CHUNKS = 32                      # of the calibration tokens, dealt out to the processes; no more can share a pass
+SLAB = 2**24                     # elements of a Hessian that travel at once
+
 
 class Calibration:
-    """The hidden states of all calibration documents at the input of one block, `position`, after another."""
+    """The hidden states of all calibration documents at the input of one block, `position`, after another.
+
+    Several processes hold those of some chunks each. A Hessian is summed over every chunk, then over the chunks in
+    their order, so that it is the same to the bit whatever the number of processes.
+    """
 
     def __init__(self, decoder: Decoder, documents: list[torch.Tensor], device: torch.device,
                  microbatch_tokens: int | None = None, offload_modules: bool = False,
@@ -23,6 +31,8 @@ class Calibration:
         self.storage = torch.device("cpu") if offload_activations else device
         whole = [(i, len(document)) for i, document in enumerate(documents)]
         self.rows = microbatches(whole, microbatch_tokens or default_microbatch_tokens(decoder), decoder.packed_rows)
+        owners = distributed.shares([sum(length for row in rows for _, length in row) for rows in self.rows], CHUNKS)
+        self.chunks = [[i for i, owner in enumerate(owners) if owner == chunk] for chunk in sorted(set(owners))]
         self.hidden_states: list[torch.Tensor | None] = [None] * len(self.rows)
         self.position = 0
 
@@ -40,24 +50,32 @@ class Calibration:
         """Run the block and return layer -> its Hessian, see `InputHessians`; `advance` as in `run`."""
         hessians = InputHessians(layers)
         try:
-            self.run(advance, hessians.new_microbatch)
+            self.run(advance, hessians)
         finally:
             hessians.remove_hooks()
         return hessians.finish()
 
     @torch.no_grad()
-    def run(self, advance: bool = True, after_microbatch=lambda: None) -> None:
+    def run(self, advance: bool = True, hessians: "InputHessians | None" = None) -> None:
         """Run the block at `position` over all documents; `advance` makes its outputs the next block's inputs."""
-        index = self.position
-        for i, rows in enumerate(self.rows):
-            # masks and rotary embeddings are made anew for every block: kept, they could outweigh the hidden states
-            inputs = self._block_inputs(rows)
-            entering = inputs.hidden_states if self.hidden_states[i] is None else self.hidden_states[i]
-            leaving = self.decoder.run_block(index, entering.to(self.device), inputs)
-            if advance:
-                self.hidden_states[i] = leaving.to(self.storage)
-            after_microbatch()
+        count = distributed.world_size()
+        for first in range(0, len(self.chunks), count):          # a chunk for every process at a time
+            for chunk in self.chunks[first:first + count][distributed.rank():][:1]:
+                for i in chunk:
+                    self._run_microbatch(i, advance)
+                    if hessians:
+                        hessians.end_microbatch()
+            if hessians:
+                hessians.end_chunk()
         self.position += advance
+
+    def _run_microbatch(self, i: int, advance: bool) -> None:
+        # masks and rotary embeddings are made anew for every block: kept, they could outweigh the hidden states
+        inputs = self._block_inputs(self.rows[i])
+        entering = inputs.hidden_states if self.hidden_states[i] is None else self.hidden_states[i]
+        leaving = self.decoder.run_block(self.position, entering.to(self.device), inputs)
+        if advance:
+            self.hidden_states[i] = leaving.to(self.storage)
 
     def _block_inputs(self, rows: list) -> BlockInputs:
         """What the block at `position` is given besides hidden states, on the device."""
@@ -69,13 +87,20 @@ class Calibration:
 
 
 class InputHessians:
-    """XᵀX / tokens of every distinct input of some linear layers: q, k and v share theirs, so do gate and up."""
+    """XᵀX / tokens of every distinct input of some linear layers: q, k and v share theirs, so do gate and up.
+
+    Each has an owner among the processes, the one that is to solve its layers: only there the sums come together.
+    """
 
     def __init__(self, layers: dict[str, nn.Linear]):
-        self.names = list(layers)
+        self.layers = layers
         self.source: dict[str, str] = {}             # layer -> the layer that accumulates the Hessian of its input
-        self.sums: dict[str, torch.Tensor] = {}
-        self.tokens: dict[str, int] = {}
+        self.sums: dict[str, torch.Tensor] = {}      # of this process's chunk
+        self.totals: dict[str, torch.Tensor] = {}    # of all chunks so far, where this process is the owner
+        self.tokens: dict[str, int] = {}             # of all chunks so far
+        self.owner: dict[str, int] = {}              # by accumulating layer, and by layer that has seen no token
+        self._load = [0] * distributed.world_size()  # operations that solving what each process owns will take
+        self._seen: dict[str, int] = {}              # tokens of this process's chunk
         self._inputs: dict[str, torch.Tensor] = {}   # of this microbatch
         self._hooks = [layer.register_forward_pre_hook(self._hook(name), with_kwargs=True)
                        for name, layer in layers.items()]
@@ -84,23 +109,64 @@ class InputHessians:
         for hook in self._hooks:
             hook.remove()
 
-    def new_microbatch(self) -> None:
+    def end_microbatch(self) -> None:
         self._inputs.clear()
 
+    def end_chunk(self) -> None:
+        """Add all processes' sums, in the order of their chunks, to the owners' totals."""
+        reports = distributed.gather((self.source, self._seen))
+        for name in self.layers:
+            sources = {source[name]: None for source, _ in reports if name in source}
+            if len(sources) > 1:
+                raise ValueError(_inconsistent(name, *sources))
+            for source in sources:
+                self.source[name] = source
+        self._deal([name for name in self.layers if self.source.get(name) == name and name not in self.owner])
+        for name, owner in self.owner.items():
+            tokens = sum(seen.get(name, 0) for _, seen in reports)
+            self.tokens[name] = self.tokens.get(name, 0) + tokens
+            if tokens:
+                self._add_up(name, owner)
+        self._seen.clear()
+
     def finish(self) -> dict[str, torch.Tensor | None]:
-        """Layer -> float32 [in, in], the same tensor for layers with the same input, None for one that saw no token.
+        """Layer -> float32 [in, in], the same tensor for layers with the same input, None for one that saw no token;
+        of the layers that are this process's to solve.
 
         Raises ValueError naming the first layer whose input is not finite.
         """
-        for name in self.names:
-            if name in self.source and not torch.isfinite(self.sums[self.source[name]].diagonal()).all():
+        self._deal([name for name in self.layers if name not in self.source])
+        own = [name for name in self.layers if self.owner[self.source.get(name, name)] == distributed.rank()]
+        for name in own:
+            if name in self.source and not torch.isfinite(self.totals[self.source[name]].diagonal()).all():
                 raise ValueError(f"{name}: NaN or infinite values in its input; check the model, or use another "
                                  f"--dtype (bfloat16, float32)")
+        self.sums.clear()
         hessians = {}
-        for name, upper in self.sums.items():
+        for name, upper in self.totals.items():
             upper.triu_().div_(max(self.tokens[name], 1))
             hessians[name] = upper.add_(upper.triu(1).T)
-        return {name: hessians.get(self.source.get(name)) for name in self.names}
+        return {name: hessians.get(self.source.get(name)) for name in own}
+
+    def _deal(self, names: list[str]) -> None:
+        """Give each of some inputs to the process with the least to solve so far, the costliest first."""
+        costs = {name: sum((layer.out_features + layer.in_features) * layer.in_features**2 for other, layer in self.layers.items()
+                           if self.source.get(other, other) == name) for name in names}
+        for name in sorted(names, key=costs.get, reverse=True):
+            self.owner[name] = min(range(len(self._load)), key=self._load.__getitem__)
+            self._load[self.owner[name]] += costs[name]
+
+    def _add_up(self, name: str, owner: int) -> None:
+        layer = self.layers[name]
+        if name not in self.sums:                    # no token here, but in another process
+            self.sums[name] = torch.zeros(layer.in_features, layer.in_features, device=layer.weight.device)
+        chunk = self.sums[name]
+        if owner == distributed.rank() and name not in self.totals:
+            self.totals[name] = torch.zeros_like(chunk)
+        for rows in spans(0, len(chunk), max(1, SLAB // len(chunk))):
+            for part in distributed.collect(chunk[rows, rows.start:].contiguous(), owner):
+                self.totals[name][rows, rows.start:] += part
+        chunk.zero_()
 
     def _hook(self, name: str):
         def accumulate(module, args, kwargs):
@@ -110,17 +176,21 @@ class InputHessians:
             source = self.source[name]
             if source != name:
                 if self._inputs.get(source) is not x:
-                    raise ValueError(f"{name}: shares its input with {source} in some calls only; leave one of them "
-                                     f"out with --prunable_modules or --quantizable_modules")
+                    raise ValueError(_inconsistent(name, source))
                 return
             self._inputs[name] = x
             x = x.reshape(-1, x.shape[-1])
             if name not in self.sums:
                 self.sums[name] = torch.zeros(x.shape[1], x.shape[1], device=x.device)
-                self.tokens[name] = 0
-            self.tokens[name] += len(x)
+            self._seen[name] = self._seen.get(name, 0) + len(x)
             add_outer_products(self.sums[name], x)
         return accumulate
+
+
+def _inconsistent(name: str, *sources: str) -> str:
+    other = next(source for source in sources if source != name)
+    return (f"{name}: shares its input with {other} in some calls only; leave one of them out with "
+            f"--prunable_modules or --quantizable_modules")
 
 
 def add_outer_products(hessian: torch.Tensor, x: torch.Tensor) -> None:

@@ -179,15 +179,13 @@ def write_manifest(path: Path, manifest: dict) -> None:
     write_atomic(path / MANIFEST, seal(manifest, indent=1))
 
 
-def write_layer(path: Path, manifest: dict, name: str, shape: tuple[int, int],
-                levels: dict[int, tuple[packing.Packed, dict]]) -> None:
-    """Write a layer's file and enter it in `manifest` (not yet on disk); levels: level -> (packed, manifest entry)."""
+def write_layer(path: Path, name: str, shape: tuple[int, int], levels: dict[int, tuple[packing.Packed, dict]]) -> dict:
+    """Write a layer's file; returns its entry for the manifest. levels: level -> (packed, the level's entry)."""
     content = save({f"{level}.{part}": tensor.cpu().contiguous() for level, (packed, _) in levels.items()
                     for part, tensor in packed.items()})
     write_atomic(layer_file(path, name), content)
-    manifest["layers"][name] = {"shape": list(shape), "bytes": len(content),
-                                "sha256": hashlib.sha256(content).hexdigest(),
-                                "levels": {str(level): entry for level, (_, entry) in sorted(levels.items())}}
+    return {"shape": list(shape), "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest(),
+            "levels": {str(level): entry for level, (_, entry) in sorted(levels.items())}}
 
 
 def differences(manifest: dict, header: dict) -> list[str]:

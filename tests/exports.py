@@ -42,7 +42,7 @@ def write_database(folder, model_folder, method: str, levels, group_size: int | 
                     packed = random_quantized(weight, level, group_size or weight.shape[1], sym, generator)
                     entry = {"bits": weight.numel() * level, "overhead_bits": 0, "error": 0.1}
                 stored[level] = (packed, entry)
-            store.write_layer(folder, manifest, name, tuple(weight.shape), stored)
+            manifest["layers"][name] = store.write_layer(folder, name, tuple(weight.shape), stored)
     store.write_manifest(folder, manifest)
     return str(folder)
 

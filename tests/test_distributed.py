@@ -65,7 +65,8 @@ def runs(inputs, tmp_path_factory):
         processes.run(command)
     resumed = search_commands(inputs, folders["one"], folders["two"], 1)[2]
     processes.run(resumed)                                              # by one process; two go on
-    finished = torchrun(search_commands(inputs, folders["one"], folders["two"], 3))
+    finished = torchrun([*build_commands(inputs, folders["two"]),
+                         *search_commands(inputs, folders["one"], folders["two"], 3)])
     assert finished.returncode == 0, finished.stderr
     folders["printed"] = finished.stdout
     for command in search_commands(inputs, folders["one"], folders["one"], 3):
@@ -84,9 +85,16 @@ def test_two_processes_find_what_one_finds(runs, search):
     assert summaries[0] | {"seconds": 0} == summaries[1] | {"seconds": 0}
 
 
+@pytest.mark.parametrize("method", ["sparsegpt", "gptq"])
+def test_two_processes_build_the_database_that_one_builds(runs, method):
+    one, two = ({file.name: file.read_bytes() for file in (runs[name] / method).iterdir()
+                 if file.suffix in (".safetensors", ".json")} for name in ("one", "two"))
+    assert len(one) == 43 and one == two
+
+
 def test_one_process_prints_and_says_how_long_they_waited(runs):
     assert runs["printed"].count("generation 3/3") == 3
-    assert runs["printed"].count("2 processes, idle ") == 3
+    assert runs["printed"].count("2 processes, idle ") == 5
 
 
 def test_one_process_goes_on_where_two_left_off(runs, inputs, tmp_path):

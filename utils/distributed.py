@@ -74,11 +74,12 @@ def is_main() -> bool:
 # ---- work ------------------------------------------------------------------------------------------------------------
 
 
-def shares(costs: Sequence[float]) -> list[int]:
-    """The process that each of some items in a line is for: contiguous parts of about equal cost."""
+def shares(costs: Sequence[float], parts: int | None = None) -> list[int]:
+    """The process (or the one of `parts`) that each of some items in a line is for: contiguous, of about equal cost."""
+    parts = parts or world_size()
     total, before, owners = sum(costs), 0.0, []
     for cost in costs:
-        owners.append(min(int(world_size() * (before + cost / 2) / total), world_size() - 1))
+        owners.append(min(int(parts * (before + cost / 2) / total), parts - 1))
         before += cost
     return owners
 
@@ -132,6 +133,15 @@ def broadcast(tensor: torch.Tensor | None, source: int, device: torch.device) ->
         tensor = torch.empty(form[0][0], dtype=form[0][1], device=device)
     dist.broadcast(tensor.view(torch.uint8), source)     # bytes: not every backend knows every type
     return tensor
+
+
+def collect(tensor: torch.Tensor, destination: int) -> list[torch.Tensor]:
+    """Every process's tensor, all of one shape, in the order of their ranks; an empty list but in `destination`."""
+    if world_size() == 1:
+        return [tensor]
+    tensors = [torch.empty_like(tensor) for _ in range(world_size())] if rank() == destination else None
+    _timed(dist.gather, tensor, tensors, destination)
+    return tensors or []
 
 
 def merge_(tensor: torch.Tensor) -> torch.Tensor:
