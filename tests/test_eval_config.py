@@ -13,7 +13,6 @@ from lm_eval.tasks import manager as harness_manager
 import eval_config
 import families
 from database.store import Database
-from test_evo_levels import databases  # noqa: F401  (a fixture)
 from utils.configs import write_drop_config, write_level_config
 from utils.model import Decoder, load_decoder
 from utils.tasks import average_accuracy
