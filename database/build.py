@@ -26,7 +26,7 @@ NOT_COMPARED = ("model_name_or_path", "tokenizer_name", "use_fast_tokenizer", "d
 
 
 def add_build_flags(parser: argparse.ArgumentParser, layers_flag: str) -> None:
-    add_model_flags(parser)
+    add_model_flags(parser, offload=True)
     add_calibration_flags(parser, tokens=8388608)
     group = parser.add_argument_group("build")
     group.add_argument("--save_dir", type=Path, required=True, metavar="DIR",
@@ -38,7 +38,6 @@ def add_build_flags(parser: argparse.ArgumentParser, layers_flag: str) -> None:
     group.add_argument("--block_size", type=int, default=128, metavar="COLUMNS",
                        help="compressed before the columns after them are updated (default: 128)")
     group.add_argument("--seed", type=int, default=0, help="of the choice of documents (default: 0)")
-    group.add_argument("--cpu_offload_modules", action="store_true", help="keep only the working block on the device")
     group.add_argument("--cpu_offload_activations", action="store_true",
                        help="keep only the working microbatch's hidden states on the device")
     group.add_argument("--verbose", action="store_true", help="print every layer's errors")

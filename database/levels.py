@@ -35,6 +35,9 @@ class LevelSwitcher:
         self.switches = 0
         self._layers = decoder.layers
         self._uncompressed: dict[str, torch.Tensor] | None = None   # weights that `restorable` is to bring back
+        self._decoder = decoder
+        if decoder.offloaded:
+            decoder.offloaded.on_leave = self._forget
         self._cache = LevelCache(database, decoder.device, decoder.dtype, int(cache_gb * GIGABYTE))
 
     def set_block(self, index: int, levels: Hashable) -> None:
@@ -52,6 +55,14 @@ class LevelSwitcher:
                 self._cache.copy_(weight, name, level)
                 self.loaded[name] = level
             self.switches += 1
+
+    def _forget(self, index: int) -> None:
+        """The weights of an offloaded block are the model's own again."""
+        for name in self.names[index]:
+            self.loaded.pop(name, None)
+            if self._uncompressed is not None:
+                self._uncompressed.pop(name, None)
+        self._decoder.states[index] = None
 
     @contextmanager
     def restorable(self) -> Iterator[None]:

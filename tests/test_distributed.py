@@ -1,11 +1,9 @@
 """Several processes: the same files as one, work in equal parts, and one error that ends all of them."""
-import inspect
 import json
 import os
 import shutil
 import subprocess
 import sys
-import textwrap
 from collections import Counter
 
 import families
@@ -49,12 +47,8 @@ def search_commands(inputs: list[str], databases, folder, generations: int) -> l
 
 
 @pytest.fixture(scope="module")
-def inputs(checkpoint, tmp_path_factory) -> list[str]:
-    """Flags that name the model and a few short texts."""
-    file = tmp_path_factory.mktemp("texts") / "texts.jsonl"
-    text = inspect.getsource(textwrap)
-    file.write_text("".join(json.dumps({"text": text[i:i + 300]}) + "\n" for i in range(0, len(text), 300)))
-    return ["--model_name_or_path", str(checkpoint), "--calibration_sequence_length", "32", "--calibration_data", str(file)]
+def inputs(checkpoint, text) -> list[str]:
+    return ["--model_name_or_path", str(checkpoint), "--calibration_sequence_length", "32", "--calibration_data", text]
 
 
 @pytest.fixture(scope="module")

@@ -8,14 +8,14 @@ output, hidden_size numbers a token, and its full-vocabulary distribution is com
 """
 import math
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 
 from utils import distributed
-from utils.model import Decoder
+from utils.model import BlockInputs, Decoder
 from utils.runs import RunError
 
 KINDS = ("kl", "ppl", "sparse_kl")
@@ -153,26 +153,47 @@ class Fitness:
         inputs = self._block_inputs(input_ids, position_ids)
         teacher = self._teacher_distributions(rows) if set(kinds) & {"kl", "sparse_kl"} else None
         sums = torch.zeros(len(candidates), len(kinds), dtype=torch.float64, device=self.decoder.device)
+        walk = self._block_by_block if self.decoder.offloaded else self._candidate_by_candidate
+        for current, hidden_states in walk(candidates, inputs):
+            sums[current] = self._losses(hidden_states.flatten(0, 1)[predicting], teacher, targets, kinds)
+        return sums
 
+    def _candidate_by_candidate(self, candidates: Sequence[Candidate], inputs: BlockInputs
+                                ) -> Iterator[tuple[int, torch.Tensor]]:
+        """(candidate, the last block's output) of each, in walking order; in memory is one input for every block."""
         count = len(self.decoder.blocks)
         stack = [inputs.hidden_states] + [None] * count              # stack[i]: input of block i
         before: int | None = None
         for current in walk_order(candidates, self.decoder.states):
-            candidate = candidates[current]
-            start = 0 if before is None else _first_difference(candidates[before], candidate)
-            if start == count and before is not None:                # the same candidate again
-                sums[current] = sums[before]
-                continue
+            start = 0 if before is None else _first_difference(candidates[before], candidates[current])
             for i in range(start, count):
-                if self.decoder.states[i] != candidate[i]:
-                    self.decoder.states[i] = None                    # neither, should memory run out half-way
-                    self.set_block(i, candidate[i])
-                    self.decoder.states[i] = candidate[i]
-                stack[i + 1] = self.decoder.run_block(i, stack[i], inputs)
-                self.blocks_run += 1
-            sums[current] = self._losses(stack[count].flatten(0, 1)[predicting], teacher, targets, kinds)
+                stack[i + 1] = self._run_block(i, candidates[current][i], stack[i], inputs)
+            yield current, stack[count]
             before = current
-        return sums
+
+    def _block_by_block(self, candidates: Sequence[Candidate], inputs: BlockInputs) -> Iterator[tuple[int, torch.Tensor]]:
+        """The same where blocks are offloaded: each comes to the device once and is put into each of its states once,
+        for all candidates; in memory is an input for every distinct prefix."""
+        prefixes = [(inputs.hidden_states, list(range(len(candidates))))]    # input of the block, candidates that share it
+        for i in range(len(self.decoder.blocks)):
+            longer: dict[Hashable, dict[int, list[int]]] = {}                # state of the block -> prefix -> candidates
+            for prefix, (_, members) in enumerate(prefixes):
+                for member in members:
+                    longer.setdefault(candidates[member][i], {}).setdefault(prefix, []).append(member)
+            prefixes = [(self._run_block(i, state, prefixes[prefix][0], inputs), members)
+                        for state, extended in longer.items() for prefix, members in extended.items()]
+        for hidden_states, members in prefixes:
+            for member in members:
+                yield member, hidden_states
+
+    def _run_block(self, index: int, state: Hashable, hidden_states: torch.Tensor, inputs: BlockInputs) -> torch.Tensor:
+        self.decoder.bring(index)
+        if self.decoder.states[index] != state:
+            self.decoder.states[index] = None                        # neither, should memory run out half-way
+            self.set_block(index, state)
+            self.decoder.states[index] = state
+        self.blocks_run += 1
+        return self.decoder.run_block(index, hidden_states, inputs)
 
     def _losses(self, hidden_states: torch.Tensor, teacher: list[torch.Tensor] | None, targets: torch.Tensor, kinds: Sequence[str]
                 ) -> torch.Tensor:
@@ -312,6 +333,7 @@ def default_microbatch_tokens(decoder: Decoder) -> int:
     if device.type == "cpu":
         return 2048
     trial = 256
+    decoder.bring(0)
     room = (torch.cuda.get_device_properties(device).total_memory - torch.cuda.memory_allocated(device)) / 16
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)

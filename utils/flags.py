@@ -5,7 +5,8 @@ import argparse
 from utils.data import check_dataset
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
+def add_model_flags(parser: argparse.ArgumentParser, offload: bool = False) -> None:
+    """`offload`: the program knows what to do with --cpu_offload_modules."""
     group = parser.add_argument_group("model")
     group.add_argument("--model_name_or_path", required=True, metavar="NAME",
                        help="hub name or folder of a causal language model, e.g. meta-llama/Meta-Llama-3-8B")
@@ -20,6 +21,10 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--microbatch_tokens", type=int, metavar="TOKENS",
                        help="tokens that go through the model at once, e.g. 4096 (default: by the device's memory)")
     group.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
+    if offload:
+        group.add_argument("--cpu_offload_modules", action="store_true",
+                           help="keep blocks in host memory and only those at work on the device, for a model larger "
+                                "than it")
 
 
 def add_calibration_flags(parser: argparse.ArgumentParser, tokens: int) -> None:

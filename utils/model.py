@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Cache
 
 from utils import distributed
 from utils.files import PARTIAL, naming
+from utils.offload import OffloadedBlocks
 
 ATTENTION_ARGUMENTS = {"attention_mask", "position_embeddings", "past_key_values", "past_key_value", "layer_past"}
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
@@ -57,8 +58,9 @@ def default_device(device: str | None = None) -> torch.device:
 
 
 def load_decoder(name: str, dtype: str = "auto", device: str | torch.device | None = None,
-                 attn_implementation: str | None = None, trust_remote_code: bool = False) -> "Decoder":
-    """Load a causal language model for inference.
+                 attn_implementation: str | None = None, trust_remote_code: bool = False, offload_blocks: bool = False
+                 ) -> "Decoder":
+    """Load a causal language model for inference, with `offload_blocks` its blocks into host memory.
 
     `dtype` "auto" is the checkpoint's own on a GPU and float32 on a CPU, where half precision is slow.
     Raises ValueError naming the flag for an unreadable checkpoint, or one in which no decoder blocks are recognised.
@@ -74,7 +76,11 @@ def load_decoder(name: str, dtype: str = "auto", device: str | torch.device | No
             use_safetensors=None if trust_remote_code else True, output_loading_info=True)
         if found["missing_keys"]:
             raise ValueError(f"its weights lack {min(found['missing_keys'])}")
-    return Decoder(model.to(device))
+    if not offload_blocks:
+        return Decoder(model.to(device))
+    decoder = Decoder(model)
+    decoder.offload_blocks(device)
+    return decoder
 
 
 @contextmanager
@@ -167,6 +173,7 @@ class Decoder:
         self.states: list = [None] * len(self.blocks)   # the state a search has put each block in; None: as loaded
         self.packed_rows = 0             # rows of packed documents that may share a microbatch: 0, 1 or any number
         self.identity_when_dropped = False
+        self.offloaded: OffloadedBlocks | None = None
         self._probe()
 
     @property
@@ -196,12 +203,27 @@ class Decoder:
             self.body(input_ids=input_ids, use_cache=False, **positions)
         return BlockInputs(embedded[0], calls)
 
+    def offload_blocks(self, device: torch.device) -> None:
+        """Keep the blocks in host memory, where the model is now, and two at most on `device`, where the rest goes."""
+        inside = {module for block in self.blocks for module in block.module.modules()}
+        for module in set(self.model.modules()) - inside:
+            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                tensor.data = tensor.data.to(device)
+        self.device = device
+        self.offloaded = OffloadedBlocks([block.module for block in self.blocks], device)
+
+    def bring(self, index: int) -> None:
+        """Have a block on the device, where blocks are offloaded: before its weights are changed or used."""
+        if self.offloaded:
+            self.offloaded.bring(index)
+
     @torch.no_grad()
     def run_block(self, index: int, hidden_states: torch.Tensor, inputs: BlockInputs) -> torch.Tensor:
         """Output [batch, tokens, hidden] of one block."""
         block = self.blocks[index]
         if self.identity_when_dropped and block.dropped == (True, True):
             return hidden_states
+        self.bring(index)
         args, kwargs = inputs.calls[index]
         output = block.module(hidden_states, *args, **kwargs)
         return output if isinstance(output, torch.Tensor) else output[0]
@@ -343,6 +365,8 @@ def save_dropped(decoder: Decoder, tokenizer, folder: str | Path) -> None:
 
     Overwrites those parameters. It keeps its number of blocks. Files appear whole, config.json last.
     """
+    if decoder.offloaded:
+        decoder.offloaded.restore()
     for block in decoder.blocks:
         for sub_block in (block.attn, block.mlp):
             if sub_block.dropped:

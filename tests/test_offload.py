@@ -1,0 +1,139 @@
+"""Models larger than the device: two blocks at most are on it, and nothing else changes."""
+import random
+from copy import deepcopy
+
+import evo_drop
+import evo_quant
+import families
+import pytest
+import torch
+from database.levels import LevelSwitcher
+from database.store import Database
+from families import NUM_BLOCKS
+from test_fitness import MICROBATCH_TOKENS, MINIBATCH, documents, drop, random_candidates
+from transformers import AutoModelForCausalLM
+from utils.fitness import Fitness, microbatches
+from utils.model import Decoder, load_decoder
+
+CPU = torch.device("cpu")        # plays the device here: an absent block's weights are unusable all the same
+DEVICES = [CPU, *[torch.device("cuda")] * torch.cuda.is_available()]
+
+
+def block_bytes(decoder: Decoder) -> int:
+    return max(sum(tensor.nbytes for tensor in (*block.module.parameters(), *block.module.buffers()))
+               for block in decoder.blocks)
+
+
+def watch(decoder: Decoder, monkeypatch) -> list[int]:
+    """Bytes of the blocks on the device at every run of a block; checks that the weights of the others are nowhere."""
+    seen = []
+    run_block = decoder.run_block
+
+    def watching(index, *arguments):
+        output = run_block(index, *arguments)
+        tensors = [tensor for block in decoder.blocks for tensor in block.module.parameters()]
+        assert sum(tensor.untyped_storage().nbytes() for tensor in tensors) <= block_bytes(decoder) + 4 * len(tensors)
+        seen.append(decoder.offloaded.bytes_on_device)
+        return output
+
+    monkeypatch.setattr(decoder, "run_block", watching)
+    return seen
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=str)
+@pytest.mark.parametrize("family", sorted(families.FAMILIES))
+def test_walk_is_the_same_with_two_blocks_on_the_device(family, device, monkeypatch):
+    model = families.build(family)
+    candidates, kinds = random_candidates(6), ("kl", "ppl", "sparse_kl")
+    decoder, offloaded = Decoder(deepcopy(model).to(device)), Decoder(model)
+    expected = Fitness(decoder, documents(), drop(decoder), microbatch_tokens=MICROBATCH_TOKENS)
+    offloaded.offload_blocks(device)
+    seen = watch(offloaded, monkeypatch)
+    fitness = Fitness(offloaded, documents(), drop(offloaded), microbatch_tokens=MICROBATCH_TOKENS)
+    values = fitness.measure(candidates, MINIBATCH, kinds)
+    assert values == expected.measure(candidates, MINIBATCH, kinds)
+    assert 0 < max(seen) <= 2 * block_bytes(decoder) < sum(p.nbytes for p in decoder.model.parameters())
+
+
+def test_a_block_comes_once_for_all_candidates_of_a_microbatch(monkeypatch):
+    decoder = Decoder(families.build("llama"))
+    decoder.offload_blocks(CPU)
+    fitness = Fitness(decoder, documents(), drop(decoder), teacher=False, microbatch_tokens=MICROBATCH_TOKENS)
+    fetched = []
+    fetch = decoder.offloaded._fetch
+    monkeypatch.setattr(decoder.offloaded, "_fetch", lambda index: (
+        index in decoder.offloaded._visiting or fetched.append(index), fetch(index)))
+    # a block whose attention and MLP are both dropped is the identity, but the next one's turn all the same
+    candidates = [tuple((False, (i >> block) & 1 == 1) for block in range(NUM_BLOCKS)) for i in range(2**NUM_BLOCKS)]
+    fitness.measure(candidates, MINIBATCH, ("ppl",))
+    batches = microbatches(MINIBATCH, MICROBATCH_TOKENS, decoder.packed_rows)
+    assert len(batches) > 2
+    assert fetched == [*range(NUM_BLOCKS)] * len(batches) + [0]          # one more is under way at the end
+    assert fitness.blocks_run == len(batches) * sum(2**i for i in range(1, NUM_BLOCKS + 1))
+
+
+def test_an_absent_block_can_neither_be_written_nor_used():
+    decoder = Decoder(families.build("llama"))
+    original = decoder.blocks[2].attn.parameters[0].data.clone()
+    decoder.offload_blocks(CPU)
+    decoder.bring(0)
+    absent = decoder.blocks[2].attn.parameters[0]
+    assert absent.shape == original.shape and absent.isnan().all()
+    with pytest.raises(RuntimeError, match="single memory location"):
+        absent.data.copy_(original)
+    decoder.bring(2)
+    assert torch.equal(absent, original)
+    absent.data.zero_()                                                  # what is written during a visit is forgotten
+    decoder.bring(0)
+    decoder.bring(2)
+    assert torch.equal(absent, original)
+    decoder.offloaded.restore()
+    assert torch.equal(absent, original)
+
+
+# ---- whole searches --------------------------------------------------------------------------------------------------
+
+
+def search_flags(checkpoint, text, folder, *more: str) -> list[str]:
+    return ["--model_name_or_path", checkpoint, "--calibration_data", text, "--calibration_sequence_length", "32",
+            "--calibration_tokens", "512", "--initial_tokens", "64", "--initially_generated", "4", "--offspring", "6",
+            "--survivors_per_selection", "2", "1", "--tokens_per_selection", "64", "256", "--generations", "2",
+            "--microbatch_tokens", "64", "--no_eval", "--output_dir", str(folder), *more]
+
+
+def test_levels_are_switched_as_without_offloading(checkpoint, text, databases, tmp_path):
+    runs = {}
+    for offload in ([], ["--cpu_offload_modules"]):
+        folder = tmp_path / f"offloaded-{len(offload)}"
+        evo_quant.main([*search_flags(checkpoint, text, folder, "--quant_weights_path", str(databases["quant"]), "--target_bitwidth",
+                                      "2.5", "--init", "measured"), *offload])
+        runs[len(offload)] = [(folder / name).read_bytes()
+                              for name in ("log.jsonl", "evo-kl-configuration-2.5.txt")]
+    assert runs[0] == runs[1]
+
+
+def test_levels_are_forgotten_with_the_block_they_were_switched_in(checkpoint, databases):
+    opened, rng = Database.open(databases["quant"]), random.Random(0)
+    decoder = load_decoder(checkpoint, device="cpu", offload_blocks=True)
+    original = {name: decoder.offloaded._host[0][i].clone() for i, (name, _) in
+                enumerate(decoder.blocks[0].module.named_parameters())}
+    switcher = LevelSwitcher(decoder, opened, 1.0)
+    levels = switcher.states({name: rng.choice(opened.levels(name)) for name in opened.layers})
+    name = switcher.names[0][0]
+    for _ in range(2):                                                   # twice: the second visit starts anew
+        decoder.bring(0)
+        assert torch.equal(decoder.layers[name].weight, original[f"{name}.weight".split(".", 3)[3]])
+        switcher.set_block(0, levels[0])
+        assert torch.equal(decoder.layers[name].weight, opened.weight(name, levels[0][0], dtype=torch.float32))
+        decoder.bring(3)
+        assert switcher.loaded == {}
+
+
+def test_dropped_model_is_saved_whole(checkpoint, text, tmp_path):
+    for offload in ([], ["--cpu_offload_modules"]):
+        evo_drop.main([*search_flags(checkpoint, text, tmp_path / f"run-{len(offload)}", "--sparsity", "0.5", "--save_dir",
+                                     str(tmp_path / f"model-{len(offload)}")), *offload])
+    plain, offloaded = (AutoModelForCausalLM.from_pretrained(tmp_path / f"model-{i}").state_dict() for i in (0, 1))
+    assert plain.keys() == offloaded.keys()
+    assert all(torch.equal(plain[name], offloaded[name]) for name in plain)
+    assert (tmp_path / "run-0" / "log.jsonl").read_bytes() == (tmp_path / "run-1" / "log.jsonl").read_bytes()
