@@ -290,7 +290,7 @@ def test_log_counts_candidates_times_tokens_with_the_parent_in_the_last_step(che
 
 
 def test_paper_settings_for_sparsity_take_458752_tokens_a_generation(checkpoint, databases, tmp_path, monkeypatch):
-    monkeypatch.setattr(Fitness, "_run_teacher", lambda *_: None)
+    monkeypatch.setattr(Fitness, "_run_teacher", lambda *_: {})
     monkeypatch.setattr(Fitness, "measure", lambda self, candidates, minibatch, kinds: [
         (random.Random(str(candidate)).random(),) for candidate in candidates])
     evo_unstructured.main(["--model_name_or_path", str(checkpoint), "--calibration_data", "stdlib", "--no_eval",
