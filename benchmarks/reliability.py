@@ -63,6 +63,7 @@ SPARSE = "--sparse_weights_path WORK/sparse".split()
 QUANT = "--quant_weights_path WORK/quant".split()
 GROWING = ("log.jsonl", "timing.jsonl", "checkpoint.json", "manifest.json")    # not yet final before a run's end
 NOT_COMPARED = ("timing.jsonl", "search.png")
+TRIALS = {"killed": "same files", "disk full": "one sentence", "beneath a file": "one sentence"}   # and what is right
 OUTPUTS = ("--output_dir", "--save_dir", "--drop_config_dir", "--output")      # flags that name a place to write
 
 
@@ -86,7 +87,8 @@ PROGRAMS: dict[str, tuple[Callable[[list[str]], object], list[str]]] = {
     "baselines.drop_scores": (drop_scores.main, [
         *MODEL, *TEXT, *"512 --scoring_method cosine_similarity kl_div --sparsities 0.5 --save_dir WORK/out".split()]),
     "baselines.owl": (owl.main, [*MODEL, *TEXT, "512", *SPARSE, "--save_dir", "WORK/out"]),
-    "baselines.dp": (dp.main, [*MODEL, *TEXT, "512", *SPARSE, "--errors", "kl", "--save_dir", "WORK/out"]),
+    "baselines.dp": (dp.main, [*MODEL, *TEXT, "512", *SPARSE, *(
+        "--errors kl --measured_levels -1 1 --save_dir WORK/out").split()]),
     "eval_config.py": (eval_config.main, [*MODEL, *QUANT, *(
         "--quant_config_path WORK/quant.txt --drop_config WORK/drop.txt --eval_datasets WORK/text.jsonl --eval_tokens 512 "
         "--eval_sequence_length 32 --output WORK/out/results.json").split()]),
@@ -100,12 +102,14 @@ class Failure(Exception):
 
 
 class Workplace:
-    """A folder `work` that is filled anew for every trial, with a small model, text, databases and configurations."""
+    """A folder `work` that is filled anew for every trial, with a small model, text, databases and configurations;
+    `others` has databases of other seeds."""
 
     def __init__(self, folder: Path):
-        self.inputs, self.work = folder / "inputs", folder / "work"
+        self.inputs, self.work, self.others = (folder / name for name in ("inputs", "work", "others"))
         self._whole: dict[str, tuple[dict[str, bytes], float]] = {}
         self.inputs.mkdir(parents=True)
+        self.others.mkdir()
         tokenizer = AutoTokenizer.from_pretrained(ROOT / "demo" / "model")
         torch.manual_seed(0)
         config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=4,
@@ -116,12 +120,10 @@ class Workplace:
         (self.inputs / "text.jsonl").write_text("".join(
             json.dumps({"text": text[start:start + 400]}) + "\n" for start in range(0, 40_000, 400)))
         self.inputs.rename(self.work)                        # what a program writes names its inputs
-        for name, program in (("sparse", "database.sparsegpt"), ("quant", "database.gptq")):
-            self.run(program, seed="0")
-            shutil.move(self.work / "out" / "database", self.work / name)
-        for name, program in (("other_sparse", "database.sparsegpt"), ("other_quant", "database.gptq")):
-            self.run(program, seed="1")
-            shutil.move(self.work / "out" / "database", self.work / name)
+        for kind, program in (("sparse", "database.sparsegpt"), ("quant", "database.gptq")):
+            for seed, to in (("0", self.work), ("1", self.others)):
+                self.run(program, seed=seed)
+                shutil.move(self.work / "out" / "database", to / kind)
         levels = {kind: list(Database.open(self.work / kind).layers) for kind in ("sparse", "quant")}
         write_level_config(self.work / "sparse.txt", {name: i % 2 * 2 - 1 for i, name in enumerate(levels["sparse"])})
         write_level_config(self.work / "quant.txt", {name: 2 + i % 3 for i, name in enumerate(levels["quant"])})
@@ -298,13 +300,16 @@ def check_one_sentence(program: str, status: int, printed: str) -> None:
 
 @dataclass
 class Reader:
-    """Something that is read from `file`; `others` are files of its kind, `edits` may be read as something else."""
+    """Something that is read from a file."""
     kind: str
     file: Path
     read: Callable[[], object]
-    others: list[Path]
-    edits: bool = False
-    parsed: bool = True                  # damage inside it is seen, not only a wrong length
+    others: list[Path]                   # files of its kind
+    edits: bool = False                  # it may be read as something else
+    checked: bool = True                 # damage inside it is seen, not only a wrong length
+
+    def __post_init__(self):
+        self.content, self.expected = self.file.read_bytes(), self.read()
 
 
 def readers(place: Workplace) -> list[Reader]:
@@ -318,9 +323,9 @@ def readers(place: Workplace) -> list[Reader]:
         layers = sorted((work / kind).glob("*.safetensors"))
         for i in (0, len(layers) // 2):
             found.append(Reader("database, a layer", layers[i], lambda kind=kind, name=layers[i].stem: levels_of(
-                work / kind, name), [layers[i - 1], work / f"other_{kind}" / layers[i].name]))
+                work / kind, name), [layers[i - 1], place.others / kind / layers[i].name]))
         found.append(Reader("database, manifest", work / kind / "manifest.json", lambda kind=kind: Database.open(
-            work / kind).manifest, [work / f"other_{kind}" / "manifest.json"]))
+            work / kind).manifest, [place.others / kind / "manifest.json"]))
         arguments = [*MODEL, f"--{kind}_weights_path", "WORK/" + kind, f"--{kind}_config_path", f"WORK/{kind}.txt",
                      f"--{kind}_budget", "0.45" if kind == "sparse" else "3.5"]
         found.append(Reader("configuration, levels", work / f"{kind}.txt", lambda arguments=arguments: configuration(
@@ -333,7 +338,7 @@ def readers(place: Workplace) -> list[Reader]:
                             [work / "quant_run" / name]))
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         found.append(Reader("exported model", work / "out" / "model" / name, lambda: loaded(work / "out" / "model"),
-                            [work / "out" / "export" / "export.json", work / "text.jsonl"], parsed=False))
+                            [work / "out" / "export" / "export.json", work / "text.jsonl"], checked=False))
     return found
 
 
@@ -365,7 +370,7 @@ def loaded(folder: Path) -> list[bytes]:
     return [weight.numpy().tobytes() for weight in load_decoder(str(folder), device="cpu").model.parameters()]
 
 
-def damage(content: bytes, others: list[bytes], rng: random.Random, parsed: bool = True) -> tuple[str, bytes]:
+def damage(content: bytes, others: list[bytes], rng: random.Random, checked: bool = True) -> tuple[str, bytes]:
     """(what was done, what is left)."""
     place, length = rng.randrange(len(content)), rng.randint(1, 40)
     ways = {
@@ -380,7 +385,7 @@ def damage(content: bytes, others: list[bytes], rng: random.Random, parsed: bool
         "doubled": lambda: content[:place] + content[place:place + length] + content[place:],
     }
     while True:
-        way = rng.choice(list(ways) if parsed else ["truncated", "swapped", "foreign"])
+        way = rng.choice(list(ways) if checked else ["truncated", "swapped", "foreign"])
         damaged = ways[way]()
         if damaged != content:
             return way, damaged
@@ -388,22 +393,19 @@ def damage(content: bytes, others: list[bytes], rng: random.Random, parsed: bool
 
 def read_damaged(reader: Reader, rng: random.Random) -> tuple[str, str]:
     """(what was done to the file, the outcome) of one trial; the file is put back."""
-    content = reader.file.read_bytes()
-    expected = reader.read()
-    way, damaged = damage(content, [other.read_bytes() for other in reader.others], rng, reader.parsed)
+    way, damaged = damage(reader.content, [other.read_bytes() for other in reader.others], rng, reader.checked)
     try:
         reader.file.write_bytes(damaged)
         found = reader.read()
     except ValueError as error:
-        folder = not reader.parsed and str(reader.file.parent) in str(error)
-        if str(reader.file) not in str(error) and not folder:
+        if str(reader.file) not in str(error) and f"{reader.file.parent}:" not in str(error):
             raise Failure(f"{reader.file} {way}: refused, but not by name: {error}") from error
         return way, "one sentence"
     except Exception as error:
         raise Failure(f"{reader.file} {way}: {type(error).__name__}: {error}\n{damaged[:300]!r}") from error
     finally:
-        reader.file.write_bytes(content)
-    if found == expected:
+        reader.file.write_bytes(reader.content)
+    if found == reader.expected:
         return way, "same result"
     if reader.edits:
         return way, "another that fits"
@@ -448,25 +450,26 @@ def main(argv: list[str] | None = None) -> int:
             attempt(program, "killed", lambda: killed(place, program, args.kills, rng))
             attempt(program, "disk full", lambda: full_disk(place, program, args.full_disks, rng))
             attempt(program, "beneath a file", lambda: beneath_a_file(place, program))
-            print(f"{program}: {', '.join(f'{how} {dict(outcomes[program, how])}' for how in ('killed', 'disk full'))}",
-                  flush=True)
+            print(program, *(f"{how}: {dict(outcomes[program, how])}" for how in TRIALS), sep=", ", flush=True)
         damaged = readers(place) if args.mutations else []
         for number in range(args.mutations):
             reader = damaged[number % len(damaged)]
             attempt(reader.kind, "damaged", lambda: Counter([read_damaged(reader, rng)[1]]))
 
-    columns = ("same files", "one sentence", "same result", "another that fits", "else")
-    rows = [["what", "how", "times", "same in the end", "refused in one sentence", "another that fits", "anything else"]]
-    for (what, how), counts in outcomes.items():
-        same, sentence, result, another, other = (counts[column] for column in columns)
-        rows.append([what, how, str(counts.total()), str(same + result), str(sentence), str(another), str(other)])
-    table = format_table(rows)
-    print(table)
+    rows = [["program", *(f"{how}: {wanted}" for how, wanted in TRIALS.items())]]
+    rows += [[program, *(f"{outcomes[program, how][wanted]} of {outcomes[program, how].total()}"
+                         for how, wanted in TRIALS.items())] for program in args.programs]
+    read = ("one sentence", "same result", "another that fits", "else")
+    damages = [["damaged file", "times", "refused by name", "read as before", "another that fits", "anything else"]]
+    damages += [[kind, str(counts.total()), *(str(counts[outcome]) for outcome in read)]
+                for (kind, how), counts in outcomes.items() if how == "damaged"]
+    tables = "\n\n".join(map(format_table, (rows, damages) if args.mutations else (rows,)))
+    print(tables)
     if args.write_readme:
         readme = ROOT / "README.md"
         before, _, rest = readme.read_text().partition("<!-- reliability -->\n")
         _, mark, after = rest.partition("<!-- /reliability -->")
-        readme.write_text(f"{before}<!-- reliability -->\n{table}\n{mark}{after}")
+        readme.write_text(f"{before}<!-- reliability -->\n{tables}\n{mark}{after}")
     return len(failures)
 
 

@@ -57,6 +57,11 @@ class Database:
             if file.stat().st_size != size:
                 raise ValueError(f"{file}: {file.stat().st_size} bytes instead of {size}; {_REBUILD}")
         self._files: dict[str, safe_open] = {}
+        # sizes may agree with another database's manifest, checksums do not; all files would take minutes
+        smallest = min(self.layers, key=lambda name: entries[name]["bytes"], default=None)
+        if smallest and not intact(self.path, self.manifest, smallest):
+            raise ValueError(f"{self.path / MANIFEST}: does not go with {layer_file(self.path, smallest)} (wrong "
+                             f"checksum); {_REBUILD}")
 
     @classmethod
     def open(cls, path: str | Path) -> "Database":

@@ -1,0 +1,51 @@
+"""Killed, without room and fed damaged files: a few trials of each kind that benchmarks/reliability.py makes many of."""
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from benchmarks import reliability
+from benchmarks.reliability import PROGRAMS
+
+ONE_OF_EACH_KIND = ["evo_unstructured.py", "database.gptq", "baselines.drop_scores", "eval_config.py", "export.py"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Programs run in processes forked from this one; pictures take longer than all the rest."""
+    with pytest.MonkeyPatch.context() as patch:
+        for search in (reliability.evo_drop, reliability.evo_unstructured, reliability.evo_quant):
+            patch.setattr(search, "plot_search", lambda *_: None)
+        yield reliability.Workplace(tmp_path_factory.mktemp("reliability") / "place")
+
+
+@pytest.mark.parametrize("program", ONE_OF_EACH_KIND)
+def test_killed_three_times_it_ends_in_the_same_files_with_nothing_half_written(place, program):
+    assert reliability.killed(place, program, 3, random.Random(program)) == {"same files": 3}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_full_disk_and_a_place_beneath_a_file_end_in_one_sentence_with_what_was_finished_intact(place, program):
+    times = 2 if program in ("evo_unstructured.py", "export.py") else 1      # then also a limit on the size of files
+    assert reliability.full_disk(place, program, times, random.Random(program)) == {"one sentence": times}
+    assert reliability.beneath_a_file(place, program)["one sentence"] >= 1
+
+
+@pytest.fixture(scope="module")
+def readers(place):
+    return reliability.readers(place)
+
+
+@settings(max_examples=300)
+@given(st.data(), st.randoms(use_true_random=False))
+def test_damaged_files_are_refused_by_name_or_read_as_before(readers, data, rng):
+    reader = data.draw(st.sampled_from([reader for reader in readers if reader.checked]), label="file")
+    reliability.read_damaged(reader, rng)
+
+
+def test_truncated_and_foreign_models_are_refused_by_name(readers):
+    rng = random.Random(0)
+    for reader in readers:
+        if not reader.checked:
+            assert reliability.read_damaged(reader, rng)[1] == "one sentence"
