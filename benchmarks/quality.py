@@ -2,8 +2,9 @@
 
     python benchmarks/quality.py --out results/quality --jobs 2 --write_readme
 
-Depth at 25% and 37.5%: best of 64 random candidates and the ShortGPT ranking. Sparsity at 50, 60 and 70%: uniform.
-Bits at 2.25 and 2.5: best of 32 random allocations; at 3: uniform. Bits may move between layers of unlike size
+Depth at 25% and 37.5%: best of 64 random candidates, and blocks ranked by every score of baselines/. Sparsity at 50, 60
+and 70%: uniform, OWL. Bits at 2.25 and 2.5: best of 32 random allocations; at 3: uniform. Both: dynamic programming over
+the database's layer errors, and over the KL divergence of each layer alone. Bits may move between layers of unlike size
 (--group_rule none): in a small model, uniform can be the best that layers of one size can do among themselves; and at 3
 bits, where uniform is hard to beat, searches take three times as many generations. Each seed draws other calibration text
 and another search; all are evaluated on the same held-out text. Finished parts are not run again.
@@ -23,9 +24,14 @@ from utils.runs import format_table
 
 DEPTH = ["--generations", "20", "--offspring", "24", "--tokens_per_selection", "1024", "8192",
          "--survivors_per_selection", "2", "1", "--initial_tokens", "1024"]
+LEVELS_EVALUATION = ["--eval_tokens", "16384"]
 LEVELS = ["--generations", "10", "--offspring", "16", "--tokens_per_selection", "512", "2048", "4096",
           "--survivors_per_selection", "4", "2", "1", "--initial_tokens", "1024", "--calibration_tokens", "32768",
-          "--eval_tokens", "16384"]
+          *LEVELS_EVALUATION]
+
+BASELINE_TOKENS = 8192           # of the calibration text
+SCORES = {"cosine_similarity": "ShortGPT", "window_cosine_similarity": "window cosine", "norm_ratio": "weight subcloning",
+          "perplexity": "Shortened Llama", "kl_div": "KL of blocks alone", "l2": "L2 of blocks alone"}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -69,43 +75,64 @@ def main() -> None:
     hidden_size = json.loads((Path(args.model_name_or_path) / "config.json").read_text())["hidden_size"]
     weights_diff = hidden_size**2 // 16
 
-    preparations, searches = [], []
+    databases, scorings, baselines, searches = [], [], [], []
+
+    def dynamic_programming(tasks: dict[str, float], weights: list, budget: str, measured_levels: list) -> None:
+        for errors, flags in (("manifest", []), ("kl", ["--errors", "kl", "--measured_levels", *measured_levels])):
+            folder = out / f"dp-{errors}-{weights[1].name}"
+            scorings.append((folder.name, ["-m", "baselines.dp", *build, "--calibration_tokens", BASELINE_TOKENS // 8,
+                                           *weights, budget, *tasks.values(), *flags, "--save_dir", folder]))
+            for task, target in tasks.items():
+                baselines.append((task, f"DP, {errors} errors", folder / f"{target}.result.json", [
+                    *LEVELS_EVALUATION, *weights, weights[0].replace("weights", "config"),
+                    folder / f"dp-{errors}-{target:g}.txt"]))
+
     for share in (0.25, 0.375) if "depth" in args.tasks else ():
-        folder = out / f"shortgpt-{share}"
-        preparations.append((folder / "evaluation.json", [
-            ["-m", "baselines.drop_scores", *build, "--scoring_method", "cosine_similarity", "--sparsities",
-             share, "--save_dir", folder],
-            ["eval_config.py", *model, *evaluation, "--drop_config",
-             folder / f"cosine_similarity-{share:g}.txt", "--output", folder / "evaluation.json"]]))
+        folder = out / f"scores-{share:g}"
+        scorings.append((folder.name, ["-m", "baselines.drop_scores", *build, "--calibration_tokens", BASELINE_TOKENS,
+                                       "--scoring_method", *SCORES, "--sparsities", share, "--save_dir", folder]))
+        for score, name in SCORES.items():
+            baselines.append((f"depth {share:.1%}", name, folder / f"{score}.result.json", [
+                "--drop_config", folder / f"{score}-{share:g}.txt"]))
         for seed in range(args.seeds):
             searches.append((f"depth {share:.1%}", seed, out / f"depth-{share}-{seed}", [
                 "evo_drop.py", *search, *DEPTH, "--sparsity", share, "--initially_generated", 64]))
     for share in (0.5, 0.6, 0.7) if "sparsity" in args.tasks else ():
-        database = out / f"sparse-{share}"
-        preparations.append((database / "manifest.json", [
-            ["-m", "database.sparsegpt", *build, "--sparsity", share, "--weights_diff", weights_diff, "--save_dir",
-             database]]))
+        task, weights = f"sparsity {share:.0%}", ["--sparse_weights_path", out / f"sparse-{share}"]
+        databases.append((f"sparse-{share}", ["-m", "database.sparsegpt", *build, "--sparsity", share, "--weights_diff",
+                                              weights_diff, "--save_dir", weights[1]]))
+        scorings.append((f"owl-{share}", ["-m", "baselines.owl", *build, "--calibration_tokens", BASELINE_TOKENS, "--owl_m",
+                                          5, "--select_by", "kl", *weights, "--save_dir", out / f"owl-{share}"]))
+        baselines.append((task, "OWL", out / f"owl-{share}" / "result.json", [
+            *LEVELS_EVALUATION, *weights, "--sparse_config_path", out / f"owl-{share}" / "owl.txt"]))
+        dynamic_programming({task: share}, weights, "--target_sparsity", [-8, -4, 0, 4, 8])
         for seed in range(args.seeds):
-            searches.append((f"sparsity {share:.0%}", seed, out / f"sparsity-{share}-{seed}", [
-                "evo_unstructured.py", *search, *LEVELS, "--sparse_weights_path", database, "--configuration_name",
-                f"seed-{seed}.txt"]))
+            searches.append((task, seed, out / f"sparsity-{share}-{seed}", [
+                "evo_unstructured.py", *search, *LEVELS, *weights, "--configuration_name", f"seed-{seed}.txt"]))
+    weights = ["--quant_weights_path", out / "quant"]
     if "bits" in args.tasks:
-        preparations.append((out / "quant" / "manifest.json", [
-            ["-m", "database.gptq", *build, "--bitwidth_options", 2, 3, 4, 5, 6, "--calibration_bitwidth", 3,
-             "--group_size", 128, "--perchannel", "--save_dir", out / "quant"]]))
+        databases.append(("quant", ["-m", "database.gptq", *build, "--bitwidth_options", 2, 3, 4, 5, 6,
+                                    "--calibration_bitwidth", 3, "--group_size", 128, "--perchannel", "--save_dir",
+                                    weights[1]]))
+        dynamic_programming({f"{target} bits": target for target in (2.25, 2.5, 3)}, weights, "--target_bitwidth",
+                            [2, 3, 4, 6])
     for target in (2.25, 2.5, 3) if "bits" in args.tasks else ():
         for seed in range(args.seeds):
             searches.append((f"{target} bits", seed, out / f"bits-{target}-{seed}", [
-                "evo_quant.py", *search, *LEVELS, "--quant_weights_path", out / "quant", "--target_bitwidth", target,
-                "--group_rule", "none", "--generations", 30 if target == 3 else 10, "--configuration_name",
-                f"{target}-seed-{seed}.txt"]))
+                "evo_quant.py", *search, *LEVELS, *weights, "--target_bitwidth", target, "--group_rule", "none",
+                "--generations", 30 if target == 3 else 10, "--configuration_name", f"{target}-seed-{seed}.txt"]))
 
     def prepare(item) -> None:
-        result, commands = item
-        if result.parent.name.startswith("shortgpt") and result.exists():
-            return
-        for number, command in enumerate(commands):
-            run(command, out / "logs" / f"{result.parent.name}-{number}.log")
+        name, command = item
+        if not (out / "logs" / f"{name}.done").exists():
+            run(command, out / "logs" / f"{name}.log")
+            (out / "logs" / f"{name}.done").touch()
+
+    def evaluate(item) -> None:
+        _, _, result, flags = item
+        if not result.exists():
+            run(["eval_config.py", *model, *evaluation, *flags, "--output", result],
+                out / "logs" / f"{result.parent.name}-{result.stem}.log")
 
     def one(item) -> None:
         _, seed, folder, command = item
@@ -115,8 +142,8 @@ def main() -> None:
         print(f"{folder.name} done", flush=True)
 
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(prepare, preparations))
-        list(pool.map(one, searches))
+        for work, items in ((prepare, databases), (prepare, scorings), (evaluate, baselines), (one, searches)):
+            list(pool.map(work, items))
 
     rows = [["budget", "baseline", "baseline KL", "search KL, median", "range", "seeds below baseline", "baseline ppl",
              "search ppl, median", "dense ppl", "tokens searched"]]
@@ -125,14 +152,12 @@ def main() -> None:
         finished = [json.loads((folder / "summary.json").read_text()) for folder in folders]
         summaries = [summary["evaluation"] for summary in finished]
         start = next(name for name in summaries[0] if name not in ("dense", "search"))
-        baselines = {("best of 64 random" if task.startswith("depth") else start): [
+        compared = {("best of 64 random" if task.startswith("depth") else start): [
             summary[start][args.data] for summary in summaries]}
-        if task.startswith("depth"):
-            share = float(task.split()[1].rstrip("%")) / 100
-            measured = json.loads((out / f"shortgpt-{share:g}" / "evaluation.json").read_text())["compressed"]
-            baselines["ShortGPT ranking"] = [measured[args.data]] * len(summaries)
+        for name, result in ((name, result) for owner, name, result, _ in baselines if owner == task):
+            compared[name] = [json.loads(result.read_text())["compressed"][args.data]] * len(summaries)
         found = [summary["search"][args.data] for summary in summaries]
-        for name, values in baselines.items():
+        for name, values in compared.items():
             rows.append([task, name, statistics.median(v["kl"] for v in values), statistics.median(v["kl"] for v in found),
                          f"{min(v['kl'] for v in found):.4f}–{max(v['kl'] for v in found):.4f}",
                          f"{sum(f['kl'] < v['kl'] for f, v in zip(found, values))} of {len(found)}",
