@@ -49,6 +49,7 @@ from baselines import dp, drop_scores, owl  # noqa: E402
 from database import build, gptq, sparsegpt  # noqa: E402
 from database.levels import check_configuration_flags, open_configuration  # noqa: E402
 from database.store import Database  # noqa: E402
+from scripts import convergence, nonmonotonicity  # noqa: E402
 from utils.configs import read_drop_config, write_drop_config, write_level_config  # noqa: E402
 from utils.files import read_sealed  # noqa: E402
 from utils.model import load_decoder, load_tokenizer  # noqa: E402
@@ -89,6 +90,9 @@ PROGRAMS: dict[str, tuple[Callable[[list[str]], object], list[str]]] = {
     "baselines.owl": (owl.main, [*MODEL, *TEXT, "512", *SPARSE, "--save_dir", "WORK/out"]),
     "baselines.dp": (dp.main, [*MODEL, *TEXT, "512", *SPARSE, *(
         "--errors kl --measured_levels -1 1 --save_dir WORK/out").split()]),
+    "scripts/convergence.py": (convergence.main, [
+        *MODEL, *TEXT, *"512 --sparsity 0.5 --brute_force_tokens 256 --search WORK/pairs --output WORK/out/ranks.json".split()]),
+    "scripts/nonmonotonicity.py": (nonmonotonicity.main, [*MODEL, *TEXT, *"512 --most 3 --save_dir WORK/out".split()]),
     "eval_config.py": (eval_config.main, [*MODEL, *QUANT, *(
         "--quant_config_path WORK/quant.txt --drop_config WORK/drop.txt --eval_datasets WORK/text.jsonl --eval_tokens 512 "
         "--eval_sequence_length 32 --output WORK/out/results.json").split()]),
@@ -124,6 +128,7 @@ class Workplace:
             for seed, to in (("0", self.work), ("1", self.others)):
                 self.run(program, seed=seed)
                 shutil.move(self.work / "out" / "database", to / kind)
+        self.run("evo_drop.py", output_dir=f"{self.work}/pairs", drop_entire_block="", drop_two_consecutive="")
         levels = {kind: list(Database.open(self.work / kind).layers) for kind in ("sparse", "quant")}
         write_level_config(self.work / "sparse.txt", {name: i % 2 * 2 - 1 for i, name in enumerate(levels["sparse"])})
         write_level_config(self.work / "quant.txt", {name: 2 + i % 3 for i, name in enumerate(levels["quant"])})
@@ -137,7 +142,7 @@ class Workplace:
 
     def arguments(self, program: str, **changes: str) -> list[str]:
         argv = [word.replace("WORK", str(self.work)) for word in PROGRAMS[program][1]]
-        return argv + [word for flag, value in changes.items() for word in (f"--{flag}", value)]
+        return argv + [word for flag, value in changes.items() for word in (f"--{flag}", *value.split())]
 
     def start(self, program: str, prepare: Callable[[], object] = lambda: None, **changes: str) -> tuple[int, int]:
         """(process id, pipe of what it prints) of a new process that runs the program."""

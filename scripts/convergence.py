@@ -24,7 +24,7 @@ from utils.files import check_writable_file, write_atomic
 from utils.fitness import Fitness
 from utils.flags import add_calibration_flags, add_model_flags
 from utils.model import load_config
-from utils.runs import RunError, format_table, user_errors
+from utils.runs import RunError, format_table, read_log, user_errors
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -44,6 +44,17 @@ def pairs_dropped(sparsity: float, num_blocks: int) -> int:
     return math.floor(sparsity * (num_blocks // 2) + 1e-9)
 
 
+def check_winners(winners: list[str], args: argparse.Namespace, num_blocks: int) -> None:
+    """Raise ValueError unless all of them are among the combinations that are measured."""
+    count = pairs_dropped(args.sparsity, num_blocks)
+    for words in map(str.split, winners):
+        if len(words) != num_blocks or words[::2] != words[1::2] or words.count("attn+mlp") != 2 * count or (
+                words.count("none") != num_blocks - 2 * count):
+            raise ValueError(f"--search {args.search}: {' '.join(words)} is not {count} pairs of the model's {num_blocks} "
+                             f"blocks; run evo_drop.py with --drop_entire_block --drop_two_consecutive --sparsity "
+                             f"{args.sparsity:g}")
+
+
 def first_reached(ranks: list[int]) -> list[tuple[int, int]]:
     """(generation, rank) of every generation in which the best candidate so far changes its rank."""
     return [(generation, rank) for generation, (rank, before) in enumerate(zip(ranks, [None, *ranks]), 1)
@@ -57,8 +68,9 @@ def main(argv: list[str] | None = None) -> dict:
         config = load_config(args.model_name_or_path, args.trust_remote_code)
         check_calibration_flags(args)
         check_writable_file(args.output, "--output")
-        winners = [record["dropped"] for record in map(json.loads, (args.search / "log.jsonl").read_text().splitlines())
+        winners = [record["dropped"] for record in map(json.loads, read_log(args.search).splitlines())
                    if "dropped" in record]
+        check_winners(winners, args, config.get_text_config(decoder=True).num_hidden_layers)
         decoder, documents = load_inputs(args, config)
     num_blocks = len(decoder.blocks)
     fitness = Fitness(decoder, documents, lambda i, state: decoder.blocks[i].drop(*state),

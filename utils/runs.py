@@ -44,6 +44,16 @@ def default_folder(task: str, flags: dict) -> str:
     return f"runs/{task}-{hashlib.sha256(json.dumps(compared, sort_keys=True).encode()).hexdigest()[:8]}"
 
 
+def read_log(folder: Path, saved: dict | None = None) -> bytes:
+    """The lines of a run's log up to its last checkpoint, `saved`. Raises ValueError naming the file that is damaged."""
+    saved = saved or read_sealed(folder / "checkpoint.json")
+    path = folder / "log.jsonl"
+    lines = path.read_bytes()[:saved["log_bytes"]] if path.is_file() else b""
+    if hashlib.sha256(lines).hexdigest() != saved["log_sha256"]:
+        raise ValueError(f"{path}: not the log that checkpoint.json goes with (wrong checksum)")
+    return lines
+
+
 class Run:
     """The folder of one search, resumed where an earlier run of the same command left off.
 
@@ -76,7 +86,7 @@ class Run:
         if saved.get("version") != VERSION:
             raise ValueError(f"{path}: version {saved.get('version')} instead of {VERSION}; "
                              f"{start_over}")
-        state, flags, log_bytes = saved["state"], saved["flags"], saved["log_bytes"]
+        state, flags = saved["state"], saved["flags"]
         ours = json.loads(json.dumps(self.flags))
         differing = [f"--{key} {flags.get(key)} there, {ours.get(key)} here" for key in sorted({*flags, *ours})
                      if flags.get(key) != ours.get(key)]
@@ -86,11 +96,12 @@ class Run:
         if self.generations is not None and state["generation"] > self.generations:
             raise ValueError(f"--generations {self.generations}: the run in {self.folder} is already at generation "
                              f"{state['generation']}; a resumed run can only be extended")
-        lines = log.read_bytes()[:log_bytes] if log.is_file() else b""
+        try:
+            lines = read_log(self.folder, saved)
+        except ValueError as error:
+            raise ValueError(f"{error}; {start_over}") from error
         self._log_bytes, self._log_sha256 = len(lines), hashlib.sha256(lines)
-        if self._log_sha256.hexdigest() != saved["log_sha256"]:
-            raise ValueError(f"{log}: not the log that checkpoint.json goes with (wrong checksum); {start_over}")
-        os.truncate(log, log_bytes)                  # a line written after the last checkpoint is computed again
+        os.truncate(log, len(lines))                 # a line written after the last checkpoint is computed again
         kept = timing.read_bytes().splitlines(keepends=True)[:state["generation"] + 1] if timing.is_file() else []
         write_atomic(timing, b"".join(kept))
         return state
