@@ -3,6 +3,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -146,6 +147,22 @@ def test_saved_model_is_the_winner_in_plain_transformers(command, tmp_path, chec
         expected = families.dropped_copy(loaded, winner)(input_ids=tokens).logits
         assert torch.allclose(saved(input_ids=tokens).logits, expected, atol=1e-5)
         assert not torch.allclose(loaded(input_ids=tokens).logits, expected, atol=0.1)
+
+
+def test_saved_model_is_whole_or_not_there_and_keeps_generation_settings_that_transformers_would_not_save(
+        command, tmp_path, checkpoint, monkeypatch):
+    shutil.copytree(checkpoint, tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text('{"temperature": 0.6, "do_sample": false}')
+    line = command(model_name_or_path=tmp_path / "model", save_dir=tmp_path / "saved")
+    with monkeypatch.context() as patch:
+        kill_at(patch, os, "replace", BASE["generations"] + 4)          # checkpoints, the configuration, one file moved
+        with pytest.raises(Killed):
+            evo_drop.main(line)
+    assert not (tmp_path / "saved" / "config.json").exists()
+    evo_drop.main(line)
+    assert json.loads((tmp_path / "saved" / "generation_config.json").read_text())["temperature"] == 0.6
+    assert not [path for path in (tmp_path / "saved").iterdir() if path.name.startswith(".")]
+    AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
 
 
 def test_inverted_fitness_finds_a_worse_model(command, measured, tmp_path):
@@ -347,6 +364,16 @@ def test_parents_join_the_last_step_only_and_their_tokens_count(survivors, token
         spent += sum(count * size for count, size in zip(candidates, tokens))
         assert record["tokens"] == spent
     assert spent == sum(len(c) * sum(length for _, length in minibatch) for c, minibatch, _ in measured)
+
+
+def test_with_comma_only_offspring_survive(command, measured, tmp_path):
+    evo_drop.main(command(strategy="comma", **TWO_PARENTS))
+    parents = best(measured[0], 2)
+    for first, last in generations(measured):
+        assert [len(first[0]), len(last[0])] == [8, 4] and not set(first[0] + last[0]) & set(parents)
+        parents = best(last, 2)
+    dropped = [tuple(DROP_WORDS[word] for word in record["dropped"].split()) for record in log(tmp_path / "run")[1:]]
+    assert dropped[-1] == parents[0]
 
 
 def test_all_candidates_of_a_step_see_the_same_minibatch_and_steps_see_different_ones(command, measured):

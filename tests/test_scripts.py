@@ -133,6 +133,8 @@ def need(command: str, sizes: dict | None = None) -> estimate.Need:
 def test_search_tokens_are_those_a_run_logs():
     args = evo_unstructured.parse_arguments(["--model_name_or_path", "m", "--sparse_weights_path", "db"])
     assert estimate.search_tokens(args, 1) - estimate.search_tokens(args, 0) == 64 * 2048 + 8 * 16384 + (2 + 1) * 65536
+    args.strategy = "comma"
+    assert estimate.search_tokens(args, 1) - estimate.search_tokens(args, 0) == 64 * 2048 + 8 * 16384 + 2 * 65536
     fast = evo_quant.parse_arguments(shlex.split(
         "--model_name_or_path m --quant_weights_path db --target_bitwidth 3 --offspring 16 "
         "--survivors_per_selection 1 1 --tokens_per_selection 512 8192"))
