@@ -35,6 +35,7 @@ from utils.units import FUSED
 RATES = {"bf16": 312e12, "tf32": 156e12, "fp32": 19.5e12}       # FLOP/s of an A100, dense
 UTILIZATION = 0.5                                               # of them, in large matrix products
 FILES = 2e9                                                     # bytes/s from and to a local disk
+COPIES = 25e9                                                   # bytes/s from pinned host memory, PCIe 4.0 x16
 HALF = 2                                                        # bytes of a weight or activation
 GB = 1e9
 DEVICE = 80 * GB
@@ -91,27 +92,35 @@ class Need:
     disk: float = 0.0                            # bytes that stay
     device: float = 0.0                          # bytes at the peak
     host: float = 0.0
+    copies: float = 0.0                          # bytes from host memory to the device, beside the computations
 
     @property
     def seconds(self) -> float:
-        return sum(flop / (UTILIZATION * RATES[kind]) for kind, flop in self.flop.items()) + self.files / FILES
+        computing = sum(flop / (UTILIZATION * RATES[kind]) for kind, flop in self.flop.items())
+        return max(computing, self.copies / COPIES) + self.files / FILES
 
     def __add__(self, other: "Need") -> "Need":
         """Both, one after the other."""
         kinds = {*self.flop, *other.flop}
         return Need({kind: self.flop.get(kind, 0) + other.flop.get(kind, 0) for kind in kinds},
                     self.files + other.files, self.disk + other.disk, max(self.device, other.device),
-                    max(self.host, other.host))
+                    max(self.host, other.host), self.copies + other.copies)
 
 
 # ---- one command -----------------------------------------------------------------------------------------------------
 
 
-def walk_bytes(shape: Shape) -> float:
-    """Of the fitness walk: a microbatch's block inputs, and the teacher's log-probabilities."""
+def resident(shape: Shape, args: argparse.Namespace) -> float:
+    """Parameters on the device: all, or two blocks and what is in none."""
+    offloaded = getattr(args, "cpu_offload_modules", False)
+    return shape.parameters - (shape.weights * (1 - 2 / shape.blocks) if offloaded else 0)
+
+
+def microbatch(shape: Shape, args: argparse.Namespace) -> tuple[float, float]:
+    """(tokens, bytes a token) of the fitness walk: block inputs, and the teacher's log-probabilities."""
     a_token = (shape.blocks + 1) * shape.hidden * HALF + 4 * shape.vocabulary
-    room = (DEVICE - HALF * shape.parameters) / 16                          # as utils/fitness.py has it
-    return a_token * min(8192, max(512, room // a_token))
+    room = (DEVICE - HALF * resident(shape, args)) / 16                     # as utils/fitness.py has it
+    return args.microbatch_tokens or min(8192, max(512, room // a_token)), a_token
 
 
 def evaluations(shape: Shape, args: argparse.Namespace, candidates: float, candidate_tokens: float,
@@ -122,8 +131,8 @@ def evaluations(shape: Shape, args: argparse.Namespace, candidates: float, candi
         teacher_tokens + candidates * candidate_tokens)
     cached = min(database_bytes, getattr(args, "level_cache_gb", 0) * GB)
     return Need({"bf16": flop}, HALF * shape.parameters + database_bytes,
-                device=HALF * (shape.parameters + teacher_tokens * shape.hidden) + walk_bytes(shape) + cached,
-                host=HALF * shape.parameters)
+                device=HALF * (resident(shape, args) + teacher_tokens * shape.hidden)
+                + math.prod(microbatch(shape, args)) + cached, host=HALF * shape.parameters)
 
 
 def search_tokens(args: argparse.Namespace, generations: int) -> int:
@@ -140,7 +149,14 @@ def search(shape: Shape, args: argparse.Namespace, database_bytes: float) -> Nee
     if generations is None:                      # the paper's, of evo_drop.py
         dropped = math.floor(args.sparsity * shape.blocks + 1e-9)
         generations = math.ceil(dropped * (shape.blocks - dropped) / 1.5)
-    return evaluations(shape, args, 1, search_tokens(args, generations), args.calibration_tokens, database_bytes)
+    need = evaluations(shape, args, 1, search_tokens(args, generations), args.calibration_tokens, database_bytes)
+    if args.cpu_offload_modules:                 # every block once for each microbatch, whatever the candidates
+        tokens, _ = microbatch(shape, args)
+        steps = generations * sum(math.ceil(step / tokens) for step in args.tokens_per_selection)
+        need.copies = HALF * shape.weights * (math.ceil(args.calibration_tokens / tokens) + steps)
+        need.copies += steps * database_bytes / 3        # two of five levels of every layer
+        need.device += 2 * args.offspring * min(tokens, args.tokens_per_selection[0]) * shape.hidden * HALF
+    return need
 
 
 def level_bytes(shape: Shape, args: argparse.Namespace) -> float:
@@ -165,7 +181,7 @@ def database(shape: Shape, args: argparse.Namespace) -> Need:
                  "tf32": sum(2 * args.calibration_tokens * columns**2 for columns in inputs.values()),
                  "fp32": sum(levels * out * columns**2 + columns**3 for _, out, columns in shape.layers)},
                 HALF * shape.parameters + size, size,
-                HALF * shape.parameters + 4 * sum(c**2 for c in inputs.values()) / shape.blocks + 8 * levels * largest
+                HALF * resident(shape, args) + 8 * sum(c**2 for c in inputs.values()) / shape.blocks + 8 * levels * largest
                 + (0 if args.cpu_offload_activations else activations),
                 HALF * shape.parameters + (activations if args.cpu_offload_activations else 0))
 
@@ -260,7 +276,7 @@ def main(argv: list[str] | None = None) -> None:
     print(format_table(rows))
     print(f"An estimate: counted FLOP, without subtracting what candidates share, at {UTILIZATION:.0%} of an A100's "
           f"{', '.join(f'{rate / 1e12:g} ({kind})' for kind, rate in RATES.items())} TFLOP/s, and files at "
-          f"{FILES / GB:g} GB/s")
+          f"{FILES / GB:g} GB/s; blocks of --cpu_offload_modules at {COPIES / GB:g} GB/s")
 
 
 if __name__ == "__main__":
