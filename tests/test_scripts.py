@@ -165,6 +165,17 @@ def test_databases_of_an_8b_model_have_the_size_they_have_on_disk(llama3):
     assert quant.flop["tf32"] == pytest.approx(2 * 8388608 * 32 * (3 * 4096**2 + 14336**2))
 
 
+def test_offloaded_blocks_are_copied_for_every_microbatch_and_two_stay_on_the_device(llama3):
+    plain, offloaded = (need(f"evo_drop.py --sparsity 0.25 --microbatch_tokens 2048 {more}")
+                        for more in ("", "--cpu_offload_modules"))
+    assert offloaded.copies == 2 * SHAPE.weights * (64 + 128 * (1 + 16)) and plain.copies == 0
+    prefixes = 2 * 32 * 2048 * 4096 * 2
+    assert plain.device - offloaded.device == pytest.approx(2 * SHAPE.weights * 30 / 32 - prefixes)
+    assert offloaded.seconds == plain.seconds                    # copies hide behind computations ...
+    offloaded.flop.clear()
+    assert offloaded.seconds == pytest.approx(offloaded.copies / 25e9 + offloaded.files / 2e9)      # ... or not
+
+
 def test_needs_add_up_with_the_highest_peak():
     total = estimate.Need({"bf16": 1}, 2, 3, 40, 5) + estimate.Need({"bf16": 10, "tf32": 7}, 20, 30, 4, 50)
     assert total == estimate.Need({"bf16": 11, "tf32": 7}, 22, 33, 40, 50)
