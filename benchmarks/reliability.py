@@ -28,7 +28,6 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -38,7 +37,7 @@ if __name__ == "__main__":
 
 import matplotlib.pyplot  # noqa: E402,F401  imported late otherwise, in every process anew
 import torch  # noqa: E402
-from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM  # noqa: E402
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 import eval_config  # noqa: E402
 import evo_drop  # noqa: E402
@@ -46,22 +45,22 @@ import evo_quant  # noqa: E402
 import evo_unstructured  # noqa: E402
 import export  # noqa: E402
 from baselines import dp, drop_scores, owl  # noqa: E402
+from benchmarks.damage import Failure, Reader, read_damaged, readers  # noqa: E402
 from database import build, gptq, sparsegpt  # noqa: E402
-from database.levels import check_configuration_flags, open_configuration  # noqa: E402
 from database.store import Database  # noqa: E402
 from scripts import convergence, nonmonotonicity  # noqa: E402
-from utils.configs import read_drop_config, write_drop_config, write_level_config  # noqa: E402
-from utils.files import read_sealed  # noqa: E402
-from utils.model import load_decoder, load_tokenizer  # noqa: E402
-from utils.runs import Run, format_table  # noqa: E402
+from utils.configs import write_drop_config, write_level_config  # noqa: E402
+from utils.runs import format_table  # noqa: E402
 
-MODEL = "--model_name_or_path WORK/model".split()
-TEXT = "--calibration_data WORK/text.jsonl --calibration_sequence_length 32 --calibration_tokens".split()
-SEARCH = [*MODEL, *TEXT, *("512 --eval_datasets WORK/text.jsonl --eval_tokens 128 --eval_sequence_length 32 --eval_every 2 "
-                           "--initially_generated 4 --initial_tokens 64 --generations 4 --offspring 4 "
-                           "--survivors_per_selection 2 1 --tokens_per_selection 64 128 --output_dir WORK/out/run").split()]
-SPARSE = "--sparse_weights_path WORK/sparse".split()
-QUANT = "--quant_weights_path WORK/quant".split()
+MODEL = "--model_name_or_path WORK/model"            # WORK is the folder that a program works in
+TEXT = "--calibration_data WORK/text.jsonl --calibration_sequence_length 32 --calibration_tokens 512"
+EVALUATION = "--eval_datasets WORK/text.jsonl --eval_sequence_length 32"
+SEARCH = (f"{MODEL} {TEXT} {EVALUATION} --eval_tokens 128 --eval_every 2 --initially_generated 4 --initial_tokens 64 "
+          f"--generations 4 --offspring 4 --survivors_per_selection 2 1 --tokens_per_selection 64 128 "
+          f"--output_dir WORK/out/run")
+SPARSE = "--sparse_weights_path WORK/sparse"
+QUANT = "--quant_weights_path WORK/quant"
+FOUND = f"{QUANT} --quant_config_path WORK/quant.txt --drop_config WORK/drop.txt"
 GROWING = ("log.jsonl", "timing.jsonl", "checkpoint.json", "manifest.json")    # not yet final before a run's end
 NOT_COMPARED = ("timing.jsonl", "search.png")
 TRIALS = {"killed": "same files", "disk full": "one sentence", "beneath a file": "one sentence"}   # and what is right
@@ -76,33 +75,26 @@ def command(parser_of: Callable, main: Callable) -> Callable[[list[str]], None]:
     return run
 
 
-# program -> (its main, its arguments, where WORK is the folder it works in)
-PROGRAMS: dict[str, tuple[Callable[[list[str]], object], list[str]]] = {
-    "evo_drop.py": (evo_drop.main, [*SEARCH, "--sparsity", "0.5", "--save_dir", "WORK/out/model"]),
-    "evo_unstructured.py": (evo_unstructured.main, [*SEARCH, *SPARSE]),
-    "evo_quant.py": (evo_quant.main, [*SEARCH, *QUANT, "--target_bitwidth", "2.5"]),
-    "database.sparsegpt": (command(sparsegpt.make_parser, sparsegpt.main), [
-        *MODEL, *TEXT, *"512 --sparsity 0.5 --num_levels 2 --weights_diff 100 --save_dir WORK/out/database".split()]),
-    "database.gptq": (command(gptq.make_parser, gptq.main), [
-        *MODEL, *TEXT, *"512 --bitwidth_options 2 3 4 --calibration_bitwidth 3 --save_dir WORK/out/database".split()]),
-    "baselines.drop_scores": (drop_scores.main, [
-        *MODEL, *TEXT, *"512 --scoring_method cosine_similarity kl_div --sparsities 0.5 --save_dir WORK/out".split()]),
-    "baselines.owl": (owl.main, [*MODEL, *TEXT, "512", *SPARSE, "--save_dir", "WORK/out"]),
-    "baselines.dp": (dp.main, [*MODEL, *TEXT, "512", *SPARSE, *(
-        "--errors kl --measured_levels -1 1 --save_dir WORK/out").split()]),
-    "scripts/convergence.py": (convergence.main, [
-        *MODEL, *TEXT, *"512 --sparsity 0.5 --brute_force_tokens 256 --search WORK/pairs --output WORK/out/ranks.json".split()]),
-    "scripts/nonmonotonicity.py": (nonmonotonicity.main, [*MODEL, *TEXT, *"512 --most 3 --save_dir WORK/out".split()]),
-    "eval_config.py": (eval_config.main, [*MODEL, *QUANT, *(
-        "--quant_config_path WORK/quant.txt --drop_config WORK/drop.txt --eval_datasets WORK/text.jsonl --eval_tokens 512 "
-        "--eval_sequence_length 32 --output WORK/out/results.json").split()]),
-    "export.py": (export.main, [*MODEL, *QUANT, *(
-        "--quant_config_path WORK/quant.txt --drop_config WORK/drop.txt --save_dir WORK/out/export").split()]),
+# program -> (its main, its arguments)
+PROGRAMS: dict[str, tuple[Callable[[list[str]], object], str]] = {
+    "evo_drop.py": (evo_drop.main, f"{SEARCH} --sparsity 0.5 --save_dir WORK/out/model"),
+    "evo_unstructured.py": (evo_unstructured.main, f"{SEARCH} {SPARSE}"),
+    "evo_quant.py": (evo_quant.main, f"{SEARCH} {QUANT} --target_bitwidth 2.5"),
+    "database.sparsegpt": (command(sparsegpt.make_parser, sparsegpt.main), (
+        f"{MODEL} {TEXT} --sparsity 0.5 --num_levels 2 --weights_diff 100 --save_dir WORK/out/database")),
+    "database.gptq": (command(gptq.make_parser, gptq.main), (
+        f"{MODEL} {TEXT} --bitwidth_options 2 3 4 --calibration_bitwidth 3 --save_dir WORK/out/database")),
+    "baselines.drop_scores": (drop_scores.main, (
+        f"{MODEL} {TEXT} --scoring_method cosine_similarity kl_div --sparsities 0.5 --save_dir WORK/out")),
+    "baselines.owl": (owl.main, f"{MODEL} {TEXT} {SPARSE} --save_dir WORK/out"),
+    "baselines.dp": (dp.main, f"{MODEL} {TEXT} {SPARSE} --errors kl --measured_levels -1 1 --save_dir WORK/out"),
+    "scripts/convergence.py": (convergence.main, (
+        f"{MODEL} {TEXT} --sparsity 0.5 --brute_force_tokens 256 --search WORK/pairs --output WORK/out/ranks.json")),
+    "scripts/nonmonotonicity.py": (nonmonotonicity.main, f"{MODEL} {TEXT} --most 3 --save_dir WORK/out"),
+    "eval_config.py": (eval_config.main, (
+        f"{MODEL} {FOUND} {EVALUATION} --eval_tokens 512 --output WORK/out/results.json")),
+    "export.py": (export.main, f"{MODEL} {FOUND} --save_dir WORK/out/export"),
 }
-
-
-class Failure(Exception):
-    """What must not happen, in words."""
 
 
 class Workplace:
@@ -141,7 +133,7 @@ class Workplace:
         shutil.copytree(self.inputs, self.work)
 
     def arguments(self, program: str, **changes: str) -> list[str]:
-        argv = [word.replace("WORK", str(self.work)) for word in PROGRAMS[program][1]]
+        argv = [word.replace("WORK", str(self.work)) for word in PROGRAMS[program][1].split()]
         return argv + [word for flag, value in changes.items() for word in (f"--{flag}", *value.split())]
 
     def start(self, program: str, prepare: Callable[[], object] = lambda: None, **changes: str) -> tuple[int, int]:
@@ -283,7 +275,7 @@ def beneath_a_file(place: Workplace, program: str) -> Counter:
     """Every flag that names a place to write names one beneath a file."""
     counts: Counter = Counter()
     for flag in OUTPUTS:
-        if flag in PROGRAMS[program][1]:
+        if flag in PROGRAMS[program][1].split():
             place.fill()
             before = place.files()
             status, printed = place.finish(*place.start(program, **{flag[2:]: f"{place.work}/drop.txt/below"}))
@@ -300,121 +292,13 @@ def check_one_sentence(program: str, status: int, printed: str) -> None:
         raise Failure(f"{program} ended with {status} and no sentence: {printed[-2000:]}")
 
 
-# ---- damaged files ---------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Reader:
-    """Something that is read from a file."""
-    kind: str
-    file: Path
-    read: Callable[[], object]
-    others: list[Path]                   # files of its kind
-    edits: bool = False                  # it may be read as something else
-    checked: bool = True                 # damage inside it is seen, not only a wrong length
-
-    def __post_init__(self):
-        self.content, self.expected = self.file.read_bytes(), self.read()
-
-
-def readers(place: Workplace) -> list[Reader]:
-    """Everything that is read back, from the files of one finished run of each kind."""
+def finished(place: Workplace) -> list[Reader]:
+    """Readers of everything that is read back, from one finished run of each kind."""
     place.fill()
-    work, found = place.work, []
     for program, folder in (("evo_drop.py", "run"), ("evo_quant.py", "quant_run")):
-        place.run(program, output_dir=f"{work}/{folder}")
+        place.run(program, output_dir=f"{place.work}/{folder}")
     place.run("export.py")
-    for kind in ("sparse", "quant"):
-        layers = sorted((work / kind).glob("*.safetensors"))
-        for i in (0, len(layers) // 2):
-            found.append(Reader("database, a layer", layers[i], lambda kind=kind, name=layers[i].stem: levels_of(
-                work / kind, name), [layers[i - 1], place.others / kind / layers[i].name]))
-        found.append(Reader("database, manifest", work / kind / "manifest.json", lambda kind=kind: Database.open(
-            work / kind).manifest, [place.others / kind / "manifest.json"]))
-        arguments = [*MODEL, f"--{kind}_weights_path", "WORK/" + kind, f"--{kind}_config_path", f"WORK/{kind}.txt",
-                     f"--{kind}_budget", "0.45" if kind == "sparse" else "3.5"]
-        found.append(Reader("configuration, levels", work / f"{kind}.txt", lambda arguments=arguments: configuration(
-            work, arguments), [work / ("quant.txt" if kind == "sparse" else "sparse.txt")], edits=True))
-    found.append(Reader("configuration, depth", work / "drop.txt", lambda: configuration(
-        work, [*MODEL, "--drop_config", "WORK/drop.txt", "--drop_budget", "0.5"]), [work / "sparse.txt"], edits=True))
-    flags = read_sealed(work / "run" / "checkpoint.json")["flags"]
-    for name in ("checkpoint.json", "log.jsonl"):
-        found.append(Reader(f"run, {name}", work / "run" / name, lambda: resumed(work / "run", flags),
-                            [work / "quant_run" / name]))
-    for name in ("model.safetensors", "config.json", "tokenizer.json"):
-        found.append(Reader("exported model", work / "out" / "model" / name, lambda: loaded(work / "out" / "model"),
-                            [work / "out" / "export" / "export.json", work / "text.jsonl"], checked=False))
-    return found
-
-
-def levels_of(folder: Path, name: str) -> list[bytes]:
-    database = Database.open(folder)
-    return [database.weight(name, level).view(torch.uint8).numpy().tobytes() for level in database.levels(name)]
-
-
-def configuration(work: Path, arguments: list[str]) -> object:
-    args = eval_config.parse_arguments([word.replace("WORK", str(work)) for word in arguments])
-    check_configuration_flags(args, AutoConfig.from_pretrained(work / "model"))
-    return read_drop_config(args.drop_config) if args.drop_config else open_configuration(args)[1]
-
-
-def resumed(folder: Path, flags: dict) -> tuple:
-    """State and log of a run, in a copy: resuming writes."""
-    copy = shutil.copytree(folder, folder.with_name("resumed"), dirs_exist_ok=True)
-    try:
-        run = Run(copy, flags)
-        return run.state, run.records()
-    except ValueError as error:
-        raise ValueError(str(error).replace(str(copy), str(folder))) from error
-    finally:
-        shutil.rmtree(copy)
-
-
-def loaded(folder: Path) -> list[bytes]:
-    load_tokenizer(str(folder))
-    return [weight.numpy().tobytes() for weight in load_decoder(str(folder), device="cpu").model.parameters()]
-
-
-def damage(content: bytes, others: list[bytes], rng: random.Random, checked: bool = True) -> tuple[str, bytes]:
-    """(what was done, what is left)."""
-    place, length = rng.randrange(len(content)), rng.randint(1, 40)
-    ways = {
-        "truncated": lambda: content[:place],
-        "swapped": lambda: rng.choice(others),
-        "foreign": lambda: rng.choice([b"", b"{}", b"[]", b"null", b"\0" * 64, b"\xff\xfe" * 8, b"[" * 100_000, b"1" * 9_999,
-                                       b"\x89PNG\r\n\x1a\n", rng.randbytes(200), b'{"sha256": 0}', b'{"version": 2}',
-                                       b"\x08\0\0\0\0\0\0\0{}      "]),
-        "bit flipped": lambda: content[:place] + bytes([content[place] ^ 1 << rng.randrange(8)]) + content[place + 1:],
-        "overwritten": lambda: content[:place] + rng.randbytes(length) + content[place + length:],
-        "cut out": lambda: content[:place] + content[place + length:],
-        "doubled": lambda: content[:place] + content[place:place + length] + content[place:],
-    }
-    while True:
-        way = rng.choice(list(ways) if checked else ["truncated", "swapped", "foreign"])
-        damaged = ways[way]()
-        if damaged != content:
-            return way, damaged
-
-
-def read_damaged(reader: Reader, rng: random.Random) -> tuple[str, str]:
-    """(what was done to the file, the outcome) of one trial; the file is put back."""
-    way, damaged = damage(reader.content, [other.read_bytes() for other in reader.others], rng, reader.checked)
-    try:
-        reader.file.write_bytes(damaged)
-        found = reader.read()
-    except ValueError as error:
-        if str(reader.file) not in str(error) and f"{reader.file.parent}:" not in str(error):
-            raise Failure(f"{reader.file} {way}: refused, but not by name: {error}") from error
-        return way, "one sentence"
-    except Exception as error:
-        raise Failure(f"{reader.file} {way}: {type(error).__name__}: {error}\n{damaged[:300]!r}") from error
-    finally:
-        reader.file.write_bytes(reader.content)
-    if found == reader.expected:
-        return way, "same result"
-    if reader.edits:
-        return way, "another that fits"
-    raise Failure(f"{reader.file} {way}: read as something else")
+    return readers(place.work, place.others)
 
 
 # ---- all of it -------------------------------------------------------------------------------------------------------
@@ -456,7 +340,7 @@ def main(argv: list[str] | None = None) -> int:
             attempt(program, "disk full", lambda: full_disk(place, program, args.full_disks, rng))
             attempt(program, "beneath a file", lambda: beneath_a_file(place, program))
             print(program, *(f"{how}: {dict(outcomes[program, how])}" for how in TRIALS), sep=", ", flush=True)
-        damaged = readers(place) if args.mutations else []
+        damaged = finished(place) if args.mutations else []
         for number in range(args.mutations):
             reader = damaged[number % len(damaged)]
             attempt(reader.kind, "damaged", lambda: Counter([read_damaged(reader, rng)[1]]))

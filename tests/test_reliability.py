@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks import reliability
+from benchmarks import damage, reliability
 from benchmarks.reliability import PROGRAMS
 
 ONE_OF_EACH_KIND = ["evo_unstructured.py", "database.gptq", "baselines.drop_scores", "eval_config.py", "export.py"]
@@ -34,18 +34,18 @@ def test_a_full_disk_and_a_place_beneath_a_file_end_in_one_sentence_with_what_wa
 
 @pytest.fixture(scope="module")
 def readers(place):
-    return reliability.readers(place)
+    return reliability.finished(place)
 
 
 @settings(max_examples=300)
 @given(st.data(), st.randoms(use_true_random=False))
 def test_damaged_files_are_refused_by_name_or_read_as_before(readers, data, rng):
     reader = data.draw(st.sampled_from([reader for reader in readers if reader.checked]), label="file")
-    reliability.read_damaged(reader, rng)
+    damage.read_damaged(reader, rng)
 
 
 def test_truncated_and_foreign_models_are_refused_by_name(readers):
     rng = random.Random(0)
     for reader in readers:
         if not reader.checked:
-            assert reliability.read_damaged(reader, rng)[1] == "one sentence"
+            assert damage.read_damaged(reader, rng)[1] == "one sentence"
