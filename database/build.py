@@ -15,7 +15,7 @@ from database.store import (FORMAT, Database, check_no_foreign_files, config_sha
                             layer_file, read_manifest, write_layer, write_manifest)
 from utils import distributed
 from utils.data import calibration_documents, check_dataset, sequence_length
-from utils.files import check_writable, remove_partial
+from utils.files import check_writable
 from utils.flags import add_calibration_flags, add_model_flags
 from utils.model import Decoder, default_device, load_config, load_decoder, load_tokenizer
 
@@ -225,8 +225,7 @@ def find_manifest(save_dir: Path) -> dict | None:
 
 @distributed.from_main
 def start_writing(save_dir: Path, manifest: dict) -> None:
-    """Clear away what a killed build was writing, and write the manifest."""
-    remove_partial(save_dir)
+    """Write the manifest. Raises ValueError where the folder has files that are no layer's."""
     check_no_foreign_files(save_dir, list(manifest["layers"]))
     write_manifest(save_dir, manifest)
 

@@ -144,7 +144,9 @@ def test_damaged_summary_is_made_again(tmp_path):
 def test_what_a_killed_process_was_writing_is_removed_and_its_seconds_are_not_there_twice(tmp_path):
     checkpointed(tmp_path).log({"generation": 3}, seconds=3)                     # killed before its checkpoint
     (tmp_path / ".checkpoint.json.x7_a.partial").write_text("half a ch")
-    Run(tmp_path, FLAGS).log({"generation": 3}, seconds=4)
+    run = Run(tmp_path, FLAGS)
+    run.log({"generation": 3}, seconds=4)
+    run.checkpoint(generation=3)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.json", "log.jsonl", "timing.jsonl"]
     assert [json.loads(line) for line in (tmp_path / "timing.jsonl").read_text().splitlines()] == [
         {"seconds": 0}, {"seconds": 1}, {"seconds": 2}, {"seconds": 4}]

@@ -3,6 +3,7 @@
 Whatever is read back later (checkpoints, manifests, configurations) is written beside its name first, then renamed, so
 that a process may be killed, or a disk get full, at any moment.
 """
+import glob
 import hashlib
 import json
 import os
@@ -16,10 +17,13 @@ PARTIAL = ".partial"             # ending of what is being written
 
 
 def write_atomic(path: str | Path, content: str | bytes) -> None:
-    """Write a file whole or not at all. Raises OSError with the file's name."""
+    """Write a file whole or not at all, and remove what processes killed in the middle of that have left. Raises
+    OSError with the file's name."""
     path = Path(path)
     data = content.encode() if isinstance(content, str) else content
     with naming(path):
+        for left_over in path.parent.glob(f".{glob.escape(path.name)}.*{PARTIAL}"):
+            left_over.unlink(missing_ok=True)
         handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
         try:
             with os.fdopen(handle, "wb") as stream:
@@ -31,12 +35,6 @@ def write_atomic(path: str | Path, content: str | bytes) -> None:
         except BaseException:
             Path(beside).unlink(missing_ok=True)
             raise
-
-
-def remove_partial(folder: str | Path, name: str = "*") -> None:
-    """Remove what `write_atomic` was writing to files called `name` in `folder` when it was killed."""
-    for file in Path(folder).glob(f".{name}.*{PARTIAL}"):
-        file.unlink(missing_ok=True)
 
 
 @contextmanager

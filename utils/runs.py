@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from utils import distributed
-from utils.files import check_writable, naming, read_json, read_sealed, remove_partial, seal, write_atomic
+from utils.files import check_writable, naming, read_json, read_sealed, seal, write_atomic
 
 VERSION = 2
 NOT_COMPARED = ("output_dir", "log_wandb", "generations")   # flags a resumed run may change
@@ -72,7 +72,6 @@ class Run:
 
     @distributed.from_main
     def _resume(self, flag: str) -> dict | None:
-        remove_partial(self.folder)
         path, log, timing = (self.folder / name for name in ("checkpoint.json", "log.jsonl", "timing.jsonl"))
         if not path.exists():
             for file in (log, timing):
