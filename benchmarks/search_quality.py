@@ -32,7 +32,6 @@ from utils.fitness import Fitness
 from utils.model import load_decoder, load_tokenizer
 from utils.runs import format_table
 
-
 MARKS = ("<!-- better -->", "<!-- /better -->")
 SEARCH = ["--offspring", 16, "--survivors_per_selection", 4, 2, 1, "--tokens_per_selection", 256, 1024, 4096, "--no_eval"]
 PAPER, OURS = "paper's way", "measured and screened"
