@@ -383,7 +383,8 @@ def main(argv: list[str] | None = None) -> dict:
             raise RunError(f"--fitness_fn {args.fitness_fn}: not finite for any start; use --dtype bfloat16 or float32")
         population = [candidate for _, candidate in ranked[:args.population_size]]
         first_generation, best, start = 1, ranked[0][0], population[:1]
-        run.log({"generation": 0, "fitness": best, "tokens": tokens_spent})
+        run.log({"generation": 0, "fitness": best, "tokens": tokens_spent,
+                 "dropped": config_line(space, population[0], len(blocks))})
         checkpoint(0)
 
     if args.generations is None:                              # by what was dropped at the start: resuming agrees

@@ -292,7 +292,7 @@ def main(argv: list[str] | None = None) -> dict:
             raise RunError(f"--fitness_fn {args.fitness_fn}: not finite for any start; use --dtype bfloat16 or float32")
         population = [candidate for _, candidate in ranked[:args.population_size]]
         first_generation, best, start = 1, ranked[0][0], population[:1]
-        run.log({"generation": 0, "fitness": best, "tokens": tokens_spent})
+        run.log({"generation": 0, "fitness": best, "tokens": tokens_spent, "levels": population[0]})
         checkpoint(0)
     print(f"budget: {describe(space, population[0], database)}")
 

@@ -35,6 +35,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--generations", type=int, default=10)
     parser.add_argument("--offspring", type=int, default=5)
     parser.add_argument("--initially_generated", type=int, default=5)
+    parser.add_argument("--init", choices=["uniform", "random", "measured"], help="of the search (default: the search's)")
+    parser.add_argument("--screen", type=int, default=1, help="of the search")
     return parser.parse_args(argv)
 
 
@@ -90,17 +92,22 @@ def main(argv: list[str] | None = None) -> int:
         common += ["--quant_weights_path", args.quant_weights_path or "", "--target_bitwidth", str(target),
                    "--tie", "block", "--bounds", f"*={low}:{high}"]
 
+    options = ["--screen", str(args.screen), *(["--init", args.init] if args.init else [])]
+
     ExhaustiveFitness.everything = staticmethod(everything)
     rows, found, fitness_class = [["seed", "optimum found", "candidates evaluated", "of", "KL found", "KL optimum"]], 0, module.Fitness
     try:
+        module.Fitness = ExhaustiveFitness                   # in a run of its own: it leaves the model compressed
+        with tempfile.TemporaryDirectory() as folder:
+            module.main([*common, "--generations", "0", "--output_dir", folder])
+        module.Fitness = RecordingFitness
         for seed in range(args.seeds):
-            module.Fitness = RecordingFitness if ExhaustiveFitness.values else ExhaustiveFitness
             RecordingFitness.seen.clear()
             with tempfile.TemporaryDirectory() as folder:
                 run = ["--seed", str(seed), "--generations", str(args.generations), "--output_dir", folder]
-                module.main([*common, *run])
+                module.main([*common, *options, *run])
             seen, values = RecordingFitness.seen, ExhaustiveFitness.values
-            best_seen, best = min(seen, key=values.get), min(values, key=values.get)
+            best_seen, best = min(seen.keys() & values, key=values.get), min(values, key=values.get)
             found += best_seen == best
             rows.append([seed, "yes" if best_seen == best else "no", len(seen), len(values), values[best_seen],
                          values[best]])

@@ -1,0 +1,280 @@
+"""Held-out KL divergence over the tokens a search has spent: the paper's way against --init measured and --screen.
+
+    python benchmarks/search_quality.py --out results/search_quality --jobs 2 --write_readme
+
+Three tasks at two budgets each, the demo model by default: 16 offspring, 4 of them on 1,024 tokens after 256, 2 and the
+parent on 4,096. Every seed draws other calibration text; all are evaluated on the same held-out text, at shares of the
+tokens that the paper's way spends in all. The measurements that a start needs count. Finished runs are not run again,
+and --report makes table and picture from those there are.
+"""
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)          # not this folder, whose database.py is another
+import matplotlib
+import torch
+from matplotlib import pyplot
+
+from database.levels import LevelSwitcher
+from database.store import Database
+from utils.configs import DROP_WORDS
+from utils.data import evaluation_documents
+from utils.files import write_atomic
+from utils.fitness import Fitness
+from utils.model import load_decoder, load_tokenizer
+from utils.runs import format_table
+
+MARKS = ("<!-- better -->", "<!-- /better -->")
+SEARCH = ["--offspring", 16, "--survivors_per_selection", 4, 2, 1, "--tokens_per_selection", 256, 1024, 4096, "--no_eval"]
+PAPER, OURS = "paper's way", "measured and screened"
+VARIANTS = {PAPER: ["--initially_generated", 32, "--initial_tokens", 1024],
+            OURS: ["--init", "measured", "--screen", 4],
+            "measured start alone": ["--init", "measured"],
+            "screening alone": ["--initially_generated", 32, "--initial_tokens", 1024, "--screen", 4]}
+SHARES = (0.05, 0.1, 0.25, 0.5, 1.0)                # columns of the table
+CURVE = (0.05, 0.075, 0.1, 0.15, 0.2, 0.25, 0.375, 0.5, 0.75, 1.0)
+
+
+@dataclass
+class Setting:
+    task: str
+    budget: float
+
+    @property
+    def name(self) -> str:
+        return {"depth": f"depth {self.budget:.1%}", "sparsity": f"sparsity {self.budget:.0%}",
+                "bits": f"{self.budget} bits"}[self.task]
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name_or_path", default=str(ROOT / "demo" / "model"))
+    parser.add_argument("--data", default="stdlib", help="calibration and evaluation text")
+    parser.add_argument("--tasks", nargs="+", default=["depth", "sparsity", "bits"], choices=["depth", "sparsity", "bits"])
+    parser.add_argument("--shares", type=float, nargs=2, default=[0.25, 0.375], help="of blocks dropped, for depth")
+    parser.add_argument("--bitwidths", type=float, nargs=2, default=[2.25, 2.5], help="averages, for bits")
+    parser.add_argument("--sparsities", type=float, nargs=2, default=[0.5, 0.7])
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--measure_tokens", type=int, nargs=2, default=[512, 256], metavar=("DEPTH", "LEVELS"),
+                        help="--initial_tokens of measured starts: 5%% of what the paper's way spends, or less")
+    parser.add_argument("--calibration_tokens", type=int, default=32768)
+    parser.add_argument("--sequence_length", type=int, default=256)
+    parser.add_argument("--eval_tokens", type=int, default=16384)
+    parser.add_argument("--generations", type=int, default=60)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=Path("results/search_quality"))
+    parser.add_argument("--jobs", type=int, default=1, help="searches at once, one thread each")
+    parser.add_argument("--report", action="store_true", help="run nothing")
+    parser.add_argument("--write_readme", action="store_true", help="put table and picture into README.md")
+    return parser.parse_args()
+
+
+# ---- runs ------------------------------------------------------------------------------------------------------------
+
+
+def run(arguments: list[object], log: Path) -> None:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    environment = dict(os.environ, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+    with log.open("w") as stream:
+        done = subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, stdout=stream, stderr=stream,
+                              env=environment)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(map(str, arguments))}\nfailed, see {log}")
+
+
+def database_of(setting: Setting, out: Path) -> Path:
+    return out / ("quant" if setting.task == "bits" else f"sparse-{setting.budget:g}")
+
+
+def build(setting: Setting, args: argparse.Namespace) -> None:
+    """The database of a setting, unless it is there."""
+    folder = database_of(setting, args.out)
+    flags = ["--model_name_or_path", args.model_name_or_path, "--calibration_data", args.data,
+             "--calibration_sequence_length", args.sequence_length, "--calibration_tokens", args.calibration_tokens,
+             "--save_dir", folder]
+    if setting.task == "depth" or (folder / "manifest.json").exists():
+        return
+    if setting.task == "bits":
+        flags = ["-m", "database.gptq", *flags, "--bitwidth_options", 2, 3, 4, 5, 6, "--calibration_bitwidth", 3,
+                 "--group_size", 128, "--perchannel"]
+    else:                        # a step is 1/16 of a square layer, about what 1,000,000 weights are in the paper
+        hidden_size = json.loads((Path(args.model_name_or_path) / "config.json").read_text())["hidden_size"]
+        flags = ["-m", "database.sparsegpt", *flags, "--sparsity", setting.budget, "--weights_diff", hidden_size**2 // 16]
+    run(flags, args.out / "logs" / f"{folder.name}.log")
+
+
+def folder_of(setting: Setting, variant: str, seed: int, out: Path) -> Path:
+    return out / f"{setting.task}-{setting.budget:g}-{variant.replace(' ', '-').replace(chr(39), '')}-{seed}"
+
+
+def search(setting: Setting, variant: str, seed: int, args: argparse.Namespace) -> None:
+    folder = folder_of(setting, variant, seed, args.out)
+    if (folder / "summary.json").exists():
+        return
+    flags = ["--model_name_or_path", args.model_name_or_path, "--calibration_data", args.data,
+             "--calibration_sequence_length", args.sequence_length, "--calibration_tokens", args.calibration_tokens,
+             *SEARCH, *VARIANTS[variant], "--generations", args.generations, "--seed", seed, "--output_dir", folder]
+    if "measured" in VARIANTS[variant]:
+        flags += ["--initial_tokens", args.measure_tokens[setting.task != "depth"]]
+    if setting.task == "depth":
+        program, own = "evo_drop.py", ["--sparsity", setting.budget]
+    else:
+        own = ["--configuration_name", f"{folder.name}.txt"]
+        if setting.task == "bits":
+            program, own = "evo_quant.py", [*own, "--quant_weights_path", database_of(setting, args.out),
+                                            "--target_bitwidth", setting.budget]
+        else:
+            program, own = "evo_unstructured.py", [*own, "--sparse_weights_path", database_of(setting, args.out)]
+    run([program, *own, *flags], args.out / "logs" / f"{folder.name}.log")
+    print(f"{folder.name} done", flush=True)
+
+
+# ---- held-out evaluation ---------------------------------------------------------------------------------------------
+
+
+def records(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def candidate_at(log: list[dict], tokens: float) -> str | None:
+    """The best candidate when a search had spent that many tokens, as the log writes it; None before the first."""
+    known = [record for record in log if record["tokens"] <= tokens]
+    return json.dumps(known[-1].get("levels") or known[-1]["dropped"]) if known else None
+
+
+def heldout(setting: Setting, candidates: list[str], args: argparse.Namespace) -> dict[str, float]:
+    """KL divergence, in nats a token, of candidates as the log writes them. Those evaluated before are kept in a file."""
+    path = args.out / f"heldout-{setting.task}-{setting.budget:g}.json"
+    values = json.loads(path.read_text()) if path.exists() else {}
+    missing = sorted({candidate for candidate in candidates if candidate not in values})
+    if missing:
+        torch.set_num_threads(1)
+        tokenizer = load_tokenizer(args.model_name_or_path, True, False)
+        documents = evaluation_documents(args.data, tokenizer, args.eval_tokens, args.sequence_length)
+        decoder = load_decoder(args.model_name_or_path, "auto", "cpu", None, False)
+        if setting.task == "depth":
+            def set_block(index: int, state: tuple[bool, bool]) -> None:
+                decoder.blocks[index].drop(*state)
+            states = [tuple(DROP_WORDS[word] for word in json.loads(candidate).split()) for candidate in missing]
+        else:
+            switcher = LevelSwitcher(decoder, Database.open(database_of(setting, args.out)), 1.0)
+            set_block, names = switcher.set_block, [name for block in switcher.names for name in block]
+            states = [switcher.states(dict(zip(names, json.loads(candidate)))) for candidate in missing]
+        fitness = Fitness(decoder, documents, set_block, progress=f"{setting.name}: uncompressed model")
+        values |= zip(missing, (value for value, in fitness.measure(states)))
+        write_atomic(path, json.dumps(values))
+    return values
+
+
+def curves(setting: Setting, args: argparse.Namespace) -> dict[str, list[dict[float, float]]]:
+    """Variant -> of every seed that all variants with any finished run have: share of the paper's tokens -> held-out KL.
+
+    Shares at which a seed has no candidate yet are left out; `start` of a curve is the share its first one took."""
+    logs = {variant: {seed: records(folder) for seed in range(args.seeds)
+                      if ((folder := folder_of(setting, variant, seed, args.out)) / "summary.json").exists()}
+            for variant in args.variants}
+    logs = {variant: runs for variant, runs in logs.items() if runs}
+    seeds = sorted(set.intersection(*map(set, logs.values()))) if PAPER in logs else []
+    found: dict[str, list[dict[float, str]]] = {variant: [] for variant in logs}
+    for seed in seeds:
+        total = logs[PAPER][seed][-1]["tokens"]
+        for variant, runs in logs.items():
+            start = runs[seed][0]["tokens"] / total
+            points = {share: candidate_at(runs[seed], share * total) for share in sorted({start, *CURVE})}
+            found[variant].append({share: candidate for share, candidate in points.items() if candidate})
+    values = heldout(setting, [c for runs in found.values() for points in runs for c in points.values()], args)
+    return {variant: [{share: values[candidate] for share, candidate in points.items()} for points in runs]
+            for variant, runs in found.items() if seeds}
+
+
+# ---- table and picture -----------------------------------------------------------------------------------------------
+
+
+def median_at(runs: list[dict[float, float]], share: float) -> float | None:
+    """Median over seeds; None where a seed has no candidate yet."""
+    known = [max((s for s in points if s <= share), default=None) for points in runs]
+    return None if None in known else statistics.median(points[s] for points, s in zip(runs, known))
+
+
+def share_to_reach(runs: list[dict[float, float]], goal: float) -> float | None:
+    """The least share of tokens at which the median is at most `goal`, of those evaluated."""
+    return next((share for share in sorted({s for points in runs for s in points})
+                 if (value := median_at(runs, share)) is not None and value <= goal), None)
+
+
+def table(results: dict[str, dict[str, list[dict[float, float]]]]) -> str:
+    rows = [["budget", "search", "seeds", "start after", *[f"{share:.0%}" for share in SHARES], "range at 100%",
+             "the paper's end after"]]
+    for name, variants in results.items():
+        goal = median_at(variants[PAPER], 1.0)
+        for variant, runs in variants.items():
+            ends = [points[max(points)] for points in runs]
+            reached = share_to_reach(runs, goal)
+            rows.append([name, variant, len(runs), f"{statistics.median(min(points) for points in runs):.1%}",
+                         *[median_at(runs, share) for share in SHARES], f"{min(ends):.4f}–{max(ends):.4f}",
+                         "not reached" if reached is None else f"{reached:.1%}"])
+    return format_table(rows)
+
+
+def plot(results: dict[str, dict[str, list[dict[float, float]]]], path: Path) -> None:
+    """One panel a budget: median and range over the seeds, of the paper's way and of all of ours."""
+    matplotlib.use("Agg")
+    columns = -(-len(results) // 2)
+    figure, axes = pyplot.subplots(2, columns, figsize=(3.4 * columns, 5.4), layout="constrained", squeeze=False)
+    for axis, (name, variants) in zip(axes.T.flat, results.items()):
+        for variant, color in ((PAPER, "tab:gray"), (OURS, "tab:blue")):
+            runs = variants.get(variant, [])
+            if not runs:
+                continue
+            shares = [share for share in sorted({s for points in runs for s in points}) if median_at(runs, share)]
+            at = [[points[max(s for s in points if s <= share)] for points in runs] for share in shares]
+            axis.plot(shares, [statistics.median(values) for values in at], color=color, marker=".", label=variant)
+            axis.fill_between(shares, [min(values) for values in at], [max(values) for values in at], color=color,
+                              alpha=0.2, linewidth=0)
+        axis.set(title=name, xscale="log", xlabel="tokens, of what the paper's way spends", ylabel="held-out KL")
+        axis.set_xticks([0.03, 0.1, 0.3, 1.0], ["3%", "10%", "30%", "100%"])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0, 0].legend(fontsize=8)
+    figure.savefig(path, dpi=80)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    args = parse_arguments()
+    args.out = args.out.resolve()
+    args.out.mkdir(parents=True, exist_ok=True)
+    budgets = {"depth": args.shares, "sparsity": args.sparsities, "bits": args.bitwidths}
+    settings = [Setting(task, budget) for task in args.tasks for budget in budgets[task]]
+    if not args.report:
+        with ThreadPoolExecutor(args.jobs) as pool:
+            list(pool.map(lambda setting: build(setting, args),
+                          {database_of(setting, args.out): setting for setting in settings}.values()))
+            list(pool.map(lambda job: search(*job, args), [(setting, variant, seed) for seed in range(args.seeds)
+                                                           for variant in args.variants for setting in settings]))
+    results = {setting.name: found for setting in settings if (found := curves(setting, args))}
+    if not results:
+        raise SystemExit(f"--report: {args.out} has no finished run of the paper's way to compare with")
+    text = table(results)
+    print(text)
+    (args.out / "table.md").write_text(text + "\n")
+    plot(results, args.out / "search_quality.png")
+    if args.write_readme:
+        plot(results, ROOT / "benchmarks" / "search_quality.png")
+        readme = ROOT / "README.md"
+        before, _, rest = readme.read_text().partition(MARKS[0])
+        after = rest.partition(MARKS[1])[2]
+        picture = "![Held-out KL over tokens, median and range](benchmarks/search_quality.png)"
+        readme.write_text(f"{before}{MARKS[0]}\n{text}\n\n{picture}\n{MARKS[1]}{after}")
+
+
+if __name__ == "__main__":
+    main()
