@@ -217,7 +217,7 @@ def readme_table(folder: Path) -> str:
         memory = {"cpu": "host", "cuda": "device"}[device]
         for name, result in searches.items():
             costs, seconds = result["costs"], result["costs"]["here"]["seconds"]
-            rows.append([f"{model}, {device}: {name}", costs["plain"]["seconds"], seconds,
+            rows.append([f"{model}, {device}, tokens / {result['divide']}: {name}", costs["plain"]["seconds"], seconds,
                          f"{costs['plain']['seconds'] / seconds:.2f}x",
                          f"{result['shared_flops'] / result['flops']:.0%}",
                          f"{result['flops'] / seconds / result['peak']:.0%}",
@@ -279,7 +279,7 @@ def main() -> None:
             generation = play(name, decoder, documents, divide, Path(folder), args.model != "demo")
             if args.plot:
                 return plot_cost(generation, meter, args.plot)
-            results[name] = measure(name, generation, args.repeats, meter)
+            results[name] = {"divide": divide, **measure(name, generation, args.repeats, meter)}
             print_result(name, results[name], meter.cuda)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / f"{args.model}-{device.type}.json").write_text(json.dumps(results, indent=1) + "\n")

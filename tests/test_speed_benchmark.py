@@ -39,9 +39,9 @@ def test_all_ways_agree_and_sharing_spares_work(name, tmp_path):
     assert result["flops"] == flops(played, shared=False) > result["shared_flops"]
     assert sum(len(candidates) * sum(length for _, length in minibatch) for candidates, minibatch in played.steps
                ) == result["tokens"]
-    (tmp_path / "small-cpu.json").write_text(json.dumps({name: result}))
+    (tmp_path / "small-cpu.json").write_text(json.dumps({name: {"divide": 512, **result}}))
     table = readme_table(tmp_path)
-    assert f"small, cpu: {name}" in table and "not yet measured" in table
+    assert f"small, cpu, tokens / 512: {name}" in table and "not yet measured" in table
 
 
 def test_fitness_that_differs_ends_the_benchmark(tmp_path):
