@@ -38,7 +38,7 @@ class LevelSwitcher:
         self._decoder = decoder
         if decoder.offloaded:
             decoder.offloaded.on_leave = self._forget
-        self._cache = LevelCache(database, decoder.device, decoder.dtype, int(cache_gb * GIGABYTE))
+        self.cache = LevelCache(database, decoder.device, decoder.dtype, int(cache_gb * GIGABYTE))
 
     def set_block(self, index: int, levels: Hashable) -> None:
         """Put the layers of block `index` at `levels`, a tuple in the order of `names[index]`."""
@@ -52,7 +52,7 @@ class LevelSwitcher:
                 weight.data.copy_(self._uncompressed.pop(name))
                 del self.loaded[name]
             else:
-                self._cache.copy_(weight, name, level)
+                self.cache.copy_(weight, name, level)
                 self.loaded[name] = level
             self.switches += 1
 

@@ -230,7 +230,7 @@ class Fitness:
         """Tokens whose logits are in memory at once: 256 MB of float32 on a GPU, what a cache holds on a CPU."""
         budget = 2**28 if self.decoder.device.type != "cpu" else 2**22
         vocabulary = self.decoder.config.get_text_config(decoder=True).vocab_size
-        return max(64, budget // (4 * vocabulary))
+        return max(128, budget // (4 * vocabulary))
 
     def _block_inputs(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None):
         device = self.decoder.device

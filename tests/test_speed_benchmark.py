@@ -1,0 +1,75 @@
+"""benchmarks/search.py: all its ways of measuring a generation agree, and it fails where they would not."""
+import json
+import random
+from unittest.mock import patch
+
+import pytest
+import torch
+
+import families
+from benchmarks import search, ways
+from benchmarks.search import Meter, flops, largest_difference, measure, readme_table
+from utils.model import Decoder
+
+METER = Meter(torch.device("cpu"), 1)
+
+
+@pytest.fixture(autouse=True)
+def matmul_peak():
+    with patch.object(search, "seconds_a_flop", return_value=1e-10):       # half a second of work, 20 times
+        yield
+
+
+def generation(name, folder):
+    """One of a small Llama with a packed minibatch, and offspring few enough for a test."""
+    rng, generator = random.Random(0), torch.Generator().manual_seed(0)
+    texts = [torch.randint(3, families.VOCABULARY, (rng.randint(2, 40),), generator=generator) for _ in range(40)]
+    script, budget = ways.SEARCHES[name]
+    few = "--offspring 10 --survivors_per_selection 2 1 --tokens_per_selection 4096 65536"
+    with patch.dict(ways.SEARCHES, {name: (script, f"{budget} {few}")}):
+        return ways.play(name, Decoder(families.build("llama")), texts, 512, folder, one_block=False)
+
+
+@pytest.mark.parametrize("name", ways.SEARCHES)
+def test_all_ways_agree_and_sharing_spares_work(name, tmp_path):
+    played = generation(name, tmp_path)
+    result = measure(name, played, 1, METER)
+    assert {"plain", "here", "prefixes shared", "documents packed"} <= result["costs"].keys()
+    assert result["difference"] <= 1e-4
+    assert result["flops"] == flops(played, shared=False) > result["shared_flops"]
+    assert sum(len(candidates) * sum(length for _, length in minibatch) for candidates, minibatch in played.steps
+               ) == result["tokens"]
+    (tmp_path / "small-cpu.json").write_text(json.dumps({name: {"divide": 512, **result}}))
+    table = readme_table(tmp_path)
+    assert f"small, cpu, tokens / 512: {name}" in table and "not yet measured" in table
+
+
+def test_fitness_that_differs_ends_the_benchmark(tmp_path):
+    played = generation("evo_drop", tmp_path)
+    with patch.object(search, "here", lambda generation: [[v * 1.001 for v in step] for step in ways.here(generation)]):
+        with pytest.raises(SystemExit, match="evo_drop, here: a fitness differs"):
+            measure("evo_drop", played, 1, METER)
+    assert largest_difference([[1.0, float("nan")]], [[1.0, 1.0]]) == float("inf")
+
+
+def test_switched_off_means_switched_off(tmp_path):
+    """Each patch changes what it names: blocks run, teacher's distributions computed, levels unpacked, rows packed."""
+    played = generation("evo_quant", tmp_path)
+    fitness, off = played.fitness, ways.without(played)
+
+    def run(ingredient=None):
+        played.forget_loaded()
+        fitness.blocks_run = played.switcher.switches = 0
+        with patch.object(fitness, "_log_probabilities", side_effect=fitness._log_probabilities) as heads:
+            if ingredient is None:
+                ways.here(played)
+            else:
+                with off[ingredient]:
+                    ways.here(played)
+        return {"blocks": fitness.blocks_run, "heads": heads.call_count, "switches": played.switcher.switches}
+
+    whole = run()
+    assert run("prefixes shared")["blocks"] > whole["blocks"]
+    assert run("teacher shared")["heads"] > whole["heads"] > run("hidden states stored")["heads"]
+    assert run("documents packed")["blocks"] > whole["blocks"]
+    assert run("levels packed")["switches"] == 0 < whole["switches"]
