@@ -70,7 +70,7 @@ def build_database(decoder: Decoder, method: str, folder: Path, one_block: bool)
             else:
                 identity = torch.eye(layer.in_features, device=layer.weight.device)
                 levels, _ = module.solve_layer(layer.weight, identity, args)
-                write_layer(folder, manifest, name, tuple(layer.weight.shape), levels)
+                manifest["layers"][name] = write_layer(folder, name, tuple(layer.weight.shape), levels)
     write_manifest(folder, manifest)
     return Database.open(folder)
 

@@ -195,8 +195,8 @@ class Fitness:
         self.blocks_run += 1
         return self.decoder.run_block(index, hidden_states, inputs)
 
-    def _losses(self, hidden_states: torch.Tensor, teacher: list[torch.Tensor] | None, targets: torch.Tensor, kinds: Sequence[str]
-                ) -> torch.Tensor:
+    def _losses(self, hidden_states: torch.Tensor, teacher: list[torch.Tensor] | None, targets: torch.Tensor,
+                kinds: Sequence[str]) -> torch.Tensor:
         """Sums of each kind over predicted tokens, float64 [kinds]; hidden_states [predicted, hidden]."""
         sums = torch.zeros(len(kinds), dtype=torch.float64, device=hidden_states.device)
         step = self._chunk_tokens()
