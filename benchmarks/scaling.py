@@ -77,7 +77,7 @@ def cores() -> str:
     info = path.read_text() if path.exists() else ""
     packages = re.findall(r"physical id\s*: (\d+)", info), re.findall(r"core id\s*: (\d+)", info)
     physical = len(set(zip(*packages)))
-    return f"{os.cpu_count()} logical cores" + (f" of {physical} physical ones" if physical else "")
+    return f"{os.cpu_count()} logical cores" + (f", {physical} physical, as far as the system tells" if physical else "")
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from utils.model import BlockInputs, Decoder
 
 CHUNKS = 32                      # of the calibration tokens, dealt out to the processes; no more can share a pass
 SLAB = 2**24                     # elements of a Hessian that travel at once
+COLUMN = 2**20                   # operations in the time that solving a column takes however few its rows are
 
 
 class Calibration:
@@ -150,8 +151,9 @@ class InputHessians:
 
     def _deal(self, names: list[str]) -> None:
         """Give each of some inputs to the process with the least to solve so far, the costliest first."""
-        costs = {name: sum((layer.out_features + layer.in_features) * layer.in_features**2 for other, layer in self.layers.items()
-                           if self.source.get(other, other) == name) for name in names}
+        costs = {name: sum(((layer.out_features + layer.in_features) * layer.in_features + COLUMN) * layer.in_features
+                           for other, layer in self.layers.items() if self.source.get(other, other) == name)
+                 for name in names}
         for name in sorted(names, key=costs.get, reverse=True):
             self.owner[name] = min(range(len(self._load)), key=self._load.__getitem__)
             self._load[self.owner[name]] += costs[name]

@@ -11,14 +11,44 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import torch  # noqa: E402
+
+from database.hessian import InputHessians  # noqa: E402
 from utils import distributed  # noqa: E402
 
 
 def run(command: list[str]) -> None:
     """A program's name and its arguments; database builds take theirs parsed."""
     name, *arguments = command
+    if name == "hessians":
+        return hessians(*arguments)
     program = importlib.import_module(name)
     program.main(program.make_parser().parse_args(arguments) if name.startswith("database.") else arguments)
+
+
+def hessians(file: str) -> None:
+    """The Hessians of a mixture of experts of which some chunks, and so some processes, see only a part."""
+    generator = torch.Generator().manual_seed(0)
+    layers = {name: torch.nn.Linear(8, 4) for name in ("all", "last", "shared", "none")}
+    inputs, count = InputHessians(layers), distributed.world_size()
+    chunks = torch.randn(5, 20, 8, generator=generator)
+    for first in range(0, len(chunks), count):
+        for chunk in range(first, min(first + count, len(chunks)))[distributed.rank():][:1]:
+            with torch.no_grad():
+                layers["all"](chunks[chunk])
+                if chunk == len(chunks) - 1:
+                    x = chunks[chunk] ** 2
+                    layers["last"](x)
+                    layers["shared"](x)
+            inputs.end_microbatch()
+        inputs.end_chunk()
+    found = {}
+    for part in distributed.gather({name: hessian if hessian is None else hessian.tolist()
+                                    for name, hessian in inputs.finish().items()}):
+        assert not found.keys() & part.keys()
+        found.update(part)
+    if distributed.is_main():
+        Path(file).write_text(json.dumps(found, sort_keys=True))
 
 
 def fail_in_one() -> None:

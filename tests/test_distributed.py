@@ -60,7 +60,8 @@ def runs(inputs, tmp_path_factory):
         processes.run(command)
     resumed = search_commands(inputs, folders["one"], folders["two"], 1)[2]
     processes.run(resumed)                                              # by one process; two go on
-    finished = torchrun([*build_commands(inputs, folders["two"]),
+    processes.run(["hessians", str(folders["one"] / "hessians.json")])
+    finished = torchrun([["hessians", str(folders["two"] / "hessians.json")], *build_commands(inputs, folders["two"]),
                          *search_commands(inputs, folders["one"], folders["two"], 3)])
     assert finished.returncode == 0, finished.stderr
     folders["printed"] = finished.stdout
@@ -85,6 +86,13 @@ def test_two_processes_build_the_database_that_one_builds(runs, method):
     one, two = ({file.name: file.read_bytes() for file in (runs[name] / method).iterdir()
                  if file.suffix in (".safetensors", ".json")} for name in ("one", "two"))
     assert len(one) == 43 and one == two
+
+
+def test_layers_that_only_one_process_sees_have_their_hessian(runs):
+    one, two = ((runs[name] / "hessians.json").read_text() for name in ("one", "two"))
+    assert one == two
+    found = json.loads(one)
+    assert found["none"] is None and found["last"] == found["shared"] != found["all"]
 
 
 def test_one_process_prints_and_says_how_long_they_waited(runs):
