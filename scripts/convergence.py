@@ -56,9 +56,8 @@ def check_winners(winners: list[str], args: argparse.Namespace, num_blocks: int)
 
 
 def first_reached(ranks: list[int]) -> list[tuple[int, int]]:
-    """(generation, rank) of every generation in which the best candidate so far changes its rank."""
-    return [(generation, rank) for generation, (rank, before) in enumerate(zip(ranks, [None, *ranks]), 1)
-            if rank != before]
+    """(generation, rank) wherever the best candidate so far changes its rank; generation 0 is the start."""
+    return [(generation, rank) for generation, (rank, before) in enumerate(zip(ranks, [None, *ranks])) if rank != before]
 
 
 @user_errors(RunError)

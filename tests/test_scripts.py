@@ -269,13 +269,13 @@ def test_brute_force_ranks_every_winner_of_a_search(checkpoint, tmp_path):
                    "--initial_tokens", "256", "--generations", "3", "--output_dir", str(tmp_path / "run")])
     result = convergence.main([*model, "--brute_force_tokens", "256", "--search", str(tmp_path / "run"), "--output",
                                str(tmp_path / "convergence.json")])
-    assert result["candidates"] == 3 and len(result["ranks"]) == 3
+    assert result["candidates"] == 3 and len(result["ranks"]) == 4   # the start, and three generations
     assert result["ranks"][-1] == 1                              # two offspring and the parent are all there are
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert result["optimum"] == summary["dropped"]
     assert result["KL"][-1] == pytest.approx(summary["fitness"], rel=1e-4)
     assert sum(map(all, read_drop_config(tmp_path / "convergence-optimum.txt"))) == 2
-    assert convergence.first_reached([5, 5, 2, 2, 1]) == [(1, 5), (3, 2), (5, 1)]
+    assert convergence.first_reached([5, 5, 2, 2, 1]) == [(0, 5), (2, 2), (4, 1)]
 
 
 def test_small_task_is_one_the_harness_reads(tmp_path):
