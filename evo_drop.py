@@ -34,7 +34,7 @@ FAILED_DRAWS = 200               # draws without a new candidate after which a g
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_model_flags(parser, offload=True)
+    add_model_flags(parser, offload=True, compiled=True)
     add_calibration_flags(parser, tokens=131072)
     budget = parser.add_argument_group("budget: --sparsity, or --drop_attn and --drop_mlp, or --drop_params")
     budget.add_argument("--sparsity", type=float, metavar="FRACTION",
@@ -325,7 +325,7 @@ def main(argv: list[str] | None = None) -> dict:
             args.eval_datasets, tokenizer, args.eval_tokens,
             sequence_length(args.eval_sequence_length, config, "--eval_sequence_length"))
         decoder = load_decoder(args.model_name_or_path, args.dtype, args.device, args.attn_implementation,
-                               args.trust_remote_code, args.cpu_offload_modules)
+                               args.trust_remote_code, args.cpu_offload_modules, args.compile)
         blocks = decoder.blocks
         space = build_space(args, [(block.attn.size, block.mlp.size) for block in blocks])
 

@@ -39,7 +39,7 @@ FAILED_DRAWS = 200               # draws without a new candidate after which a g
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_model_flags(parser, offload=True)
+    add_model_flags(parser, offload=True, compiled=True)
     add_calibration_flags(parser, tokens=524288)
     space = parser.add_argument_group("search space")
     space.add_argument("--sparse_weights_path", required=True, metavar="FOLDER",
@@ -231,7 +231,7 @@ def main(argv: list[str] | None = None) -> dict:
             args.eval_datasets, tokenizer, args.eval_tokens,
             sequence_length(args.eval_sequence_length, config, "--eval_sequence_length"))
         decoder = load_decoder(args.model_name_or_path, args.dtype, args.device, args.attn_implementation,
-                               args.trust_remote_code, args.cpu_offload_modules)
+                               args.trust_remote_code, args.cpu_offload_modules, args.compile)
         switcher = LevelSwitcher(decoder, database, args.level_cache_gb)
         bound = math.inf if args.max_level is None else args.max_level
         levels = {name: [level for level in database.levels(name) if abs(level) <= bound] for name in database.layers}

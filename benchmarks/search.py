@@ -33,13 +33,15 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)                              # this file's own folder would hide the database package
 from benchmarks.subjects import SHAPES, load  # noqa: E402
-from benchmarks.ways import SEARCHES, Generation, here, plain, play, without  # noqa: E402
+from benchmarks.ways import SEARCHES, Generation, compiled, here, plain, play, without  # noqa: E402
 from utils.model import Decoder, default_device  # noqa: E402
 from utils.runs import format_table  # noqa: E402
 
 MARKS = ("<!-- speed -->", "<!-- /speed -->")
 DIVIDE = {"demo": 8, "100m": 64, "llama-3-8b": 16}
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}      # of fitness, relative to the plain way's
+COMPILED = "here, with --compile"
+WHOLE = ("plain", "here", COMPILED)                          # the other ways go without something
 MEGABYTE = 10**6
 
 
@@ -155,10 +157,19 @@ def kept_bytes(generation: Generation, way: str, device: str) -> int:
             + (generation.switcher.cache.bytes if on_device else 0))
 
 
+def with_compile(generation: Generation) -> dict[str, tuple]:
+    """The way with --compile, where it works."""
+    try:
+        return {COMPILED: (here, compiled(generation))}
+    except ValueError as error:
+        print(error)
+        return {}
+
+
 def measure(name: str, generation: Generation, repeats: int, meter: Meter) -> dict:
     """All ways by turns: their costs, and how well fitness values agree. Raises SystemExit where they do not."""
     tolerance = TOLERANCE[generation.decoder.dtype]
-    ways = {"plain": (plain, nullcontext()), "here": (here, nullcontext()),
+    ways = {"plain": (plain, nullcontext()), "here": (here, nullcontext()), **with_compile(generation),
             **{ingredient: (here, off) for ingredient, off in without(generation).items()}}
     costs: dict[str, dict[str, float]] = {}
     peak, difference, expected = math.inf, 0.0, None
@@ -191,7 +202,7 @@ def print_result(name: str, result: dict, cuda: bool) -> None:
     rows = [[name, "seconds", "tokens/s", "against plain", "of the matmul peak", "host, MB", "device, MB"]]
     costs, spent = result["costs"], result["spent"]
     for way, cost in costs.items():
-        title = way if way in ("plain", "here") else f"here, without: {way}"
+        title = way if way in WHOLE else f"here, without: {way}"
         rows.append([title, cost["seconds"], f"{result['tokens'] / cost['seconds']:,.0f}",
                      f"{costs['plain']['seconds'] / cost['seconds']:.2f}x",
                      f"{result['flops'] / cost['seconds'] / result['peak']:.0%}",
@@ -210,15 +221,17 @@ def readme_table(folder: Path) -> str:
     """Of all results in `folder`: here against plain, and how much longer it takes without each ingredient."""
     results = {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"), reverse=True)}
     ingredients = list(dict.fromkeys(way for searches in results.values() for result in searches.values()
-                                     for way in result["costs"] if way not in ("plain", "here")))
-    rows = [["", "plain, s", "here, s", "faster", "FLOPs left", "of the peak", "plain, MB", "here, MB", *ingredients]]
+                                     for way in result["costs"] if way not in WHOLE))
+    rows = [["", "plain, s", "here, s", "faster", "with --compile", "FLOPs left", "of the peak", "plain, MB", "here, MB",
+             *ingredients]]
     for stem, searches in results.items():
         model, _, device = stem.rpartition("-")
         memory = {"cpu": "host", "cuda": "device"}[device]
         for name, result in searches.items():
             costs, seconds = result["costs"], result["costs"]["here"]["seconds"]
             rows.append([f"{model}, {device}, tokens / {result['divide']}: {name}", costs["plain"]["seconds"], seconds,
-                         f"{costs['plain']['seconds'] / seconds:.2f}x",
+                         *[f"{costs['plain']['seconds'] / costs[way]['seconds']:.2f}x" if way in costs else None
+                           for way in ("here", COMPILED)],
                          f"{result['shared_flops'] / result['flops']:.0%}",
                          f"{result['flops'] / seconds / result['peak']:.0%}",
                          *[f"{costs[way][memory] / MEGABYTE:,.0f}" for way in ("plain", "here")],

@@ -72,6 +72,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("results/search_quality"))
     parser.add_argument("--jobs", type=int, default=1, help="searches at once, one thread each")
+    parser.add_argument("--compile", action="store_true", help="run searches with --compile")
     parser.add_argument("--report", action="store_true", help="run nothing")
     parser.add_argument("--write_readme", action="store_true", help="put table and picture into README.md")
     return parser.parse_args()
@@ -122,6 +123,8 @@ def search(setting: Setting, variant: str, seed: int, args: argparse.Namespace) 
     flags = ["--model_name_or_path", args.model_name_or_path, "--calibration_data", args.data,
              "--calibration_sequence_length", args.sequence_length, "--calibration_tokens", args.calibration_tokens,
              *SEARCH, *VARIANTS[variant], "--generations", args.generations, "--seed", seed, "--output_dir", folder]
+    if args.compile:
+        flags += ["--compile"]
     if "measured" in VARIANTS[variant]:
         flags += ["--initial_tokens", args.measure_tokens[setting.task != "depth"]]
     if setting.task == "depth":

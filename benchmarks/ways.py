@@ -138,6 +138,15 @@ def here(generation: Generation) -> list[list[float]]:
     return [[value for value, in generation.fitness.measure(*step)] for step in generation.steps]
 
 
+def compiled(generation: Generation) -> object:
+    """A patch that has blocks run by torch.compile, as with --compile."""
+    decoder = generation.decoder
+    uncompiled = decoder._call
+    decoder.compile_blocks()
+    call, decoder._call = decoder._call, uncompiled
+    return patch.object(decoder, "_call", call)
+
+
 class ForEveryCandidate:
     """The teacher's distributions of a microbatch, computed again whenever one is asked for."""
 

@@ -5,8 +5,8 @@ import argparse
 from utils.data import check_dataset
 
 
-def add_model_flags(parser: argparse.ArgumentParser, offload: bool = False) -> None:
-    """`offload`: the program knows what to do with --cpu_offload_modules."""
+def add_model_flags(parser: argparse.ArgumentParser, offload: bool = False, compiled: bool = False) -> None:
+    """`offload`, `compiled`: the program knows what to do with --cpu_offload_modules, with --compile."""
     group = parser.add_argument_group("model")
     group.add_argument("--model_name_or_path", required=True, metavar="NAME",
                        help="hub name or folder of a causal language model, e.g. meta-llama/Meta-Llama-3-8B")
@@ -25,6 +25,10 @@ def add_model_flags(parser: argparse.ArgumentParser, offload: bool = False) -> N
         group.add_argument("--cpu_offload_modules", action="store_true",
                            help="keep blocks in host memory and only those at work on the device, for a model larger "
                                 "than it")
+    if compiled:
+        group.add_argument("--compile", action="store_true",
+                           help="run blocks through torch.compile: faster after some seconds, the same up to rounding; "
+                                "needs a C++ compiler")
 
 
 def add_calibration_flags(parser: argparse.ArgumentParser, tokens: int) -> None:

@@ -20,6 +20,7 @@ from utils.files import PARTIAL, naming
 from utils.offload import OffloadedBlocks
 
 ATTENTION_ARGUMENTS = {"attention_mask", "position_embeddings", "past_key_values", "past_key_value", "layer_past"}
+COMPILED_VARIANTS = 64           # of a block; beyond them torch would go on uncompiled
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
 
@@ -58,8 +59,8 @@ def default_device(device: str | None = None) -> torch.device:
 
 
 def load_decoder(name: str, dtype: str = "auto", device: str | torch.device | None = None,
-                 attn_implementation: str | None = None, trust_remote_code: bool = False, offload_blocks: bool = False
-                 ) -> "Decoder":
+                 attn_implementation: str | None = None, trust_remote_code: bool = False, offload_blocks: bool = False,
+                 compile_blocks: bool = False) -> "Decoder":
     """Load a causal language model for inference, with `offload_blocks` its blocks into host memory.
 
     `dtype` "auto" is the checkpoint's own on a GPU and float32 on a CPU, where half precision is slow.
@@ -76,10 +77,11 @@ def load_decoder(name: str, dtype: str = "auto", device: str | torch.device | No
             use_safetensors=None if trust_remote_code else True, output_loading_info=True)
         if found["missing_keys"]:
             raise ValueError(f"its weights lack {min(found['missing_keys'])}")
-    if not offload_blocks:
-        return Decoder(model.to(device))
-    decoder = Decoder(model)
-    decoder.offload_blocks(device)
+    decoder = Decoder(model if offload_blocks else model.to(device))
+    if offload_blocks:
+        decoder.offload_blocks(device)
+    if compile_blocks:
+        decoder.compile_blocks()
     return decoder
 
 
@@ -174,6 +176,7 @@ class Decoder:
         self.packed_rows = 0             # rows of packed documents that may share a microbatch: 0, 1 or any number
         self.identity_when_dropped = False
         self.offloaded: OffloadedBlocks | None = None
+        self._call = _call_module        # or that compiled
         self._probe()
 
     @property
@@ -212,6 +215,18 @@ class Decoder:
         self.device = device
         self.offloaded = OffloadedBlocks([block.module for block in self.blocks], device)
 
+    def compile_blocks(self) -> None:
+        """Run blocks through torch.compile from now on: the same up to rounding. Raises ValueError naming the flag where
+        that does not work."""
+        # a block's code is compiled once for every way of dropping, packing and masking, not once a block
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_VARIANTS)
+        self._call = torch.compile(_call_module, dynamic=True)
+        try:
+            self._last_hidden_states(torch.zeros(2, 16, dtype=torch.int64, device=self.device))
+        except Exception as error:       # no compiler, a module that cannot be traced, ...
+            raise ValueError(f"--compile: torch.compile fails here ({str(error).strip().splitlines()[0][:300]}); install "
+                             f"a C++ compiler, or leave the flag out") from error
+
     def bring(self, index: int) -> None:
         """Have a block on the device, where blocks are offloaded: before its weights are changed or used."""
         if self.offloaded:
@@ -225,7 +240,7 @@ class Decoder:
             return hidden_states
         self.bring(index)
         args, kwargs = inputs.calls[index]
-        output = block.module(hidden_states, *args, **kwargs)
+        output = self._call(block.module, hidden_states, *args, **kwargs)
         return output if isinstance(output, torch.Tensor) else output[0]
 
     @torch.no_grad()
@@ -297,6 +312,10 @@ class Decoder:
         for index in range(len(self.blocks)):
             hidden_states = self.run_block(index, hidden_states, inputs)
         return hidden_states
+
+
+def _call_module(module: nn.Module, *args, **kwargs):
+    return module(*args, **kwargs)
 
 
 @contextmanager
