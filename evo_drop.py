@@ -10,7 +10,7 @@ import argparse
 import math
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from utils.files import check_writable
 from utils.fitness import Fitness
 from utils.flags import (add_calibration_flags, add_evaluation_flags, add_model_flags, add_search_flags,
                          check_search_flags)
+from utils.margin import rank_with_margin
 from utils.model import Decoder, load_config, load_decoder, load_tokenizer, save_dropped
 from utils.runs import (Run, RunError, default_folder, evaluation_rows, format_table, open_wandb, plot_search,
                         rng_state, set_rng_state, user_errors)
@@ -260,19 +261,23 @@ def mutate(space: Space, parents: list[Candidate], max_mutations: int, rng: rand
 
 
 def select(offspring: list[Candidate], parents: list[Candidate], steps: list[tuple[int, int]],
-           measure: Callable[[list[Candidate], int], list[tuple[float, Candidate]]], strategy: str = "plus"
+           measure: Callable[..., list[tuple[float, Candidate]]], strategy: str = "plus", margin: float = 0.0
            ) -> list[tuple[float, Candidate]]:
     """Multi-step selection: the (fitness, candidate) that the last step leaves, best first.
 
     steps: (survivors, tokens) of each; measure(candidates, tokens) gives (fitness, candidate), best first. With
-    "plus" the parents compete in the last step only, with "comma" not at all. What is not finite never survives; where
-    nothing is, the parents stay.
+    "plus" the parents compete in the last step only, with "comma" not at all. Where they compete and there is a margin,
+    measure(candidates, tokens, parents, margin) ranks offspring as if they were worse by that many standard errors of
+    their difference to the best parent. What is not finite never survives; where nothing is, the parents stay.
     """
     candidates = offspring
     for step, (survivors, num_tokens) in enumerate(steps):
+        handicap = ()
         if step == len(steps) - 1 and strategy == "plus":
             candidates = candidates + parents
-        ranked = [pair for pair in measure(candidates, num_tokens)[:survivors] if math.isfinite(pair[0])]
+            handicap = (parents, margin) if margin else ()
+        ranked = measure(candidates, num_tokens, *handicap)[:survivors]
+        ranked = [pair for pair in ranked if math.isfinite(pair[0])]
         candidates = [candidate for _, candidate in ranked]
     return ranked or [(math.inf, parent) for parent in parents]
 
@@ -340,16 +345,22 @@ def main(argv: list[str] | None = None) -> dict:
     tokens_spent = 0
     model = AdditiveModel([(False, True) for _ in space.units]) if args.screen > 1 else None
 
-    def measure(candidates: list[Candidate], num_tokens: int, minibatch: list[tuple[int, int]] | None = None
-                ) -> list[tuple[float, Candidate]]:
-        """(fitness, candidate), best first; a candidate that is not finite is last whatever is searched for."""
+    def measure(candidates: list[Candidate], num_tokens: int, parents: Sequence[Candidate] = (), margin: float = 0.0,
+                minibatch: list[tuple[int, int]] | None = None) -> list[tuple[float, Candidate]]:
+        """(fitness, candidate), best first, where `parents` are ahead of others by `margin` standard errors; a
+        candidate that is not finite is last whatever is searched for."""
         nonlocal tokens_spent
         tokens_spent += len(candidates) * num_tokens
         minibatch = minibatch or draw_minibatch(documents, num_tokens, rng)
-        values = fitness.measure([space.states(c, len(blocks)) for c in candidates], minibatch, (args.fitness_fn,))
+        blockwise = [space.states(c, len(blocks)) for c in candidates]
         sign = -1 if args.invert_fitness else 1
-        ranked = [(sign * value if math.isfinite(value) else math.inf, c) for (value,), c in zip(values, candidates)]
-        ranked.sort(key=lambda pair: pair[0])
+        if margin:
+            ranked = [(value, candidates[i]) for value, i in rank_with_margin(
+                fitness, blockwise, minibatch, args.fitness_fn, [candidates.index(c) for c in parents], margin, sign)]
+        else:
+            values = fitness.measure(blockwise, minibatch, (args.fitness_fn,))
+            ranked = sorted(((sign * value if math.isfinite(value) else math.inf, c)
+                             for (value,), c in zip(values, candidates)), key=lambda pair: pair[0])
         if model:
             model.observe(ranked, num_tokens)
         return ranked
@@ -374,7 +385,7 @@ def main(argv: list[str] | None = None) -> dict:
         if args.init == "measured":
             minibatch = draw_minibatch(documents, args.initial_tokens, rng)
             candidate, errors = measured_candidate(space, lambda candidates: {
-                candidate: value for value, candidate in measure(candidates, args.initial_tokens, minibatch)}, rng)
+                c: value for value, c in measure(candidates, args.initial_tokens, minibatch=minibatch)}, rng)
             initial = [candidate] if candidate else initial
             if model:
                 model.expect(errors)
@@ -403,7 +414,7 @@ def main(argv: list[str] | None = None) -> dict:
             break
         if model:
             offspring = model.screen(offspring, args.offspring, rng)
-        survivors = select(offspring, population, steps, measure, args.strategy)
+        survivors = select(offspring, population, steps, measure, args.strategy, args.margin)
         population, best = [candidate for _, candidate in survivors], survivors[0][0]
 
         record = {"generation": generation, "fitness": best, "tokens": tokens_spent,

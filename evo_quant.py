@@ -11,7 +11,7 @@ import argparse
 import math
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from operator import getitem
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from utils.files import check_writable
 from utils.fitness import Fitness
 from utils.flags import (add_calibration_flags, add_evaluation_flags, add_model_flags, add_search_flags,
                          check_search_flags)
+from utils.margin import rank_with_margin
 from utils.model import load_config, load_decoder, load_tokenizer
 from utils.runs import (Run, RunError, default_folder, evaluation_rows, format_table, open_wandb, plot_search,
                         rng_state, set_rng_state, user_errors)
@@ -217,19 +218,23 @@ def draw_distinct(draw: Callable[[], Candidate | None], count: int, known: set[C
 
 
 def select(offspring: list[Candidate], parents: list[Candidate], steps: list[tuple[int, int]],
-           measure: Callable[[list[Candidate], int], list[tuple[float, Candidate]]], strategy: str = "plus"
+           measure: Callable[..., list[tuple[float, Candidate]]], strategy: str = "plus", margin: float = 0.0
            ) -> list[tuple[float, Candidate]]:
     """Multi-step selection: the (fitness, candidate) that the last step leaves, best first.
 
     steps: (survivors, tokens) of each; measure(candidates, tokens) gives (fitness, candidate), best first. With
-    "plus" the parents compete in the last step only, with "comma" not at all. What is not finite never survives; where
-    nothing is, the parents stay.
+    "plus" the parents compete in the last step only, with "comma" not at all. Where they compete and there is a margin,
+    measure(candidates, tokens, parents, margin) ranks offspring as if they were worse by that many standard errors of
+    their difference to the best parent. What is not finite never survives; where nothing is, the parents stay.
     """
     candidates = offspring
     for step, (survivors, num_tokens) in enumerate(steps):
+        handicap = ()
         if step == len(steps) - 1 and strategy == "plus":
             candidates = candidates + parents
-        ranked = [pair for pair in measure(candidates, num_tokens)[:survivors] if math.isfinite(pair[0])]
+            handicap = (parents, margin) if margin else ()
+        ranked = measure(candidates, num_tokens, *handicap)[:survivors]
+        ranked = [pair for pair in ranked if math.isfinite(pair[0])]
         candidates = [candidate for _, candidate in ranked]
     return ranked or [(math.inf, parent) for parent in parents]
 
@@ -296,13 +301,19 @@ def main(argv: list[str] | None = None) -> dict:
     def states(candidate: Candidate) -> tuple:
         return switcher.states(space.levels(candidate))
 
-    def measure(candidates: list[Candidate], num_tokens: int) -> list[tuple[float, Candidate]]:
-        """(fitness, candidate), best first."""
+    def measure(candidates: list[Candidate], num_tokens: int, parents: Sequence[Candidate] = (), margin: float = 0.0
+                ) -> list[tuple[float, Candidate]]:
+        """(fitness, candidate), best first, where `parents` are ahead of others by `margin` standard errors."""
         nonlocal tokens_spent
         tokens_spent += len(candidates) * num_tokens
         minibatch = draw_minibatch(documents, num_tokens, rng)
-        values = fitness.measure([states(candidate) for candidate in candidates], minibatch, (args.fitness_fn,))
-        ranked = sorted(((value, candidate) for (value,), candidate in zip(values, candidates)), key=lambda pair: pair[0])
+        blockwise = [states(candidate) for candidate in candidates]
+        if margin:
+            ranked = [(value, candidates[i]) for value, i in rank_with_margin(
+                fitness, blockwise, minibatch, args.fitness_fn, [candidates.index(c) for c in parents], margin)]
+        else:
+            values = fitness.measure(blockwise, minibatch, (args.fitness_fn,))
+            ranked = sorted(((value, c) for (value,), c in zip(values, candidates)), key=lambda pair: pair[0])
         if model:
             model.observe(ranked, num_tokens)
         return ranked
@@ -352,7 +363,7 @@ def main(argv: list[str] | None = None) -> dict:
             break
         if model:
             offspring = model.screen(offspring, args.offspring, rng)
-        survivors = select(offspring, population, steps, measure, args.strategy)
+        survivors = select(offspring, population, steps, measure, args.strategy, args.margin)
         population, best = [candidate for _, candidate in survivors], survivors[0][0]
 
         record = {"generation": generation, "fitness": best, "tokens": tokens_spent, "levels": population[0]}
