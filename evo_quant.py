@@ -157,9 +157,15 @@ def random_candidate(space: Space, target: float, rng: random.Random) -> Candida
     return fill_budget(space, candidate, rng)
 
 
-def allocated_candidate(space: Space, errors: list[dict[int, float]], rng: random.Random) -> Candidate:
-    """The least sum of errors within the budget. errors: of every unit, level -> error."""
-    return fill_budget(space, tuple(allocate(errors, space.bits, space.budget)), rng)
+def allocated_candidate(space: Space, errors: list[dict[int, float]], within: list[dict[int, float]], rng: random.Random
+                        ) -> Candidate:
+    """The least sum of errors within the budget. errors: of every unit, level -> error; `within`, those to choose from
+    where that can be."""
+    try:
+        levels = allocate(within, space.bits, space.budget)
+    except ValueError:
+        levels = allocate(errors, space.bits, space.budget)
+    return fill_budget(space, tuple(levels), rng)
 
 
 def fill_budget(space: Space, candidate: Candidate, rng: random.Random) -> Candidate:
@@ -333,10 +339,11 @@ def main(argv: list[str] | None = None) -> dict:
     else:
         uniform = uniform_candidate(space, args.target_bitwidth)
         if args.init == "measured":
-            errors, measured = estimate_alone(fitness, switcher, database, space.units, args.target_bitwidth,
-                                              draw_minibatch(documents, args.initial_tokens, rng))
+            errors, within, measured = estimate_alone(fitness, switcher, database, space.units, args.target_bitwidth,
+                                                      draw_minibatch(documents, args.initial_tokens, rng))
             tokens_spent += measured * args.initial_tokens
-            initial = [allocated_candidate(space, errors, rng)]
+            allocated = allocated_candidate(space, errors, within, rng)
+            initial = [allocated, uniform] if uniform and uniform != allocated else [allocated]   # the better one
             if model:
                 model.expect(errors)
         elif args.init == "uniform" and uniform:

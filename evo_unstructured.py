@@ -117,10 +117,14 @@ def random_candidate(space: Space, rng: random.Random) -> Candidate | None:
     return start and mutate(space, [start], 1, rng, fixed_mutations=len(space.units))
 
 
-def allocated_candidate(space: Space, errors: list[dict[int, float]]) -> Candidate:
-    """The least sum of errors within the budget. errors: of every unit, level -> error. Raises ValueError: none."""
+def allocated_candidate(space: Space, errors: list[dict[int, float]], within: list[dict[int, float]]) -> Candidate:
+    """The least sum of errors within the budget. errors: of every unit, level -> error; `within`, those to choose from
+    where that can be. Raises ValueError: none."""
     steps = [{level: len(unit) * level for level in unit.levels} for unit in space.units]
-    return tuple(allocate(errors, steps, 0, exact=True))
+    try:
+        return tuple(allocate(within, steps, 0, exact=True))
+    except ValueError:
+        return tuple(allocate(errors, steps, 0, exact=True))
 
 
 def balance(space: Space, candidate: Candidate, fixed: set[int], rng: random.Random) -> Candidate | None:
@@ -292,10 +296,10 @@ def main(argv: list[str] | None = None) -> dict:
             raise SystemExit("error: --pin, --bounds, --tie, --max_level and --max_total_deviation leave no allocation "
                              "that keeps as many weights as level 0; loosen them")
         if args.init == "measured":
-            errors, measured = estimate_alone(fitness, switcher, database, space.units, 0,
-                                              draw_minibatch(documents, args.initial_tokens, rng))
+            errors, within, measured = estimate_alone(fitness, switcher, database, space.units, 0,
+                                                      draw_minibatch(documents, args.initial_tokens, rng))
             tokens_spent += measured * args.initial_tokens
-            initial = [allocated_candidate(space, errors)]
+            initial = list(dict.fromkeys([allocated_candidate(space, errors, within), initial[0]]))   # the better one
             if model:
                 model.expect(errors)
         ranked = measure(initial, args.initial_tokens)

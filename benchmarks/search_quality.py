@@ -37,6 +37,7 @@ SEARCH = ["--offspring", 16, "--survivors_per_selection", 4, 2, 1, "--tokens_per
 PAPER, OURS = "paper's way", "measured and screened"
 VARIANTS = {PAPER: ["--initially_generated", 32, "--initial_tokens", 1024],
             OURS: ["--init", "measured", "--screen", 4],
+            "with a margin": ["--init", "measured", "--screen", 4, "--margin", 1],
             "measured start alone": ["--init", "measured"],
             "screening alone": ["--initially_generated", 32, "--initial_tokens", 1024, "--screen", 4]}
 SHARES = (0.05, 0.1, 0.25, 0.5, 1.0)                # columns of the table

@@ -1,7 +1,7 @@
 """How sensitive the model is to each unit of layers: its KL divergence with that unit alone compressed."""
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from database.levels import LevelSwitcher
 from database.store import Database
@@ -46,26 +46,37 @@ def layer_errors(database: Database, names: Sequence[str], levels: Sequence[int]
 
 
 def estimate_alone(fitness: Fitness, switcher: LevelSwitcher, database: Database, units: Sequence[Unit],
-                   target: float, minibatch: Row) -> tuple[list[dict[int, float]], int]:
-    """(of every unit, level -> KL divergence with it alone at that level; number of candidates that were measured).
+                   target: float, minibatch: Row) -> tuple[list[dict[int, float]], list[dict[int, float]], int]:
+    """(of every unit, level -> KL divergence with it alone at that level; the same of levels not more compressed than
+    any that was measured; number of candidates that were measured).
 
-    Two levels of a unit are measured, the most compressed one and of the others that nearest to `target`; the rest
-    follows what the database says of the unit's layers. Units that have one level have no error. Where predictions are
+    Two levels of a unit are measured, half-way from `target` to its most and to its least compressed one; the others
+    follow what the database says of the unit's layers. Units that have one level have no error. Where predictions are
     not finite the error is infinite; raises RunError when they are at neither level.
     """
     shapes = [layer_errors(database, unit.names, unit.levels) for unit in units]
-    levels: list[list[int]] = []
-    for unit, shape in zip(units, shapes):
-        worst = max(unit.levels, key=shape.get)
-        nearest = min((level for level in unit.levels if level != worst), key=lambda level: abs(level - target),
-                      default=None)
-        levels.append([worst, nearest] if nearest is not None else [])
+    levels = [halfway_levels(unit.levels, shape, target) for unit, shape in zip(units, shapes)]
     alone = measure_alone(fitness, switcher, [unit.names for unit in units], levels, minibatch)
-    estimates = []
+    estimates, within = [], []
     for unit, errors, shape in zip(units, alone, shapes):
         finite = {level: error for level, error in errors.items() if math.isfinite(error)}
         if errors and not finite:
             raise RunError(f"{unit.names[0]}: the model's predictions are not finite with it alone at levels "
                            f"{' and '.join(map(str, errors))}; hold it at another level with --bounds")
-        estimates.append(interpolate(finite, shape) | errors if errors else {unit.levels[0]: 0.0})
-    return estimates, sum(map(len, levels))
+        estimates.append(interpolate(finite, shape) | errors if errors else dict.fromkeys(unit.levels, 0.0))
+        most = max((shape[level] for level in finite), default=math.inf)
+        within.append({level: error for level, error in estimates[-1].items() if shape[level] <= most})
+    return estimates, within, sum(map(len, levels))
+
+
+def halfway_levels(levels: Sequence[int], errors: Mapping[int, float], target: float) -> list[int]:
+    """Of the levels more and of those less compressed than `target` the middle ones, nearer to it where there are two;
+    where a side has none, of the others the nearest. None where there is no choice. errors: level -> layers' errors."""
+    worst, best = max(levels, key=errors.get), min(levels, key=errors.get)
+    if len(levels) < 2 or worst == best:
+        return []
+    outward = sorted(levels, key=lambda level: abs(level - target))
+    sides = [[level for level in outward if (level - target) * (end - other) > 0]
+             for end, other in ((worst, best), (best, worst))]
+    middles = [side[(len(side) - 1) // 2] for side in sides if side]
+    return sorted([*middles, *(level for level in outward if level not in middles)][:2])
