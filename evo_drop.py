@@ -1,4 +1,5 @@
-"""EvoPress, depth pruning: search which attention and MLP sub-blocks to drop (arXiv 2410.14649, Algorithm 1, section 4.1).
+"""EvoPress, depth pruning: search which attention and MLP sub-blocks to drop (arXiv 2410.14649, Algorithm 1,
+section 4.1).
 
     python evo_drop.py --model_name_or_path meta-llama/Meta-Llama-3-8B --sparsity 0.25
 
@@ -185,8 +186,8 @@ def measured_candidate(space: Space, measure: Callable[[list[Candidate]], dict[C
         candidate, fitness = with_dropped(least), fitness + seen[least]
     if not space.feasible(candidate):                        # sizes that greedy choices do not add up to
         dropped = {i for i, is_dropped in enumerate(candidate) if is_dropped}
-        candidate = fill_budget(space, dropped, [i for i, unit in enumerate(space.units) if unit.legal and i not in dropped],
-                                rng)
+        candidate = fill_budget(space, dropped,
+                                [i for i, unit in enumerate(space.units) if unit.legal and i not in dropped], rng)
     return candidate, [{False: 0.0, True: harm.get(i, math.inf)} for i in range(len(space.units))]
 
 
@@ -203,7 +204,8 @@ def droppable(space: Space, candidate: Candidate) -> list[int]:
 
 
 def switch(space: Space, candidate: Candidate, rng: random.Random) -> Candidate | None:
-    """Level-switch mutation: restore one dropped unit and drop a kept one, so that the budget stays. None: impossible."""
+    """Level-switch mutation: restore one dropped unit and drop a kept one, so that the budget stays. None:
+    impossible."""
     kept = [i for i, unit in enumerate(space.units) if unit.legal and not candidate[i]]
     dropped = [i for i in range(len(space.units)) if candidate[i]]
     if space.counts is None:
@@ -290,7 +292,8 @@ def check_flags(args: argparse.Namespace) -> None:
     budgets = [args.sparsity is not None, args.drop_attn is not None or args.drop_mlp is not None,
                args.drop_params is not None]
     if sum(budgets) != 1:
-        raise ValueError("--sparsity, --drop_attn/--drop_mlp, --drop_params: give exactly one budget, e.g. --sparsity 0.25")
+        raise ValueError("--sparsity, --drop_attn/--drop_mlp, --drop_params: give exactly one budget, e.g. --sparsity "
+                         "0.25")
     for flag in ("sparsity", "drop_params"):
         value = getattr(args, flag)
         if value is not None and not 0 < value < 1:
@@ -340,7 +343,8 @@ def main(argv: list[str] | None = None) -> dict:
     sizes = (run.state or {}).get("microbatch_tokens", {})
     evaluation = Evaluation(decoder, evaluation_sets, set_block, args.microbatch_tokens, sizes.get("evaluation"))
     fitness = Fitness(decoder, documents, set_block, teacher=args.fitness_fn == "kl",
-                      microbatch_tokens=args.microbatch_tokens, progress="uncompressed model on calibration data", sizes=sizes.get("fitness"))
+                      microbatch_tokens=args.microbatch_tokens, progress="uncompressed model on calibration data",
+                      sizes=sizes.get("fitness"))
     rng = random.Random(args.seed)
     tokens_spent = 0
     model = AdditiveModel([(False, True) for _ in space.units]) if args.screen > 1 else None
@@ -367,7 +371,8 @@ def main(argv: list[str] | None = None) -> dict:
 
     def checkpoint(generation: int) -> None:
         run.checkpoint(generation=generation, rng=rng_state(rng), population=population, start=start, fitness=best,
-                       tokens=tokens_spent, microbatch_tokens={"fitness": fitness.sizes, "evaluation": evaluation.sizes},
+                       tokens=tokens_spent,
+                       microbatch_tokens={"fitness": fitness.sizes, "evaluation": evaluation.sizes},
                        model=model and model.state)
 
     if run.state:

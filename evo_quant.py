@@ -127,8 +127,8 @@ def build_space(args: argparse.Namespace, database: Database, units: list[Unit])
         counted = "with scales and zeros" if args.count_overhead else "without scales and zeros"
         raise ValueError(f"--target_bitwidth {args.target_bitwidth}: the levels that are left allow averages from "
                          f"{lowest:.4g} to {highest:.4g} ({counted}); choose one between, or other levels")
-    keys = [{"size": weight, "name": tuple(name.rpartition(".")[2] for name in unit.names), "none": None}[args.group_rule]
-            for unit, weight in zip(units, weights)]
+    keys = [{"size": weight, "name": tuple(name.rpartition(".")[2] for name in unit.names),
+             "none": None}[args.group_rule] for unit, weight in zip(units, weights)]
     return Space(units, bits, [keys.index(key) for key in keys], budget, args.step_size)
 
 
@@ -144,7 +144,8 @@ def random_candidate(space: Space, target: float, rng: random.Random) -> Candida
     would be the uniform candidate, as many random switches from it as there are units."""
     if uniform := uniform_candidate(space, target):
         return mutate(space, [uniform], 1, rng, fixed_mutations=len(space.units)) or uniform
-    candidate = tuple(next((level for level in unit.levels if level >= target), unit.levels[-1]) for unit in space.units)
+    candidate = tuple(next((level for level in unit.levels if level >= target), unit.levels[-1])
+                      for unit in space.units)
     while space.slack(candidate) < 0:        # every unit once before any a second time
         lowered = [i for i, level in enumerate(candidate) if space.down[i][level] is not None]
         if not lowered:                      # steps of several bits passed the lowest level by
@@ -296,7 +297,8 @@ def main(argv: list[str] | None = None) -> dict:
         space = build_space(args, database, build_units(switcher.names, levels, args))
 
     sizes = (run.state or {}).get("microbatch_tokens", {})
-    evaluation = Evaluation(decoder, evaluation_sets, switcher.set_block, args.microbatch_tokens, sizes.get("evaluation"))
+    evaluation = Evaluation(decoder, evaluation_sets, switcher.set_block, args.microbatch_tokens,
+                            sizes.get("evaluation"))
     fitness = Fitness(decoder, documents, switcher.set_block,
                       args.fitness_fn != "ppl" or args.init == "measured", args.kl_topk, args.microbatch_tokens,
                       progress="uncompressed model on calibration data", sizes=sizes.get("fitness"))
@@ -326,7 +328,8 @@ def main(argv: list[str] | None = None) -> dict:
 
     def checkpoint(generation: int) -> None:
         run.checkpoint(generation=generation, rng=rng_state(rng), population=population, start=start, fitness=best,
-                       tokens=tokens_spent, microbatch_tokens={"fitness": fitness.sizes, "evaluation": evaluation.sizes},
+                       tokens=tokens_spent,
+                       microbatch_tokens={"fitness": fitness.sizes, "evaluation": evaluation.sizes},
                        model=model and model.state)
 
     if run.state:
@@ -397,7 +400,8 @@ def main(argv: list[str] | None = None) -> dict:
                        "search": evaluation(states(population[0]))}
         print(format_table(evaluation_rows(evaluations)))
     plot_search(run.folder / "search.png", run.records(), *level_map(switcher.names, winner),
-                f"{Path(args.model_name_or_path).name}: {describe(space, population[0], database)}", "bits", args.fitness_fn)
+                f"{Path(args.model_name_or_path).name}: {describe(space, population[0], database)}", "bits",
+                args.fitness_fn)
     seconds = time.time() - run.began
     summary = {"task": "evo_quant", "model": args.model_name_or_path, "database": str(database.path),
                "budget": describe(space, population[0], database), "fitness": best, "fitness_fn": args.fitness_fn,

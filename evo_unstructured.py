@@ -1,4 +1,5 @@
-"""EvoPress, unstructured sparsity: search how sparse each linear layer should be (arXiv 2410.14649, Algorithm 1, section 4.2).
+"""EvoPress, unstructured sparsity: search how sparse each linear layer should be (arXiv 2410.14649, Algorithm 1,
+section 4.2).
 
     python -m database.sparsegpt --model_name_or_path meta-llama/Meta-Llama-3-8B --sparsity 0.6 --save_dir db
     python evo_unstructured.py --model_name_or_path meta-llama/Meta-Llama-3-8B --sparse_weights_path db
@@ -56,7 +57,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         init={"uniform": "level 0 everywhere, or as near to it as allowed",
               "random": "the best of --initially_generated, as many random switches from that as there are units",
               "measured": "the best sum of errors, of each unit alone on --initial_tokens"},
-        initially_generated=32, initial_tokens=2048, fitness=["kl", "ppl", "sparse_kl"], generations_help="default: 400").add_argument(
+        initially_generated=32, initial_tokens=2048, fitness=["kl", "ppl", "sparse_kl"],
+        generations_help="default: 400").add_argument(
         "--kl_topk", type=int, default=10, metavar="LOGITS", help="of sparse_kl: the teacher's largest (default: 10)")
     add_evaluation_flags(parser)
     output = parser.add_argument_group("output")
@@ -205,8 +207,8 @@ def check_flags(args: argparse.Namespace) -> None:
         if value is not None and value < 0:
             raise ValueError(f"--{flag} {value}: must be 0 or more")
     if args.init == "measured" and args.max_total_deviation is not None:
-        raise ValueError(f"--max_total_deviation {args.max_total_deviation}: --init measured cannot hold it; bound each "
-                         f"layer with --max_level, or use another --init")
+        raise ValueError(f"--max_total_deviation {args.max_total_deviation}: --init measured cannot hold it; bound "
+                         f"each layer with --max_level, or use another --init")
     if args.kl_topk < 1:
         raise ValueError(f"--kl_topk {args.kl_topk}: must be at least 1")
     check_configuration_name(args.configuration_name)
@@ -247,7 +249,8 @@ def main(argv: list[str] | None = None) -> dict:
         space = Space(build_units(switcher.names, levels, args), args.max_total_deviation)
 
     sizes = (run.state or {}).get("microbatch_tokens", {})
-    evaluation = Evaluation(decoder, evaluation_sets, switcher.set_block, args.microbatch_tokens, sizes.get("evaluation"))
+    evaluation = Evaluation(decoder, evaluation_sets, switcher.set_block, args.microbatch_tokens,
+                            sizes.get("evaluation"))
     fitness = Fitness(decoder, documents, switcher.set_block,
                       args.fitness_fn != "ppl" or args.init == "measured", args.kl_topk, args.microbatch_tokens,
                       progress="uncompressed model on calibration data", sizes=sizes.get("fitness"))
@@ -277,7 +280,8 @@ def main(argv: list[str] | None = None) -> dict:
 
     def checkpoint(generation: int) -> None:
         run.checkpoint(generation=generation, rng=rng_state(rng), population=population, start=start, fitness=best,
-                       tokens=tokens_spent, microbatch_tokens={"fitness": fitness.sizes, "evaluation": evaluation.sizes},
+                       tokens=tokens_spent,
+                       microbatch_tokens={"fitness": fitness.sizes, "evaluation": evaluation.sizes},
                        model=model and model.state)
 
     if run.state:
@@ -347,7 +351,8 @@ def main(argv: list[str] | None = None) -> dict:
         evaluations = {"dense": evaluation.dense, start_name: evaluation(states(start[0])),
                        "search": evaluation(states(population[0]))}
         print(format_table(evaluation_rows(evaluations)))
-    sparsity = {name: 1 - database.kept(name, level) / math.prod(database.shape(name)) for name, level in winner.items()}
+    sparsity = {name: 1 - database.kept(name, level) / math.prod(database.shape(name))
+                for name, level in winner.items()}
     plot_search(run.folder / "search.png", run.records(), *level_map(switcher.names, sparsity),
                 f"{Path(args.model_name_or_path).name}: {describe(space, population[0], database)}", "sparsity",
                 args.fitness_fn)

@@ -43,8 +43,8 @@ class Reader:
 
 
 def readers(work: Path, others: Path) -> list[Reader]:
-    """Everything that is read back, of the databases, configurations, runs and exports in `work`; `others` has databases
-    of the same kinds."""
+    """Everything that is read back, of the databases, configurations, runs and exports in `work`; `others` has
+    databases of the same kinds."""
     found = []
     for kind in ("sparse", "quant"):
         layers = sorted((work / kind).glob("*.safetensors"))

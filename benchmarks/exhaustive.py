@@ -35,7 +35,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--generations", type=int, default=10)
     parser.add_argument("--offspring", type=int, default=5)
     parser.add_argument("--initially_generated", type=int, default=5)
-    parser.add_argument("--init", choices=["uniform", "random", "measured"], help="of the search (default: the search's)")
+    parser.add_argument("--init", choices=["uniform", "random", "measured"],
+                        help="of the search (default: the search's)")
     parser.add_argument("--screen", type=int, default=1, help="of the search")
     return parser.parse_args(argv)
 
@@ -95,7 +96,8 @@ def main(argv: list[str] | None = None) -> int:
     options = ["--screen", str(args.screen), *(["--init", args.init] if args.init else [])]
 
     ExhaustiveFitness.everything = staticmethod(everything)
-    rows, found, fitness_class = [["seed", "optimum found", "candidates evaluated", "of", "KL found", "KL optimum"]], 0, module.Fitness
+    rows, found, fitness_class = [["seed", "optimum found", "candidates evaluated", "of", "KL found",
+                                   "KL optimum"]], 0, module.Fitness
     try:
         module.Fitness = ExhaustiveFitness                   # in a run of its own: it leaves the model compressed
         with tempfile.TemporaryDirectory() as folder:

@@ -1,13 +1,14 @@
-"""Quality at equal budget on the demo model, several seeds: each search against what it must beat. Makes README's table.
+"""Quality at equal budget on the demo model, several seeds: each search against what it must beat. Makes README's
+table.
 
     python benchmarks/quality.py --out results/quality --jobs 2 --write_readme
 
 Depth at 25% and 37.5%: best of 64 random candidates, and blocks ranked by every score of baselines/. Sparsity at 50, 60
-and 70%: uniform, OWL. Bits at 2.25 and 2.5: best of 32 random allocations; at 3: uniform. Both: dynamic programming over
-the database's layer errors, and over the KL divergence of each layer alone. Bits may move between layers of unlike size
-(--group_rule none): in a small model, uniform can be the best that layers of one size can do among themselves; and at 3
-bits, where uniform is hard to beat, searches take three times as many generations. Each seed draws other calibration text
-and another search; all are evaluated on the same held-out text. Finished parts are not run again.
+and 70%: uniform, OWL. Bits at 2.25 and 2.5: best of 32 random allocations; at 3: uniform. Both: dynamic programming
+over the database's layer errors, and over the KL divergence of each layer alone. Bits may move between layers of unlike
+size (--group_rule none): in a small model, uniform can be the best that layers of one size can do among themselves; and
+at 3 bits, where uniform is hard to beat, searches take three times as many generations. Each seed draws other
+calibration text and another search; all are evaluated on the same held-out text. Finished parts are not run again.
 """
 import argparse
 import json
@@ -30,15 +31,17 @@ LEVELS = ["--generations", "10", "--offspring", "16", "--tokens_per_selection", 
           *LEVELS_EVALUATION]
 
 BASELINE_TOKENS = 8192           # of the calibration text
-SCORES = {"cosine_similarity": "ShortGPT", "window_cosine_similarity": "window cosine", "norm_ratio": "weight subcloning",
-          "perplexity": "Shortened Llama", "kl_div": "KL of blocks alone", "l2": "L2 of blocks alone"}
+SCORES = {"cosine_similarity": "ShortGPT", "window_cosine_similarity": "window cosine",
+          "norm_ratio": "weight subcloning", "perplexity": "Shortened Llama", "kl_div": "KL of blocks alone",
+          "l2": "L2 of blocks alone"}
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name_or_path", default=str(ROOT / "demo" / "model"))
     parser.add_argument("--data", default="stdlib", help="calibration and evaluation text")
-    parser.add_argument("--tasks", nargs="+", default=["depth", "sparsity", "bits"], choices=["depth", "sparsity", "bits"])
+    parser.add_argument("--tasks", nargs="+", default=["depth", "sparsity", "bits"],
+                        choices=["depth", "sparsity", "bits"])
     parser.add_argument("--calibration_tokens", type=int, default=65536)
     parser.add_argument("--sequence_length", type=int, default=256)
     parser.add_argument("--eval_tokens", type=int, default=32768)
@@ -101,8 +104,9 @@ def main() -> None:
         task, weights = f"sparsity {share:.0%}", ["--sparse_weights_path", out / f"sparse-{share}"]
         databases.append((f"sparse-{share}", ["-m", "database.sparsegpt", *build, "--sparsity", share, "--weights_diff",
                                               weights_diff, "--save_dir", weights[1]]))
-        scorings.append((f"owl-{share}", ["-m", "baselines.owl", *build, "--calibration_tokens", BASELINE_TOKENS, "--owl_m",
-                                          5, "--select_by", "kl", *weights, "--save_dir", out / f"owl-{share}"]))
+        scorings.append((f"owl-{share}", ["-m", "baselines.owl", *build, "--calibration_tokens", BASELINE_TOKENS,
+                                          "--owl_m", 5, "--select_by", "kl", *weights,
+                                          "--save_dir", out / f"owl-{share}"]))
         baselines.append((task, "OWL", out / f"owl-{share}" / "result.json", [
             *LEVELS_EVALUATION, *weights, "--sparse_config_path", out / f"owl-{share}" / "owl.txt"]))
         dynamic_programming({task: share}, weights, "--target_sparsity", [-8, -4, 0, 4, 8])
@@ -158,7 +162,8 @@ def main() -> None:
             compared[name] = [json.loads(result.read_text())["compressed"][args.data]] * len(summaries)
         found = [summary["search"][args.data] for summary in summaries]
         for name, values in compared.items():
-            rows.append([task, name, statistics.median(v["kl"] for v in values), statistics.median(v["kl"] for v in found),
+            rows.append([task, name,
+                         statistics.median(v["kl"] for v in values), statistics.median(v["kl"] for v in found),
                          f"{min(v['kl'] for v in found):.4f}–{max(v['kl'] for v in found):.4f}",
                          f"{sum(f['kl'] < v['kl'] for f, v in zip(found, values))} of {len(found)}",
                          statistics.median(v["ppl"] for v in values), statistics.median(v["ppl"] for v in found),

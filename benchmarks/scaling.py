@@ -1,4 +1,5 @@
-"""Scaling: the same database build and searches by 1, 2 and 4 processes of one thread each, and whether files are equal.
+"""Scaling: the same database build and searches by 1, 2 and 4 processes of one thread each, and whether files are
+equal.
 
     python benchmarks/scaling.py --out results/scaling
     python benchmarks/scaling.py --device cuda --model_name_or_path meta-llama/Llama-3.2-1B       a GPU each
@@ -77,7 +78,8 @@ def cores() -> str:
     info = path.read_text() if path.exists() else ""
     packages = re.findall(r"physical id\s*: (\d+)", info), re.findall(r"core id\s*: (\d+)", info)
     physical = len(set(zip(*packages)))
-    return f"{os.cpu_count()} logical cores" + (f", {physical} physical, as far as the system tells" if physical else "")
+    return f"{os.cpu_count()} logical cores" + (
+        f", {physical} physical, as far as the system tells" if physical else "")
 
 
 def main() -> None:

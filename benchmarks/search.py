@@ -222,8 +222,8 @@ def readme_table(folder: Path) -> str:
     results = {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"), reverse=True)}
     ingredients = list(dict.fromkeys(way for searches in results.values() for result in searches.values()
                                      for way in result["costs"] if way not in WHOLE))
-    rows = [["", "plain, s", "here, s", "faster", "with --compile", "FLOPs left", "of the peak", "plain, MB", "here, MB",
-             *ingredients]]
+    rows = [["", "plain, s", "here, s", "faster", "with --compile", "FLOPs left", "of the peak", "plain, MB",
+             "here, MB", *ingredients]]
     for stem, searches in results.items():
         model, _, device = stem.rpartition("-")
         memory = {"cpu": "host", "cuda": "device"}[device]

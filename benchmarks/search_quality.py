@@ -33,7 +33,8 @@ from utils.model import load_decoder, load_tokenizer
 from utils.runs import format_table
 
 MARKS = ("<!-- better -->", "<!-- /better -->")
-SEARCH = ["--offspring", 16, "--survivors_per_selection", 4, 2, 1, "--tokens_per_selection", 256, 1024, 4096, "--no_eval"]
+SEARCH = ["--offspring", 16, "--survivors_per_selection", 4, 2, 1, "--tokens_per_selection", 256, 1024, 4096,
+          "--no_eval"]
 PAPER, OURS = "paper's way", "measured and screened"
 VARIANTS = {PAPER: ["--initially_generated", 32, "--initial_tokens", 1024],
             OURS: ["--init", "measured", "--screen", 4],
@@ -59,7 +60,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name_or_path", default=str(ROOT / "demo" / "model"))
     parser.add_argument("--data", default="stdlib", help="calibration and evaluation text")
-    parser.add_argument("--tasks", nargs="+", default=["depth", "sparsity", "bits"], choices=["depth", "sparsity", "bits"])
+    parser.add_argument("--tasks", nargs="+", default=["depth", "sparsity", "bits"],
+                        choices=["depth", "sparsity", "bits"])
     parser.add_argument("--shares", type=float, nargs=2, default=[0.25, 0.375], help="of blocks dropped, for depth")
     parser.add_argument("--bitwidths", type=float, nargs=2, default=[2.25, 2.5], help="averages, for bits")
     parser.add_argument("--sparsities", type=float, nargs=2, default=[0.5, 0.7])
@@ -109,7 +111,8 @@ def build(setting: Setting, args: argparse.Namespace) -> None:
                  "--group_size", 128, "--perchannel"]
     else:                        # a step is 1/16 of a square layer, about what 1,000,000 weights are in the paper
         hidden_size = json.loads((Path(args.model_name_or_path) / "config.json").read_text())["hidden_size"]
-        flags = ["-m", "database.sparsegpt", *flags, "--sparsity", setting.budget, "--weights_diff", hidden_size**2 // 16]
+        flags = ["-m", "database.sparsegpt", *flags, "--sparsity", setting.budget,
+                 "--weights_diff", hidden_size**2 // 16]
     run(flags, args.out / "logs" / f"{folder.name}.log")
 
 
@@ -155,7 +158,8 @@ def candidate_at(log: list[dict], tokens: float) -> str | None:
 
 
 def heldout(setting: Setting, candidates: list[str], args: argparse.Namespace) -> dict[str, float]:
-    """KL divergence, in nats a token, of candidates as the log writes them. Those evaluated before are kept in a file."""
+    """KL divergence, in nats a token, of candidates as the log writes them. Those evaluated before are kept in a
+    file."""
     path = args.out / f"heldout-{setting.task}-{setting.budget:g}.json"
     values = json.loads(path.read_text()) if path.exists() else {}
     missing = sorted({candidate for candidate in candidates if candidate not in values})
@@ -179,7 +183,8 @@ def heldout(setting: Setting, candidates: list[str], args: argparse.Namespace) -
 
 
 def curves(setting: Setting, args: argparse.Namespace) -> dict[str, list[dict[float, float]]]:
-    """Variant -> of every seed that all variants with any finished run have: share of the paper's tokens -> held-out KL.
+    """Variant -> of every seed that all variants with any finished run have: share of the paper's tokens ->
+    held-out KL.
 
     Shares at which a seed has no candidate yet are left out; `start` of a curve is the share its first one took."""
     logs = {variant: {seed: records(folder) for seed in range(args.seeds)

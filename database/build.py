@@ -199,7 +199,8 @@ def choose_layers(decoder: Decoder, pattern: str | None, flag: str) -> list[dict
     layers = [{name: layer for name, layer in block.layers.items() if re.search(pattern or "", name)}
               for block in decoder.blocks]
     if not decoder.layers:
-        raise ValueError(f"{type(decoder.model).__name__}: its blocks have no nn.Linear, which is all that is compressed")
+        raise ValueError(f"{type(decoder.model).__name__}: its blocks have no nn.Linear, which is all that is "
+                         f"compressed")
     if not any(layers):
         raise ValueError(f"{flag} {pattern}: matches none of the {len(decoder.layers)} linear layers, such as "
                          f"{next(iter(decoder.layers))}")

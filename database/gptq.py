@@ -59,8 +59,8 @@ def quantize(weight: torch.Tensor, hessian: torch.Tensor, bitwidths: list[int], 
     weight: float32 (or float64) [out, in]; hessian: [in, in]. Without groups there is one grid a row from the original
     weights; a group's grid comes from the updated weights when its first column is reached. `act_order` takes the
     columns in order of falling Hessian diagonal, with the groups' grids from the original weights; the result is in the
-    columns' own order. Returns codes uint8 and dequantized weights, both transposed and stacked [in, levels * out]; scales float16
-    and zeros uint8 [groups, levels, out or 1]; and the relative damping used.
+    columns' own order. Returns codes uint8 and dequantized weights, both transposed and stacked [in, levels * out];
+    scales float16 and zeros uint8 [groups, levels, out or 1]; and the relative damping used.
     """
     (rows, columns), levels = weight.shape, len(bitwidths)
     top = weight.new_tensor([2**bits - 1 for bits in bitwidths])[:, None]

@@ -27,8 +27,8 @@ class LevelSwitcher:
         for name in database.layers:
             shape = tuple(decoder.layers[name].weight.shape)
             if shape != database.shape(name):
-                raise ValueError(f"{database.path}: {name} is {database.shape(name)}, but {shape} in the model; build a "
-                                 f"database for this model")
+                raise ValueError(f"{database.path}: {name} is {database.shape(name)}, but {shape} in the model; build "
+                                 f"a database for this model")
         stored = set(database.layers)
         self.names = [[name for name in block.layers if name in stored] for block in decoder.blocks]
         self.loaded: dict[str, int] = {}
@@ -113,7 +113,8 @@ def check_configuration_flags(args: argparse.Namespace, config) -> None:
             raise ValueError(f"--{kind}_weights_path {folder}, --{kind}_config_path {file}: a configuration needs its "
                              f"database; give both or neither")
     if args.sparse_weights_path and args.quant_weights_path:
-        raise ValueError("--sparse_weights_path and --quant_weights_path: a layer is either sparse or quantized; give one")
+        raise ValueError("--sparse_weights_path and --quant_weights_path: a layer is either sparse or quantized; give "
+                         "one")
     opened = open_configuration(args)
     if opened:
         database, levels = opened
@@ -130,7 +131,8 @@ def check_budget(args: argparse.Namespace, kind: str, found: float) -> None:
     budget = getattr(args, f"{kind}_budget")
     over = budget is not None and (found > budget + 1e-9 if kind == "quant" else found < budget - 1e-9)
     if over:
-        measure = {"drop": "of the sub-blocks dropped", "sparse": "of the weights pruned", "quant": "bits a weight"}[kind]
+        measure = {"drop": "of the sub-blocks dropped", "sparse": "of the weights pruned",
+                   "quant": "bits a weight"}[kind]
         file = args.drop_config if kind == "drop" else getattr(args, f"{kind}_config_path")
         raise ValueError(f"{file}: {found:.6g} {measure}, which misses --{kind}_budget {budget:g}; change the "
                          f"configuration or the budget")
@@ -144,7 +146,8 @@ def open_configuration(args: argparse.Namespace) -> tuple[Database, dict[str, in
             continue
         database = Database.open(folder)
         if database.method != method:
-            raise ValueError(f"--{kind}_weights_path {folder}: holds {database.method} levels; name a {method} database")
+            raise ValueError(f"--{kind}_weights_path {folder}: holds {database.method} levels; name a {method} "
+                             f"database")
         uniform = re.fullmatch(r"-?\d+", file) is not None
         levels = dict.fromkeys(database.layers, int(file)) if uniform else read_level_config(file)
         check_level_config(f"--{kind}_config_path {file}" if uniform else file, levels,
@@ -155,7 +158,8 @@ def open_configuration(args: argparse.Namespace) -> tuple[Database, dict[str, in
 
 def load_configuration(args: argparse.Namespace, decoder: Decoder
                        ) -> tuple[Callable[[int, Hashable], None], tuple[Hashable, ...]]:
-    """(set_block, candidate) of the configuration that the flags name, for the fitness walk or to compress the model."""
+    """(set_block, candidate) of the configuration that the flags name, for the fitness walk or to compress the
+    model."""
     dropped = (read_drop_config(args.drop_config, len(decoder.blocks)) if args.drop_config
                else [(False, False)] * len(decoder.blocks))
     opened = open_configuration(args)

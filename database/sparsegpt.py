@@ -93,7 +93,8 @@ def resolve(args: argparse.Namespace, config) -> None:
         args.weights_diff = default_weights_diff(args.sparsity, args.num_levels, hidden_size)
     if args.weights_diff < 1 and args.num_levels > 0:
         raise ValueError(f"--weights_diff: the default at --sparsity {args.sparsity:g} and --num_levels "
-                         f"{args.num_levels} is no weight at all; give it, e.g. --weights_diff 1000000, or --num_levels 0")
+                         f"{args.num_levels} is no weight at all; give it, e.g. --weights_diff 1000000, or "
+                         f"--num_levels 0")
 
 
 def main(args: argparse.Namespace) -> None:

@@ -14,7 +14,8 @@ def main(folder: Path) -> None:
     summaries = {task: json.loads((folder / task / "summary.json").read_text()) for task in ("drop", "sparse", "quant")}
     shortgpt = json.loads((folder / "shortgpt.json").read_text())["compressed"]
     evaluations = {task: dict(summary["evaluation"]) for task, summary in summaries.items()}
-    evaluations["drop"] = {"dense": evaluations["drop"].pop("dense"), "ShortGPT ranking": shortgpt, **evaluations["drop"]}
+    evaluations["drop"] = {"dense": evaluations["drop"].pop("dense"), "ShortGPT ranking": shortgpt,
+                           **evaluations["drop"]}
     names = {"drop": "depth, 25%", "sparse": "sparsity, 60%", "quant": "quantization, 2.5 bits"}
     rows = [["task", "configuration", "perplexity", "KL, nats a token"]]
     for task, results in evaluations.items():

@@ -65,7 +65,8 @@ def main() -> None:
     model = build_model(len(tokenizer))
     if args.init_from:
         model.load_state_dict(LlamaForCausalLM.from_pretrained(args.init_from, dtype=torch.float32).state_dict())
-    print(f"{len(texts)} files, {len(tokens):,} tokens, {sum(p.numel() for p in model.parameters()):,} weights", flush=True)
+    print(f"{len(texts)} files, {len(tokens):,} tokens, {sum(p.numel() for p in model.parameters()):,} weights",
+          flush=True)
 
     # Muon for the layers' matrices: it needs fewer tokens than AdamW for the same loss
     matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name]

@@ -50,14 +50,15 @@ def check_winners(winners: list[str], args: argparse.Namespace, num_blocks: int)
     for words in map(str.split, winners):
         if len(words) != num_blocks or words[::2] != words[1::2] or words.count("attn+mlp") != 2 * count or (
                 words.count("none") != num_blocks - 2 * count):
-            raise ValueError(f"--search {args.search}: {' '.join(words)} is not {count} pairs of the model's {num_blocks} "
-                             f"blocks; run evo_drop.py with --drop_entire_block --drop_two_consecutive --sparsity "
-                             f"{args.sparsity:g}")
+            raise ValueError(f"--search {args.search}: {' '.join(words)} is not {count} pairs of the model's "
+                             f"{num_blocks} blocks; run evo_drop.py with --drop_entire_block --drop_two_consecutive "
+                             f"--sparsity {args.sparsity:g}")
 
 
 def first_reached(ranks: list[int]) -> list[tuple[int, int]]:
     """(generation, rank) wherever the best candidate so far changes its rank; generation 0 is the start."""
-    return [(generation, rank) for generation, (rank, before) in enumerate(zip(ranks, [None, *ranks])) if rank != before]
+    return [(generation, rank) for generation, (rank, before) in enumerate(zip(ranks, [None, *ranks]))
+            if rank != before]
 
 
 @user_errors(RunError)

@@ -181,8 +181,8 @@ def database(shape: Shape, args: argparse.Namespace) -> Need:
                  "tf32": sum(2 * args.calibration_tokens * columns**2 for columns in inputs.values()),
                  "fp32": sum(levels * out * columns**2 + columns**3 for _, out, columns in shape.layers)},
                 HALF * shape.parameters + size, size,
-                HALF * resident(shape, args) + 8 * sum(c**2 for c in inputs.values()) / shape.blocks + 8 * levels * largest
-                + (0 if args.cpu_offload_activations else activations),
+                HALF * resident(shape, args) + 8 * sum(c**2 for c in inputs.values()) / shape.blocks
+                + 8 * levels * largest + (0 if args.cpu_offload_activations else activations),
                 HALF * shape.parameters + (activations if args.cpu_offload_activations else 0))
 
 

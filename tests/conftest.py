@@ -41,10 +41,11 @@ def checkpoint(tmp_path_factory, tokenizer):
 def databases(checkpoint, tmp_path_factory):
     """{"sparse": folder, "quant": folder}: built by the command-line programs on the small Llama."""
     folders = {kind: tmp_path_factory.mktemp("databases") / kind for kind in ("sparse", "quant")}
-    build = ["--model_name_or_path", str(checkpoint), "--calibration_data", "stdlib", "--calibration_sequence_length", "32",
-             "--calibration_tokens", "512"]
+    build = ["--model_name_or_path", str(checkpoint), "--calibration_data", "stdlib",
+             "--calibration_sequence_length", "32", "--calibration_tokens", "512"]
     sparsegpt.main(sparsegpt.make_parser().parse_args(
-        [*build, "--sparsity", "0.5", "--num_levels", "3", "--weights_diff", "100", "--save_dir", str(folders["sparse"])]))
+        [*build, "--sparsity", "0.5", "--num_levels", "3", "--weights_diff", "100",
+         "--save_dir", str(folders["sparse"])]))
     gptq.main(gptq.make_parser().parse_args(
         [*build, "--bitwidth_options", "2", "3", "4", "8", "--calibration_bitwidth", "3", "--group_size", "16",
          "--perchannel", "--save_dir", str(folders["quant"])]))

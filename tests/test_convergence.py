@@ -41,7 +41,8 @@ def bit_space(n: int) -> evo_quant.Space:
 SCRIPTS = {
     "evo_drop": (evo_drop, drop_space, lambda n, chosen: tuple(i in chosen for i in range(n)), tuple),
     "evo_unstructured": (evo_unstructured, sparsity_space,
-                         lambda n, chosen: (*(int(i in chosen) for i in range(n)), -K), lambda candidate: candidate[:-1]),
+                         lambda n, chosen: (*(int(i in chosen) for i in range(n)), -K),
+                         lambda candidate: candidate[:-1]),
     "evo_quant": (evo_quant, bit_space, lambda n, chosen: tuple(2 + (i in chosen) for i in range(n)),
                   lambda candidate: tuple(level - 2 for level in candidate)),
 }
@@ -67,7 +68,8 @@ def generations(script: str, n: int, offspring: int, strategy: str, planted: boo
     for generation in range(100 * K * (n - K)):
         if population == [best]:
             return generation
-        drawn = module.draw_distinct(lambda: module.mutate(space, population, 2 if planted else 1, rng), offspring, set(population))
+        drawn = module.draw_distinct(lambda: module.mutate(space, population, 2 if planted else 1, rng), offspring,
+                                     set(population))
         assert all(map(space.feasible, drawn))
         survivors = module.select(drawn, population, [(2, 64), (1, 64)], measure, strategy)
         population = [candidate for _, candidate in survivors]

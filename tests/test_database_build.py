@@ -288,7 +288,8 @@ def test_an_edited_manifest_is_refused(built, tmp_path):
     folder = copy(built, tmp_path)
     text = (folder / "manifest.json").read_text()
     (folder / "manifest.json").write_text(text.replace('"bytes": ', '"bytes": 1', 1))
-    with pytest.raises(ValueError, match=r"manifest.json: damaged or edited \(wrong checksum\).*; rebuild the database"):
+    with pytest.raises(ValueError,
+                       match=r"manifest.json: damaged or edited \(wrong checksum\).*; rebuild the database"):
         Database.open(folder)
 
 
@@ -408,13 +409,13 @@ def test_mistakes_are_told_before_the_model_is_loaded(model, tmp_path, monkeypat
 
 
 def test_a_mistake_ends_the_command_with_one_sentence(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr("sys.argv", ["gptq.py", "--model_name_or_path", "m", "--save_dir", str(tmp_path), "--group_size",
-                                     "0"])
+    monkeypatch.setattr("sys.argv", ["gptq.py", "--model_name_or_path", "m", "--save_dir", str(tmp_path),
+                                     "--group_size", "0"])
     with pytest.raises(SystemExit) as exit:
         build.run(gptq.make_parser(), gptq.main)
     assert exit.value.code == 2
-    assert capsys.readouterr().err == ("python -m database.gptq: error: --group_size 0: must be at least 1 column, e.g. "
-                                       "128; leave it out for one grid a row\n")
+    assert capsys.readouterr().err == ("python -m database.gptq: error: --group_size 0: must be at least 1 column, "
+                                       "e.g. 128; leave it out for one grid a row\n")
 
 
 def test_a_model_without_linear_layers_is_named():

@@ -33,14 +33,14 @@ def build_commands(inputs: list[str], folder) -> list[list[str]]:
     model = [*inputs, "--calibration_tokens", "512", "--microbatch_tokens", "96"]
     return [["database.sparsegpt", *model, "--sparsity", "0.5", "--num_levels", "2", "--weights_diff", "100",
              "--save_dir", str(folder / "sparsegpt")],
-            ["database.gptq", *model, "--bitwidth_options", "2", "3", "4", "--calibration_bitwidth", "3", "--group_size",
-             "16", "--perchannel", "--save_dir", str(folder / "gptq")]]
+            ["database.gptq", *model, "--bitwidth_options", "2", "3", "4", "--calibration_bitwidth", "3",
+             "--group_size", "16", "--perchannel", "--save_dir", str(folder / "gptq")]]
 
 
 def search_commands(inputs: list[str], databases, folder, generations: int) -> list[list[str]]:
     own = {"evo_drop": ["--sparsity", "0.5", "--no_eval"],
-           "evo_unstructured": ["--sparse_weights_path", str(databases / "sparsegpt"), "--no_eval", "--init", "measured",
-                                "--screen", "2"],
+           "evo_unstructured": ["--sparse_weights_path", str(databases / "sparsegpt"), "--no_eval",
+                                "--init", "measured", "--screen", "2"],
            "evo_quant": ["--quant_weights_path", str(databases / "gptq"), "--target_bitwidth", "2.5",
                          "--eval_datasets", inputs[-1], "--eval_tokens", "512"]}
     return [[name, *inputs, *SEARCH, *flags, "--generations", str(generations),

@@ -129,7 +129,8 @@ def bit_spaces(draw):
     units = [Unit((f"layer{i}",), levels) for i in range(len(sizes))]
     bits = [{level: level * size for level in levels} for size in sizes]
     target = draw(st.floats(levels[0], levels[-1]))
-    groups = {"size": [sizes.index(size) for size in sizes], "none": [0] * len(sizes)}[draw(st.sampled_from(["size", "none"]))]
+    groups = {"size": [sizes.index(size) for size in sizes],
+              "none": [0] * len(sizes)}[draw(st.sampled_from(["size", "none"]))]
     return evo_quant.Space(units, bits, groups, math.floor(target * sum(sizes)), 1), target
 
 
@@ -195,7 +196,8 @@ def test_sparsity_switches_keep_the_number_of_weights(shapes, deviation, seed):
 @pytest.mark.parametrize("task, more", [("sparse", []), ("sparse", ["--tie", "qkv,gate_up"]), ("quant", []),
                                         ("quant", ["--group_rule", "none", "--target_bitwidth", "3"]),
                                         ("quant", ["--count_overhead", "--target_bitwidth", "4.2"])])
-def test_budget_recomputed_from_the_saved_file_is_the_promised_one(checkpoint, databases, tmp_path, task, more, evaluated):
+def test_budget_recomputed_from_the_saved_file_is_the_promised_one(checkpoint, databases, tmp_path, task, more,
+                                                                  evaluated):
     program(task).main(flags(task, checkpoint, databases, tmp_path / "run", *more))
     database = Database.open(databases[task])
     [file] = (tmp_path / "run").glob("*configuration*.txt")
@@ -301,8 +303,8 @@ def test_paper_settings_for_sparsity_take_458752_tokens_a_generation(checkpoint,
 
 
 @pytest.mark.parametrize("task", ["sparse", "quant"])
-def test_the_saved_winner_is_the_candidate_of_the_last_log_line_and_is_what_is_evaluated(checkpoint, databases, tmp_path,
-                                                                                        task, monkeypatch):
+def test_the_saved_winner_is_the_candidate_of_the_last_log_line_and_is_what_is_evaluated(checkpoint, databases,
+                                                                                        tmp_path, task, monkeypatch):
     arguments = [a for a in flags(task, checkpoint, databases, tmp_path / "run") if a != "--no_eval"]
     summary = program(task).main([*arguments, "--eval_datasets", "stdlib", "--eval_tokens", "512", "--eval_every", "0",
                                   "--eval_sequence_length", "32"])
@@ -315,8 +317,8 @@ def test_the_saved_winner_is_the_candidate_of_the_last_log_line_and_is_what_is_e
                                 "--eval_sequence_length", "32", "--output", "results.json"])
     assert results["dense"]["stdlib"] == summary["evaluation"]["dense"]["stdlib"]
     for measure in ("ppl", "kl"):
-        assert results["compressed"]["stdlib"][measure] == pytest.approx(summary["evaluation"]["search"]["stdlib"][measure],
-                                                                         rel=1e-5)
+        assert results["compressed"]["stdlib"][measure] == pytest.approx(
+            summary["evaluation"]["search"]["stdlib"][measure], rel=1e-5)
     assert json.loads((tmp_path / "results.json").read_text()) == results
     assert (tmp_path / "run" / "search.png").stat().st_size > 5000
 
@@ -328,7 +330,8 @@ def test_other_fitness_functions_run_and_name_the_result(checkpoint, databases, 
 
 
 @pytest.mark.parametrize("task, more, sentence", [
-    ("quant", ["--target_bitwidth", "1.5"], "--target_bitwidth 1.5: the levels that are left allow averages from 2 to 8"),
+    ("quant", ["--target_bitwidth", "1.5"],
+     "--target_bitwidth 1.5: the levels that are left allow averages from 2 to 8"),
     ("quant", ["--target_bitwidth", "nan"], "--target_bitwidth nan"),
     ("quant", ["--pin", "*.k_proj=5"], "--pin .*k_proj=5: .*has no such level"),
     ("quant", ["--pin", "nothing=4"], "--pin nothing=4: matches no layer"),

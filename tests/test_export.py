@@ -271,7 +271,8 @@ def test_failed_export_leaves_nothing_and_the_old_one_whole(tmp_path, checkpoint
     def full_disk(*args):
         raise OSError(errno.ENOSPC, "No space left on device", "README.md")
     monkeypatch.setattr(export, "model_card", full_disk)
-    with pytest.raises(SystemExit, match="^error: README.md: No space left on device; what was finished before is intact"):
+    with pytest.raises(SystemExit,
+                       match="^error: README.md: No space left on device; what was finished before is intact"):
         export_dropped(tmp_path, checkpoint, [(True, False)] * 6, "--overwrite")
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["drop.txt", out.name]

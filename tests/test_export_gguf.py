@@ -174,7 +174,7 @@ def test_quantized_export_agrees_to_the_blocks_rounding_in_llama_cpp(tmp_path, t
 def with_byte_fallback() -> PreTrainedTokenizerFast:
     """A tokenizer of Llama 2's kind: no splitting, spaces as ▁, bytes for what it does not know."""
     letters = [chr(code) for code in range(ord("!"), ord("~") + 1)] + ["▁"]
-    merges = [("h", "e"), ("t", "h"), ("i", "n"), ("▁", "in"), ("e", "r"), ("he", "r"), ("▁", "t")]   # not left to right
+    merges = [("h", "e"), ("t", "h"), ("i", "n"), ("▁", "in"), ("e", "r"), ("he", "r"), ("▁", "t")]  # not left to right
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters, *map("".join, merges)]
     core = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, merges, unk_token="<unk>",
                                 fuse_unk=True, byte_fallback=True))

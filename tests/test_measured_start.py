@@ -64,8 +64,8 @@ def test_units_are_measured_alone_at_two_levels_and_follow_the_layers_errors_bet
     held = next(name for name in database.layers if "layers.4" in name)
     units = [Unit(tuple(tied), tuple(database.levels(tied[1]))), Unit((held,), (held_at,)),
              *(Unit((name,), tuple(database.levels(name))) for name in database.layers if "layers.5.mlp" in name)]
-    errors, within, measured = estimate_alone(Fitness(decoder, documents, switcher.set_block), switcher, database, units,
-                                              target, [(0, 20), (1, 12)])
+    errors, within, measured = estimate_alone(Fitness(decoder, documents, switcher.set_block), switcher, database,
+                                              units, target, [(0, 20), (1, 12)])
     assert measured == 2 * (len(units) - 1)                  # a unit that is held at a level has nothing to measure
     assert errors[1] == within[1] == {held_at: 0.0}
     for unit, known, chosen_from in zip(units, errors, within):
@@ -282,7 +282,8 @@ def test_model_restored_from_json_predicts_the_same_and_what_is_not_finite_teach
 
 
 def misleading_depth(candidate) -> float:
-    """Blocks 0 and 1 do least harm alone, and the most together with any other; blocks 3 to 5 make up for each other."""
+    """Blocks 0 and 1 do least harm alone, and the most together with any other; blocks 3 to 5 make up for each
+    other."""
     value = 0.0
     for half in (0, 1):
         dropped = {i for i, state in enumerate(candidate) if state[half]}

@@ -15,8 +15,8 @@ from utils.fitness import Fitness, out_of_memory
 from utils.model import Decoder, load_decoder
 from utils.runs import Run, RunError
 
-CPU = RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried "
-                   "to allocate 68719476736 bytes. Error code 12 (Cannot allocate memory)")
+CPU = RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you "
+                   "tried to allocate 68719476736 bytes. Error code 12 (Cannot allocate memory)")
 GPU = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has a total capacity of 8 GiB")
 TEXT = ["--calibration_sequence_length", "32", "--calibration_tokens", "512", "--calibration_data"]
 
@@ -96,8 +96,8 @@ def test_the_cpus_own_allocator_is_recognised():
 
 def test_a_block_left_half_switched_is_switched_anew(checkpoint, text, tmp_path, monkeypatch):
     gptq.main(gptq.make_parser().parse_args(
-        ["--model_name_or_path", checkpoint, *TEXT, text, "--bitwidth_options", "2", "3", "4", "--calibration_bitwidth", "3",
-         "--save_dir", str(tmp_path / "db")]))
+        ["--model_name_or_path", checkpoint, *TEXT, text, "--bitwidth_options", "2", "3", "4",
+         "--calibration_bitwidth", "3", "--save_dir", str(tmp_path / "db")]))
     database, rng = Database.open(tmp_path / "db"), random.Random(0)
     texts = [torch.randint(3, 90, (24,), generator=torch.Generator().manual_seed(i)) for i in range(4)]
     candidates = [{name: rng.choice((2, 3, 4)) for name in database.layers} for _ in range(4)]
@@ -124,12 +124,14 @@ def test_a_block_left_half_switched_is_switched_anew(checkpoint, text, tmp_path,
         torch.testing.assert_close(torch.tensor(measure(fails_at)), torch.tensor(expected), rtol=1e-5, atol=1e-8)
 
 
-def test_a_search_that_ran_out_of_memory_resumes_to_the_same_files(checkpoint, text, tmp_path, memory, monkeypatch, capsys):
+def test_a_search_that_ran_out_of_memory_resumes_to_the_same_files(checkpoint, text, tmp_path, memory, monkeypatch,
+                                                                  capsys):
     def search(folder: str) -> dict[str, bytes]:
-        evo_drop.main(["--model_name_or_path", checkpoint, *TEXT, text, "--sparsity", "0.34", "--initially_generated", "4",
-                       "--initial_tokens", "64", "--generations", "3", "--offspring", "4", "--survivors_per_selection",
-                       "2", "1", "--tokens_per_selection", "64", "256", "--eval_datasets", text, "--eval_tokens",
-                       "256", "--eval_sequence_length", "32", "--output_dir", str(tmp_path / folder)])
+        evo_drop.main(["--model_name_or_path", checkpoint, *TEXT, text, "--sparsity", "0.34",
+                       "--initially_generated", "4", "--initial_tokens", "64", "--generations", "3",
+                       "--offspring", "4", "--survivors_per_selection", "2", "1",
+                       "--tokens_per_selection", "64", "256", "--eval_datasets", text, "--eval_tokens", "256",
+                       "--eval_sequence_length", "32", "--output_dir", str(tmp_path / folder)])
         return {name: (tmp_path / folder / name).read_bytes()
                 for name in ("layer_drop_config.txt", "log.jsonl", "checkpoint.json")}
 

@@ -105,8 +105,8 @@ def test_levels_are_switched_as_without_offloading(checkpoint, text, databases, 
     runs = {}
     for offload in ([], ["--cpu_offload_modules"]):
         folder = tmp_path / f"offloaded-{len(offload)}"
-        evo_quant.main([*search_flags(checkpoint, text, folder, "--quant_weights_path", str(databases["quant"]), "--target_bitwidth",
-                                      "2.5", "--init", "measured"), *offload])
+        evo_quant.main([*search_flags(checkpoint, text, folder, "--quant_weights_path", str(databases["quant"]),
+                                      "--target_bitwidth", "2.5", "--init", "measured"), *offload])
         runs[len(offload)] = [(folder / name).read_bytes()
                               for name in ("log.jsonl", "evo-kl-configuration-2.5.txt")]
     assert runs[0] == runs[1]
@@ -131,8 +131,8 @@ def test_levels_are_forgotten_with_the_block_they_were_switched_in(checkpoint, d
 
 def test_dropped_model_is_saved_whole(checkpoint, text, tmp_path):
     for offload in ([], ["--cpu_offload_modules"]):
-        evo_drop.main([*search_flags(checkpoint, text, tmp_path / f"run-{len(offload)}", "--sparsity", "0.5", "--save_dir",
-                                     str(tmp_path / f"model-{len(offload)}")), *offload])
+        evo_drop.main([*search_flags(checkpoint, text, tmp_path / f"run-{len(offload)}", "--sparsity", "0.5",
+                                     "--save_dir", str(tmp_path / f"model-{len(offload)}")), *offload])
     plain, offloaded = (AutoModelForCausalLM.from_pretrained(tmp_path / f"model-{i}").state_dict() for i in (0, 1))
     assert plain.keys() == offloaded.keys()
     assert all(torch.equal(plain[name], offloaded[name]) for name in plain)

@@ -1,4 +1,5 @@
-"""Killed, without room and fed damaged files: a few trials of each kind that benchmarks/reliability.py makes many of."""
+"""Killed, without room and fed damaged files: a few trials of each kind that benchmarks/reliability.py makes many
+of."""
 import random
 
 import pytest

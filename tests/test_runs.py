@@ -6,8 +6,8 @@ import random
 import pytest
 
 from utils.files import check_writable, seal, write_atomic
-from utils.runs import (Run, RunError, default_folder, evaluation_rows, format_table, open_wandb, plot_search, rng_state,
-                        set_rng_state, user_errors)
+from utils.runs import (Run, RunError, default_folder, evaluation_rows, format_table, open_wandb, plot_search,
+                        rng_state, set_rng_state, user_errors)
 
 FLAGS = {"seed": 0, "sparsity": 0.25, "generations": 3, "output_dir": "x", "log_wandb": False}
 

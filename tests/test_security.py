@@ -1,4 +1,5 @@
-"""Nothing that is read can run code or lead out of its folder: no pickle, no shell, no code of a model's own unasked."""
+"""Nothing that is read can run code or lead out of its folder: no pickle, no shell, no code of a model's own
+unasked."""
 import json
 import pickle
 import re
@@ -161,5 +162,6 @@ def test_a_configurations_name_is_no_other_files(checkpoint, text, database, tmp
     before = {path: path.read_bytes() for path in database.iterdir()}
     with pytest.raises(SystemExit, match="--configuration_name .*: a file name ending in .txt is needed"):
         evo_quant.main(["--model_name_or_path", checkpoint, *TEXT, text, *SEARCH, "--quant_weights_path", str(database),
-                        "--target_bitwidth", "2.5", "--output_dir", str(tmp_path / "run"), "--configuration_name", name])
+                        "--target_bitwidth", "2.5", "--output_dir", str(tmp_path / "run"),
+                        "--configuration_name", name])
     assert {path: path.read_bytes() for path in database.iterdir()} == before

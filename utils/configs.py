@@ -21,7 +21,8 @@ def read_drop_config(path: str | Path, num_blocks: int | None = None) -> list[tu
         found = "; ".join(f"line {number}: {line!r}" for number, line in wrong[:3])
         raise ValueError(f"{path}: {found}; every line is one of {', '.join(DROP_WORDS)}")
     if num_blocks is not None and len(lines) != num_blocks:
-        raise ValueError(f"{path}: {len(lines)} lines, but the model has {num_blocks} blocks; one line a block is needed")
+        raise ValueError(f"{path}: {len(lines)} lines, but the model has {num_blocks} blocks; one line a block is "
+                         f"needed")
     return [DROP_WORDS[line] for line in lines]
 
 
@@ -33,7 +34,8 @@ def write_drop_config(path: str | Path, dropped: Sequence[tuple[bool, bool]]) ->
 
 
 def check_configuration_name(name: str) -> None:
-    """Raise ValueError for a --configuration_name that leads elsewhere, or could be another file of a run or database."""
+    """Raise ValueError for a --configuration_name that leads elsewhere, or could be another file of a run or
+    database."""
     if not re.fullmatch(r"[^/\0]+\.txt", name):
         raise ValueError(f"--configuration_name {name}: a file name ending in .txt is needed, without a folder")
 

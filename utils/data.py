@@ -120,8 +120,8 @@ def check_minibatches(documents: list[torch.Tensor], sizes: Iterable[int]) -> No
     have two tokens."""
     odd = [size for size in sizes if size % 2]
     if odd and all(len(document) == 2 for document in documents):
-        raise ValueError(f"--initial_tokens, --tokens_per_selection {odd[0]}: an odd number, but all calibration documents "
-                         f"have two tokens; give even numbers, or a --calibration_sequence_length above 2")
+        raise ValueError(f"--initial_tokens, --tokens_per_selection {odd[0]}: an odd number, but all calibration "
+                         f"documents have two tokens; give even numbers, or a --calibration_sequence_length above 2")
 
 
 def sequence_length(asked: int | None, config, flag: str) -> int:

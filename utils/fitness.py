@@ -117,7 +117,8 @@ class Fitness:
         total = sum(distributed.merge_(losses).tolist())
         return _exp(total / sum(len(document) - 1 for document in self.documents))
 
-    def _own_sums(self, candidates: Sequence[Candidate], batches: list[list[Row]], kinds: Sequence[str]) -> torch.Tensor:
+    def _own_sums(self, candidates: Sequence[Candidate], batches: list[list[Row]],
+                  kinds: Sequence[str]) -> torch.Tensor:
         """Sums over each microbatch's predicted tokens, float64 [microbatches, candidates, kinds] on the host; zeros
         where another process computes them."""
         walks = [(batch, members, self._walk([candidates[i] for i in members], batches[batch], kinds))
@@ -171,12 +172,15 @@ class Fitness:
             yield current, stack[count]
             before = current
 
-    def _block_by_block(self, candidates: Sequence[Candidate], inputs: BlockInputs) -> Iterator[tuple[int, torch.Tensor]]:
+    def _block_by_block(self, candidates: Sequence[Candidate],
+                        inputs: BlockInputs) -> Iterator[tuple[int, torch.Tensor]]:
         """The same where blocks are offloaded: each comes to the device once and is put into each of its states once,
         for all candidates; in memory is an input for every distinct prefix."""
-        prefixes = [(inputs.hidden_states, list(range(len(candidates))))]    # input of the block, candidates that share it
+        # input of the block, candidates that share it
+        prefixes = [(inputs.hidden_states, list(range(len(candidates))))]
         for i in range(len(self.decoder.blocks)):
-            longer: dict[Hashable, dict[int, list[int]]] = {}                # state of the block -> prefix -> candidates
+            # state of the block -> prefix -> candidates
+            longer: dict[Hashable, dict[int, list[int]]] = {}
             for prefix, (_, members) in enumerate(prefixes):
                 for member in members:
                     longer.setdefault(candidates[member][i], {}).setdefault(prefix, []).append(member)
@@ -234,7 +238,8 @@ class Fitness:
 
     def _block_inputs(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None):
         device = self.decoder.device
-        return self.decoder.block_inputs(input_ids.to(device), None if position_ids is None else position_ids.to(device))
+        return self.decoder.block_inputs(input_ids.to(device),
+                                         None if position_ids is None else position_ids.to(device))
 
     def _teacher_storage(self) -> torch.device:
         """Where the teacher's hidden states are kept: on the device if an eighth of what is free there will do."""

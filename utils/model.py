@@ -1,4 +1,5 @@
-"""Load a causal language model of any decoder family; find its blocks, their attention and MLP, and their linear layers.
+"""Load a causal language model of any decoder family; find its blocks, their attention and MLP, and their linear
+layers.
 
 Nothing here knows a family by name. Blocks are `get_decoder().layers`, else the longest ModuleList of equal class. Of
 a block's children that hold weight matrices, the attention is the one whose forward takes masks, rotary embeddings or
@@ -216,16 +217,16 @@ class Decoder:
         self.offloaded = OffloadedBlocks([block.module for block in self.blocks], device)
 
     def compile_blocks(self) -> None:
-        """Run blocks through torch.compile from now on: the same up to rounding. Raises ValueError naming the flag where
-        that does not work."""
+        """Run blocks through torch.compile from now on: the same up to rounding. Raises ValueError naming the flag
+        where that does not work."""
         # a block's code is compiled once for every way of dropping, packing and masking, not once a block
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_VARIANTS)
         self._call = torch.compile(_call_module, dynamic=True)
         try:
             self._last_hidden_states(torch.zeros(2, 16, dtype=torch.int64, device=self.device))
         except Exception as error:       # no compiler, a module that cannot be traced, ...
-            raise ValueError(f"--compile: torch.compile fails here ({str(error).strip().splitlines()[0][:300]}); install "
-                             f"a C++ compiler, or leave the flag out") from error
+            raise ValueError(f"--compile: torch.compile fails here ({str(error).strip().splitlines()[0][:300]}); "
+                             f"install a C++ compiler, or leave the flag out") from error
 
     def bring(self, index: int) -> None:
         """Have a block on the device, where blocks are offloaded: before its weights are changed or used."""
@@ -265,7 +266,8 @@ class Decoder:
         def count_outputs(module, args, output):
             module.extra_outputs = len(output) - 1 if isinstance(output, tuple) else None
 
-        watched = [module for block in self.blocks for module in (block.module, *block.attn.modules, *block.mlp.modules)]
+        watched = [module for block in self.blocks
+                   for module in (block.module, *block.attn.modules, *block.mlp.modules)]
         hooks = [module.register_forward_hook(count_outputs) for module in watched]
         generator = torch.Generator().manual_seed(0)
         vocabulary = self.config.get_text_config(decoder=True).vocab_size
@@ -275,13 +277,18 @@ class Decoder:
         for hook in hooks:
             hook.remove()
         if logits.isnan().any():
-            broken = next((name for name, weights in self.model.named_parameters() if not weights.isfinite().all()), None)
-            raise ValueError(f"{broken}: NaN or infinite weights; check the checkpoint, or use another --dtype" if broken
-                             else f"{type(self.model).__name__}: gives NaN in {self.dtype}; use --dtype bfloat16 or float32")
+            broken = next((name for name, weights in self.model.named_parameters() if not weights.isfinite().all()),
+                          None)
+            raise ValueError(f"{broken}: NaN or infinite weights; check the checkpoint, or use another --dtype"
+                             if broken else
+                             f"{type(self.model).__name__}: gives NaN in {self.dtype}; use --dtype bfloat16 or "
+                             f"float32")
         alone = self._last_hidden_states(second)
-        if not torch.allclose(self.logits(alone), logits, rtol=1e-2, atol=1e-2 * float(logits.abs().max()), equal_nan=True):
+        if not torch.allclose(self.logits(alone), logits, rtol=1e-2, atol=1e-2 * float(logits.abs().max()),
+                              equal_nan=True):
             raise ValueError(f"{type(self.model).__name__}: running its {len(self.blocks)} blocks one by one does not "
-                             f"give the model's own logits; expected hidden states to be all that passes between blocks")
+                             f"give the model's own logits; expected hidden states to be all that passes between "
+                             f"blocks")
 
         restarting = torch.cat([torch.arange(7), torch.arange(9)]).to(self.device).expand(2, 16)
         try:

@@ -45,7 +45,8 @@ def default_folder(task: str, flags: dict) -> str:
 
 
 def read_log(folder: Path, saved: dict | None = None) -> bytes:
-    """The lines of a run's log up to its last checkpoint, `saved`. Raises ValueError naming the file that is damaged."""
+    """The lines of a run's log up to its last checkpoint, `saved`. Raises ValueError naming the file that is
+    damaged."""
     saved = saved or read_sealed(folder / "checkpoint.json")
     path = folder / "log.jsonl"
     lines = path.read_bytes()[:saved["log_bytes"]] if path.is_file() else b""
@@ -167,7 +168,8 @@ def format_table(rows: Sequence[Sequence[object]]) -> str:
     widths = [max(map(len, column)) for column in zip(*cells)]
     lines = ["| " + " | ".join(cell.ljust(width) if i == 0 else cell.rjust(width)
                                for i, (cell, width) in enumerate(zip(row, widths))) + " |" for row in cells]
-    lines.insert(1, "|" + "|".join("-" * (width + 1) + ("-" if i == 0 else ":") for i, width in enumerate(widths)) + "|")
+    lines.insert(1, "|" + "|".join("-" * (width + 1) + ("-" if i == 0 else ":")
+                                   for i, width in enumerate(widths)) + "|")
     return "\n".join(lines)
 
 
@@ -225,5 +227,6 @@ def open_wandb(enabled: bool, flags: dict):
     try:
         import wandb
     except ImportError as error:
-        raise ValueError("--log_wandb: the wandb package is not installed; pip install wandb, or leave it out") from error
+        raise ValueError("--log_wandb: the wandb package is not installed; pip install wandb, or leave it "
+                         "out") from error
     return wandb.init(config=flags)

@@ -8,7 +8,8 @@ import numpy as np
 from utils.distributed import from_main
 
 Candidate = tuple[Hashable, ...]     # the level of every unit
-WINDOW = 1024                        # latest measurements that the model is fitted to: errors change as the search moves
+WINDOW = 1024                        # latest measurements that the model is fitted to:
+                                     # errors change as the search moves
 RANDOM_SHARE = 4                     # one in four of those kept is drawn at random, so that a wrong model misleads less
 RIDGES = 10.0 ** np.arange(-4, 1.5, 0.5)    # of the largest eigenvalue
 
@@ -50,7 +51,8 @@ class AdditiveModel:
     def observe(self, ranked: Sequence[tuple[float, Candidate]], tokens: int) -> None:
         """Learn from (fitness, candidate) pairs that were measured on one minibatch of that many tokens."""
         step = self._measured[-1][0] + 1 if self._measured else 0
-        self._measured += [(step, tokens, fitness, candidate) for fitness, candidate in ranked if math.isfinite(fitness)]
+        self._measured += [(step, tokens, fitness, candidate) for fitness, candidate in ranked
+                           if math.isfinite(fitness)]
         del self._measured[:-WINDOW]
         self._effects = None
 
