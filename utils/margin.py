@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 
 from utils.fitness import Candidate, Fitness, Row
 
-PARTS = 16               # of a minibatch: enough for a standard error within a fifth, few enough to fill microbatches
+PARTS = 8                # of a minibatch: enough for a standard error, few enough to fill microbatches
 
 
 def rank_with_margin(fitness: Fitness, candidates: Sequence[Candidate], minibatch: Row, kind: str,
