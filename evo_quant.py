@@ -12,6 +12,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from operator import getitem
 from pathlib import Path
 
@@ -158,15 +159,14 @@ def random_candidate(space: Space, target: float, rng: random.Random) -> Candida
     return fill_budget(space, candidate, rng)
 
 
-def allocated_candidate(space: Space, errors: list[dict[int, float]], within: list[dict[int, float]], rng: random.Random
-                        ) -> Candidate:
-    """The least sum of errors within the budget. errors: of every unit, level -> error; `within`, those to choose from
-    where that can be."""
-    try:
-        levels = allocate(within, space.bits, space.budget)
-    except ValueError:
-        levels = allocate(errors, space.bits, space.budget)
-    return fill_budget(space, tuple(levels), rng)
+def allocated_candidates(space: Space, estimates: list[list[dict[int, float]]], rng: random.Random) -> list[Candidate]:
+    """The least sum of errors within the budget, for each estimate that can meet it. Of every unit it has level ->
+    error, where levels that may not be taken are missing."""
+    found = []
+    for errors in estimates:
+        with suppress(ValueError):
+            found.append(fill_budget(space, tuple(allocate(errors, space.bits, space.budget)), rng))
+    return found
 
 
 def fill_budget(space: Space, candidate: Candidate, rng: random.Random) -> Candidate:
@@ -345,8 +345,11 @@ def main(argv: list[str] | None = None) -> dict:
             errors, within, measured = estimate_alone(fitness, switcher, database, space.units, args.target_bitwidth,
                                                       draw_minibatch(documents, args.initial_tokens, rng))
             tokens_spent += measured * args.initial_tokens
-            allocated = allocated_candidate(space, errors, within, rng)
-            initial = [allocated, uniform] if uniform and uniform != allocated else [allocated]   # the better one
+            allocated = allocated_candidates(space, within, rng) or allocated_candidates(space, [errors], rng)
+            initial = list(dict.fromkeys([*allocated, *filter(None, [uniform])]))
+            if not initial:
+                raise RunError("--init measured: levels at which each layer's predictions are finite do not meet the "
+                               "budget; use --init random, or another --dtype")
             if model:
                 model.expect(errors)
         elif args.init == "uniform" and uniform:

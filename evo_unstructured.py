@@ -13,6 +13,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from operator import mul
 from pathlib import Path
 
@@ -119,14 +120,15 @@ def random_candidate(space: Space, rng: random.Random) -> Candidate | None:
     return start and mutate(space, [start], 1, rng, fixed_mutations=len(space.units))
 
 
-def allocated_candidate(space: Space, errors: list[dict[int, float]], within: list[dict[int, float]]) -> Candidate:
-    """The least sum of errors within the budget. errors: of every unit, level -> error; `within`, those to choose from
-    where that can be. Raises ValueError: none."""
+def allocated_candidates(space: Space, estimates: list[list[dict[int, float]]]) -> list[Candidate]:
+    """The least sum of errors within the budget, for each estimate that can meet it. Of every unit it has level ->
+    error, where levels that may not be taken are missing."""
     steps = [{level: len(unit) * level for level in unit.levels} for unit in space.units]
-    try:
-        return tuple(allocate(within, steps, 0, exact=True))
-    except ValueError:
-        return tuple(allocate(errors, steps, 0, exact=True))
+    found = []
+    for errors in estimates:
+        with suppress(ValueError):
+            found.append(tuple(allocate(errors, steps, 0, exact=True)))
+    return found
 
 
 def balance(space: Space, candidate: Candidate, fixed: set[int], rng: random.Random) -> Candidate | None:
@@ -303,7 +305,8 @@ def main(argv: list[str] | None = None) -> dict:
             errors, within, measured = estimate_alone(fitness, switcher, database, space.units, 0,
                                                       draw_minibatch(documents, args.initial_tokens, rng))
             tokens_spent += measured * args.initial_tokens
-            initial = list(dict.fromkeys([allocated_candidate(space, errors, within), initial[0]]))   # the better one
+            initial = list(dict.fromkeys([*(allocated_candidates(space, within) or allocated_candidates(space, [errors])),
+                                          initial[0]]))
             if model:
                 model.expect(errors)
         ranked = measure(initial, args.initial_tokens)

@@ -46,37 +46,51 @@ def layer_errors(database: Database, names: Sequence[str], levels: Sequence[int]
 
 
 def estimate_alone(fitness: Fitness, switcher: LevelSwitcher, database: Database, units: Sequence[Unit],
-                   target: float, minibatch: Row) -> tuple[list[dict[int, float]], list[dict[int, float]], int]:
-    """(of every unit, level -> KL divergence with it alone at that level; the same of levels not more compressed than
-    any that was measured; number of candidates that were measured).
+                   target: float, minibatch: Row
+                   ) -> tuple[list[dict[int, float]], list[list[dict[int, float]]], int]:
+    """(of every unit, level -> KL divergence with it alone at that level; the same within reach, narrowest first;
+    number of candidates that were measured).
 
     Two levels of a unit are measured, half-way from `target` to its most and to its least compressed one; the others
     follow what the database says of the unit's layers. Units that have one level have no error. Where predictions are
-    not finite the error is infinite; raises RunError when they are at neither level.
+    not finite the error is infinite; raises RunError when they are at neither level. Within reach is no level more
+    compressed than the first one beyond `target`, than the second, the fourth and so on, and never than all that were
+    measured: the more layers are compressed far beyond the target, the less their divergences add up.
     """
     shapes = [layer_errors(database, unit.names, unit.levels) for unit in units]
     levels = [halfway_levels(unit.levels, shape, target) for unit, shape in zip(units, shapes)]
     alone = measure_alone(fitness, switcher, [unit.names for unit in units], levels, minibatch)
-    estimates, within = [], []
+    estimates, reachable = [], []
     for unit, errors, shape in zip(units, alone, shapes):
         finite = {level: error for level, error in errors.items() if math.isfinite(error)}
         if errors and not finite:
             raise RunError(f"{unit.names[0]}: the model's predictions are not finite with it alone at levels "
                            f"{' and '.join(map(str, errors))}; hold it at another level with --bounds")
-        estimates.append(interpolate(finite, shape) | errors if errors else dict.fromkeys(unit.levels, 0.0))
-        most = max((shape[level] for level in finite), default=math.inf)
-        within.append({level: error for level, error in estimates[-1].items() if shape[level] <= most})
+        infinite = dict.fromkeys(errors.keys() - finite.keys(), math.inf)
+        estimates.append(interpolate(finite, shape) | infinite if errors else dict.fromkeys(unit.levels, 0.0))
+        most = max(map(shape.get, finite), default=math.inf)
+        more, _ = sides(unit.levels, shape, target)
+        reachable.append([level for level in more if shape[level] <= most])
+    widths = [2**k for k in range((max(1, *map(len, reachable)) - 1).bit_length() + 1)]
+    within = [[{level: error for level, error in known.items()
+                if level in near[:width] or level not in sides(unit.levels, shape, target)[0]}
+               for unit, known, shape, near in zip(units, estimates, shapes, reachable)] for width in widths]
     return estimates, within, sum(map(len, levels))
 
 
 def halfway_levels(levels: Sequence[int], errors: Mapping[int, float], target: float) -> list[int]:
     """Of the levels more and of those less compressed than `target` the middle ones, nearer to it where there are two;
     where a side has none, of the others the nearest. None where there is no choice. errors: level -> layers' errors."""
-    worst, best = max(levels, key=errors.get), min(levels, key=errors.get)
-    if len(levels) < 2 or worst == best:
+    if len(levels) < 2 or len(set(errors.values())) < 2:
         return []
+    middles = [side[(len(side) - 1) // 2] for side in sides(levels, errors, target) if side]
     outward = sorted(levels, key=lambda level: abs(level - target))
-    sides = [[level for level in outward if (level - target) * (end - other) > 0]
-             for end, other in ((worst, best), (best, worst))]
-    middles = [side[(len(side) - 1) // 2] for side in sides if side]
     return sorted([*middles, *(level for level in outward if level not in middles)][:2])
+
+
+def sides(levels: Sequence[int], errors: Mapping[int, float], target: float) -> tuple[list[int], list[int]]:
+    """The levels more and those less compressed than `target`, each from it outward."""
+    up = 1 if errors[max(levels)] >= errors[min(levels)] else -1         # where compression grows
+    outward = sorted(levels, key=lambda level: abs(level - target))
+    more, less = ([level for level in outward if (level - target) * sign > 0] for sign in (up, -up))
+    return more, less

@@ -118,5 +118,9 @@ def test_interpolation_is_exact_for_divergences_that_are_a_power_of_the_layer_er
 def test_interpolation_without_a_logarithm_is_a_straight_line():
     assert interpolate({2: 0.4, 4: 0.0}, {2: 8.0, 3: 2.0, 4: 0.0}) == {2: 0.4, 3: pytest.approx(0.1), 4: 0.0}
     assert interpolate({2: 0.4}, {2: 8.0, 3: 2.0, 4: 0.0}) == {2: 0.4, 3: pytest.approx(0.1), 4: 0.0}
-    assert interpolate({2: -0.4, 3: 0.2}, {2: 1.0, 3: 1.0, 4: 1.0})[4] == pytest.approx(-0.1)
+    assert interpolate({2: -0.4, 3: 0.2}, {2: 1.0, 3: 1.0, 4: 1.0})[4] == pytest.approx(0.1)
+    noisy = interpolate({-4: 0.10, 4: 0.09}, {-8: 0.1, -4: 0.1001, 0: 0.1002, 4: 0.1003, 8: 0.2})
+    assert all(0.09 <= error <= 0.11 for error in noisy.values())        # not the most compressed level for nothing
+    steep = interpolate({1: 1.0, 2: 5.0}, {1: 0.1, 2: 0.1001, 3: 1.0})
+    assert steep[1] == 1.0 and steep[2] == 5.0 and 5.0 < steep[3] <= 5.0 * 10**4
     assert interpolate({3: 0.1}, {3: 0.0}) == {3: 0.1}

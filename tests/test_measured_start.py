@@ -67,14 +67,17 @@ def test_units_are_measured_alone_at_two_levels_and_follow_the_layers_errors_bet
     errors, within, measured = estimate_alone(Fitness(decoder, documents, switcher.set_block), switcher, database,
                                               units, target, [(0, 20), (1, 12)])
     assert measured == 2 * (len(units) - 1)                  # a unit that is held at a level has nothing to measure
-    assert errors[1] == within[1] == {held_at: 0.0}
-    for unit, known, chosen_from in zip(units, errors, within):
+    assert errors[1] == within[0][1] == {held_at: 0.0}
+    for unit, known, nearest, chosen_from in zip(units, errors, within[0], within[-1]):
         assert tuple(sorted(known)) == unit.levels
         halfway = halfway_levels(unit.levels, layer_errors(database, unit.names, unit.levels), target)
         assert len(halfway) == (2 if len(unit.levels) > 1 else 0)
         if halfway:
             assert chosen_from == {level: error for level, error in known.items()
                                    if (level >= halfway[0] if kind == "quant" else level <= halfway[1])}
+            first = 2 if kind == "quant" else 1                          # beyond the target
+            assert nearest == {level: error for level, error in known.items()
+                               if (level >= first if kind == "quant" else level <= first)}
         for level in halfway:
             fresh = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
             for name in unit.names:
@@ -125,24 +128,25 @@ def test_start_has_the_least_sum_of_errors_of_many_that_meet_the_budget_and_its_
         errors, seen["within"], seen["measured"] = estimate_alone(fitness, switcher, database, units, *rest)
         return errors, seen["within"], seen["measured"]
 
-    def allocating(space, *rest):
-        seen["space"], seen["start"] = space, original(space, *rest)
-        return seen["start"]
+    def allocating(space, estimates, *rest):
+        seen["space"], seen["starts"] = space, original(space, estimates, *rest)
+        return seen["starts"]
 
-    original = module.allocated_candidate
+    original = module.allocated_candidates
     monkeypatch.setattr(module, "estimate_alone", recording)
-    monkeypatch.setattr(module, "allocated_candidate", allocating)
+    monkeypatch.setattr(module, "allocated_candidates", allocating)
     summary = search(module, tmp_path / "run", *MEASURED, *more, "--generations", "0")
-    space, start, within = seen["space"], seen["start"], seen["within"]
-    assert space.feasible(start) and summary["levels"] == space.levels(start)
+    space, starts, within = seen["space"], seen["starts"], seen["within"][-1]
+    assert all(map(space.feasible, starts)) and summary["levels"] in map(space.levels, starts)
     uniform = task == "sparse"                               # there is one, which is measured too
-    assert log(tmp_path / "run")[0]["tokens"] == (seen["measured"] + 1 + uniform) * 128
+    assert log(tmp_path / "run")[0]["tokens"] == (seen["measured"] + len({*starts}) + uniform) * 128
     assert seen["measured"] == 2 * sum(len(unit.levels) > 1 for unit in space.units)
 
     def total(candidate):
         return sum(known.get(level, math.inf) for known, level in zip(within, candidate))
 
     rng = random.Random(0)
+    start = starts[-1]
     others = {start}
     for _ in range(300):                     # neighbours of the start, and neighbours of theirs
         child = module.mutate(space, sorted(others)[-20:], 3, rng)

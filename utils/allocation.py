@@ -6,8 +6,11 @@ budget or to exactly it, and the sum of the errors is least.
 import math
 from bisect import bisect
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 
 import numpy as np
+
+STEEPEST = 4.0           # power of the layer error beyond what was measured: both are quadratic, which makes it about 1
 
 
 def allocate(errors: Sequence[Mapping[int, float]], costs: Sequence[Mapping[int, int]], budget: int,
@@ -66,8 +69,12 @@ def interpolate(measured: Mapping[int, float], layer_errors: Mapping[int, float]
     Both the divergence of the model and the output error of a layer are quadratic in a small change of its weights, so
     the one is taken to be a power of the other: between two measured levels, and beyond the outermost, the power that
     these two show; where only one was measured, the first. Where that has no logarithm, a straight line replaces it.
+    What is measured is noisy, so a larger layer error never has the smaller divergence, and no power beyond the
+    outermost levels is larger than STEEPEST.
     """
     points = sorted(measured, key=lambda level: (layer_errors[level], level))
+    largest = accumulate((max(measured[point], 0.0) for point in points), max)
+    measured = dict(zip(points, largest))
     estimates = {}
     for level, x in layer_errors.items():
         if level in measured:
@@ -79,7 +86,9 @@ def interpolate(measured: Mapping[int, float], layer_errors: Mapping[int, float]
             right = min(max(bisect([layer_errors[point] for point in points], x), 1), len(points) - 1)
             (x0, y0), (x1, y1) = ((layer_errors[point], measured[point]) for point in points[right - 1:right + 1])
         if min(x, x0, y0, x1, y1) > 0 and x0 != x1:
-            estimates[level] = y0 * (y1 / y0) ** (math.log(x / x0) / math.log(x1 / x0))
+            distance, power = math.log(x1 / x0), math.log(y1 / y0) / math.log(x1 / x0)
+            inside = 0 <= math.log(x / x0) / distance <= 1
+            estimates[level] = y0 * (x / x0) ** (power if inside else min(power, STEEPEST))
         else:
-            estimates[level] = y0 + (y1 - y0) * ((x - x0) / (x1 - x0) if x0 != x1 else 0.5)
+            estimates[level] = max(0.0, y0 + (y1 - y0) * ((x - x0) / (x1 - x0) if x0 != x1 else 0.5))
     return estimates

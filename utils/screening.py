@@ -11,6 +11,7 @@ Candidate = tuple[Hashable, ...]     # the level of every unit
 WINDOW = 1024                        # latest measurements that the model is fitted to:
                                      # errors change as the search moves
 RANDOM_SHARE = 4                     # one in four of those kept is drawn at random, so that a wrong model misleads less
+LEAST_SCALE = 0.1                    # of the mean one
 RIDGES = 10.0 ** np.arange(-4, 1.5, 0.5)    # of the largest eigenvalue
 
 
@@ -81,7 +82,8 @@ class AdditiveModel:
             return self._expected
         steps, tokens, fitness, candidates = zip(*self._measured)
         indices = self._indices(candidates)
-        scale = np.abs(self._expected) if self._expected.any() else 1.0      # how far effects may stray
+        scale = np.abs(self._expected)                                       # how far effects may stray, ...
+        scale = np.maximum(scale, LEAST_SCALE * scale.mean()) if scale.any() else 1.0    # ... also those expected at 0
         levels = np.zeros((len(indices), len(self._expected)))
         np.put_along_axis(levels, indices, 1.0, axis=1)
         unexplained = np.array(fitness) - levels @ self._expected
