@@ -24,6 +24,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections import Counter
@@ -37,6 +38,7 @@ if __name__ == "__main__":
 
 import matplotlib.pyplot  # noqa: E402,F401  imported late otherwise, in every process anew
 import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 import eval_config  # noqa: E402
@@ -320,6 +322,7 @@ def main(argv: list[str] | None = None) -> int:
     """Try everything; returns the number of failures."""
     args = parse_arguments(argv)
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())     # its own is shared by forked processes, and stays locked by one that is killed
     rng = random.Random(args.seed)
     outcomes: dict[tuple[str, str], Counter] = {}
     failures = []
