@@ -1,4 +1,5 @@
-"""Held-out KL divergence over the tokens a search has spent: the paper's way against --init measured and --screen.
+"""Held-out KL divergence over the tokens a search has spent: the paper's way against --init measured, --screen and
+--margin.
 
     python benchmarks/search_quality.py --out results/search_quality --jobs 2 --write_readme
 
@@ -160,8 +161,10 @@ def candidate_at(log: list[dict], tokens: float) -> str | None:
 def heldout(setting: Setting, candidates: list[str], args: argparse.Namespace) -> dict[str, float]:
     """KL divergence, in nats a token, of candidates as the log writes them. Those evaluated before are kept in a
     file."""
-    path = args.out / f"heldout-{setting.task}-{setting.budget:g}.json"
-    values = json.loads(path.read_text()) if path.exists() else {}
+    path = args.out / f"KL-{setting.task}-{setting.budget:g}.json"
+    text = [args.model_name_or_path, args.data, args.eval_tokens, args.sequence_length]
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    values = kept["KL"] if kept.get("text") == text else {}
     missing = sorted({candidate for candidate in candidates if candidate not in values})
     if missing:
         torch.set_num_threads(1)
@@ -178,7 +181,7 @@ def heldout(setting: Setting, candidates: list[str], args: argparse.Namespace) -
             states = [switcher.states(dict(zip(names, json.loads(candidate)))) for candidate in missing]
         fitness = Fitness(decoder, documents, set_block, progress=f"{setting.name}: uncompressed model")
         values |= zip(missing, (value for value, in fitness.measure(states)))
-        write_atomic(path, json.dumps(values))
+        write_atomic(path, json.dumps({"text": text, "KL": values}))
     return values
 
 
