@@ -307,6 +307,12 @@ def check_flags(args: argparse.Namespace) -> None:
         read_drop_config(args.legal_to_drop_path)
 
 
+def default_generations(space: Space, start: Candidate, num_blocks: int) -> int:
+    """The paper's number, by what is dropped at the start: a resumed search agrees."""
+    dropped = round(sum(sum(state) for state in space.states(start, num_blocks)) / 2)
+    return math.ceil(dropped * (num_blocks - dropped) / 1.5)
+
+
 @user_errors(RunError)
 def main(argv: list[str] | None = None) -> dict:
     """Run the search of the flags, or resume it; returns what summary.json holds."""
@@ -315,8 +321,10 @@ def main(argv: list[str] | None = None) -> dict:
         check_flags(args)
         config = load_config(args.model_name_or_path, args.trust_remote_code)
         if num_blocks := getattr(config.get_text_config(decoder=True), "num_hidden_layers", None):
-            build_space(args, [(1, 1)] * num_blocks)         # refuses what cannot be met before the model is loaded
+            space = build_space(args, [(1, 1)] * num_blocks)   # refuses what cannot be met before the model is loaded
         run = Run(args.output_dir or default_folder("evo_drop", vars(args)), vars(args))
+        if run.state and num_blocks:
+            run.default_to(default_generations(space, run.state["start"][0], num_blocks))
         if run.finished:
             print(f"{run.folder}: this search is finished; raise --generations to go on, or give another --output_dir")
             return run.summary()
@@ -403,10 +411,8 @@ def main(argv: list[str] | None = None) -> dict:
                  "dropped": config_line(space, population[0], len(blocks))})
         checkpoint(0)
 
-    if args.generations is None:                              # by what was dropped at the start: resuming agrees
-        dropped = round(sum(sum(state) for state in space.states(start[0], len(blocks))) / 2)
-        args.generations = math.ceil(dropped * (len(blocks) - dropped) / 1.5)
-        run.generations = args.generations
+    run.default_to(default_generations(space, start[0], len(blocks)))
+    args.generations = run.generations
     print(f"budget: {describe(space, population[0], blocks)}")
 
     steps = list(zip(args.survivors_per_selection, args.tokens_per_selection))

@@ -486,6 +486,17 @@ def test_extended_run_equals_a_longer_one(command, tmp_path):
     assert json.loads((tmp_path / "extended" / "summary.json").read_text())["generations"] == 6
 
 
+@pytest.mark.parametrize("budget", [{}, {"sparsity": None, "drop_params": 0.15}])
+def test_run_goes_on_to_the_default_number_of_generations_when_given_none(budget, command, tmp_path, monkeypatch):
+    evo_drop.main(command("extended", generations=2, **budget))
+    summary = evo_drop.main(command("extended", generations=None, **budget))
+    whole = evo_drop.main(command("whole", generations=None, **budget))
+    assert summary["generations"] == whole["generations"] > 2
+    assert files(tmp_path / "extended") == files(tmp_path / "whole")
+    monkeypatch.setattr(evo_drop, "load_decoder", lambda *_: pytest.fail("the model was loaded"))
+    assert evo_drop.main(command("extended", generations=None, **budget)) == json.loads(json.dumps(summary))
+
+
 def test_finished_run_says_so_and_computes_nothing(command, tmp_path, monkeypatch, capsys):
     summary = evo_drop.main(command())
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}

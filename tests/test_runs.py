@@ -89,6 +89,17 @@ def test_finished_means_summarized_for_as_many_generations(tmp_path):
     assert not Run(tmp_path, FLAGS | {"generations": 4}).finished
 
 
+def test_a_missing_number_of_generations_is_finished_at_its_default_only(tmp_path):
+    checkpointed(tmp_path, 3).summarize({"generations": 3})
+    for default, finished in ((4, False), (3, True)):
+        run = Run(tmp_path, FLAGS | {"generations": None})
+        assert not run.finished
+        run.default_to(default)
+        assert run.finished == finished and run.generations == default
+    with pytest.raises(RunError, match="--generations 2: the run in .* is already at generation 3"):
+        Run(tmp_path, FLAGS | {"generations": None}).default_to(2)
+
+
 @pytest.mark.parametrize("flags, message", [
     ({"seed": 1}, r"other flags \(--seed 0 there, 1 here\); use those flags to resume it, or another folder"),
     ({"sparsity": 0.5, "seed": 2}, r"other flags \(--seed 0 there, 2 here; --sparsity 0.25 there, 0.5 here\)"),

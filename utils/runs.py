@@ -93,9 +93,8 @@ class Run:
         if differing:
             raise ValueError(f"{flag} {self.folder}: holds a run with other flags ({'; '.join(differing[:3])}); use "
                              f"those flags to resume it, or another folder")
-        if self.generations is not None and state["generation"] > self.generations:
-            raise ValueError(f"--generations {self.generations}: the run in {self.folder} is already at generation "
-                             f"{state['generation']}; a resumed run can only be extended")
+        if self.generations is not None:
+            self._check_extends(state, self.generations)
         try:
             lines = read_log(self.folder, saved)
         except ValueError as error:
@@ -106,11 +105,25 @@ class Run:
         write_atomic(timing, b"".join(kept))
         return state
 
+    def _check_extends(self, state: dict, generations: int) -> None:
+        if state["generation"] > generations:
+            raise RunError(f"--generations {generations}: the run in {self.folder} is already at generation "
+                           f"{state['generation']}; a resumed run can only be extended")
+
+    def default_to(self, generations: int) -> None:
+        """Have that many where --generations is missing. Raises RunError when an earlier run has made more."""
+        if self.generations is None:
+            if self.state:
+                self._check_extends(self.state, generations)
+            self.generations = generations
+
     @property
     def finished(self) -> bool:
-        """Whether summary.json is there, whole, and covers all generations asked for."""
+        """Whether summary.json is there, whole, and covers all generations asked for; what a missing --generations
+        means has to be known by then, see `default_to`."""
         summary = self.summary()
-        return self.state is not None and summary is not None and self.generations in (None, summary.get("generations"))
+        return (self.state is not None and summary is not None and self.generations is not None
+                and self.generations == summary.get("generations"))
 
     @distributed.from_main
     def summary(self) -> dict | None:
