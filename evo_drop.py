@@ -22,7 +22,7 @@ from utils.evaluation import Evaluation, load_evaluation_documents
 from utils.files import check_writable
 from utils.fitness import Fitness
 from utils.flags import (add_calibration_flags, add_evaluation_flags, add_model_flags, add_search_flags,
-                         check_search_flags)
+                         check_search_flags, flag_defaults)
 from utils.margin import rank_with_margin
 from utils.model import Decoder, load_config, load_decoder, load_tokenizer, save_dropped
 from utils.runs import (Run, RunError, default_folder, evaluation_rows, format_table, open_wandb, plot_search,
@@ -34,7 +34,7 @@ LAZY_BATCH = 4                   # units that a measured start measures again at
 FAILED_DRAWS = 200               # draws without a new candidate after which a generation makes do with fewer offspring
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_flags(parser, offload=True, compiled=True)
     add_calibration_flags(parser, tokens=131072)
@@ -65,7 +65,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     output.add_argument("--save_dir", metavar="FOLDER",
                         help="save the model there with the dropped sub-blocks zeroed, as any runtime loads it")
     output.add_argument("--log_wandb", action="store_true", help="log to Weights & Biases")
-    return parser.parse_args(argv)
+    return parser
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    return make_parser().parse_args(argv)
 
 
 # ---- the search space ------------------------------------------------------------------------------------------------
@@ -322,7 +326,8 @@ def main(argv: list[str] | None = None) -> dict:
         config = load_config(args.model_name_or_path, args.trust_remote_code)
         if num_blocks := getattr(config.get_text_config(decoder=True), "num_hidden_layers", None):
             space = build_space(args, [(1, 1)] * num_blocks)   # refuses what cannot be met before the model is loaded
-        run = Run(args.output_dir or default_folder("evo_drop", vars(args)), vars(args))
+        run = Run(args.output_dir or default_folder("evo_drop", vars(args)), vars(args),
+                  defaults=flag_defaults(make_parser()))
         if run.state and num_blocks:
             run.default_to(default_generations(space, run.state["start"][0], num_blocks))
         if run.finished:

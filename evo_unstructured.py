@@ -27,7 +27,7 @@ from utils.evaluation import Evaluation, load_evaluation_documents
 from utils.files import check_writable
 from utils.fitness import Fitness
 from utils.flags import (add_calibration_flags, add_evaluation_flags, add_model_flags, add_search_flags,
-                         check_search_flags)
+                         check_search_flags, flag_defaults)
 from utils.margin import rank_with_margin
 from utils.model import load_config, load_decoder, load_tokenizer
 from utils.runs import (Run, RunError, default_folder, evaluation_rows, format_table, open_wandb, plot_search,
@@ -39,7 +39,7 @@ Candidate = tuple[int, ...]      # the level of every unit
 FAILED_DRAWS = 200               # draws without a new candidate after which a generation makes do with fewer offspring
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_flags(parser, offload=True, compiled=True)
     add_calibration_flags(parser, tokens=524288)
@@ -67,7 +67,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     output.add_argument("--configuration_name", default="final_configuration.txt", metavar="NAME",
                         help="of the result, in --output_dir and in the database (default: final_configuration.txt)")
     output.add_argument("--log_wandb", action="store_true", help="log to Weights & Biases")
-    return parser.parse_args(argv)
+    return parser
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    return make_parser().parse_args(argv)
 
 
 # ---- the search space ------------------------------------------------------------------------------------------------
@@ -226,7 +230,8 @@ def main(argv: list[str] | None = None) -> dict:
                              f"one with python -m database.sparsegpt")
         config = load_config(args.model_name_or_path, args.trust_remote_code)
         database.check_model(config)
-        run = Run(args.output_dir or default_folder("evo_unstructured", vars(args)), vars(args))
+        run = Run(args.output_dir or default_folder("evo_unstructured", vars(args)), vars(args),
+                  defaults=flag_defaults(make_parser()))
         if run.finished:
             print(f"{run.folder}: this search is finished; raise --generations to go on, or give another --output_dir")
             return run.summary()

@@ -20,6 +20,7 @@ import evo_drop
 import families
 from utils.configs import DROP_WORDS, read_drop_config, write_drop_config
 from utils.data import calibration_documents, evaluation_documents
+from utils.files import read_sealed, seal
 from utils.fitness import Fitness
 from utils.runs import Run, plot_search
 
@@ -505,6 +506,17 @@ def test_finished_run_says_so_and_computes_nothing(command, tmp_path, monkeypatc
     assert evo_drop.main(command()) == json.loads(json.dumps(summary))
     assert f"{tmp_path}/run: this search is finished; raise --generations" in capsys.readouterr().out
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+
+
+def test_run_of_an_earlier_version_without_a_flag_is_resumed(command, tmp_path):
+    evo_drop.main(command(generations=2))
+    path = tmp_path / "run" / "checkpoint.json"
+    saved = read_sealed(path)
+    del saved["flags"]["margin"], saved["flags"]["screen"]
+    path.write_text(seal(saved))
+    with pytest.raises(SystemExit, match=r"other flags \(--margin 0.0 there, 1.0 here\)"):
+        evo_drop.main(command(generations=2, margin=1.0))
+    assert evo_drop.main(command(generations=3))["generations"] == 3
 
 
 def test_folder_of_other_flags_is_refused_naming_what_differs(command, tmp_path):

@@ -113,6 +113,16 @@ def test_folder_of_another_run_is_refused_naming_what_differs(tmp_path, flags, m
     assert (tmp_path / "log.jsonl").read_bytes() == log
 
 
+def test_a_flag_that_an_earlier_version_did_not_know_had_its_default_there(tmp_path):
+    state = checkpointed(tmp_path).state
+    defaults = {"margin": 0.0, "names": ("a",), "never_given": 1, "seed": 1}
+    assert Run(tmp_path, FLAGS | {"margin": 0.0, "names": ("a",)}, defaults=defaults).state == state
+    with pytest.raises(ValueError, match=r"other flags \(--margin 0.0 there, 1.0 here\)"):
+        Run(tmp_path, FLAGS | {"margin": 1.0}, defaults=defaults)
+    with pytest.raises(ValueError, match=r"other flags \(--seed 0 there, 1 here\)"):
+        Run(tmp_path, FLAGS | {"seed": 1}, defaults=defaults)
+
+
 def test_run_cannot_be_shortened(tmp_path):
     checkpointed(tmp_path)
     with pytest.raises(ValueError, match="--generations 1: the run in .* is already at generation 2"):

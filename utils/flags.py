@@ -99,6 +99,12 @@ def add_search_flags(parser: argparse.ArgumentParser, generations: int | None, o
     return group
 
 
+def flag_defaults(parser: argparse.ArgumentParser) -> dict:
+    """Flag -> its default; none of the flags that are required."""
+    return {action.dest: action.default for action in parser._actions
+            if not action.required and action.default is not argparse.SUPPRESS}
+
+
 def check_search_flags(args: argparse.Namespace) -> None:
     """Raise ValueError, naming the flag, its value and the remedy, for flags that no model and no data could satisfy.
     Sets `population_size` where it was left out."""

@@ -61,9 +61,13 @@ class Run:
     Of several processes the first one reads and writes it; all of them hold its `state`.
     """
 
-    def __init__(self, folder: str | Path, flags: dict, flag: str = "--output_dir"):
-        """Raises ValueError when the folder cannot be written, is damaged, or holds a run with other flags."""
+    def __init__(self, folder: str | Path, flags: dict, flag: str = "--output_dir", defaults: dict | None = None):
+        """`defaults`: what flags were before a program knew them, for a run begun by an earlier version.
+
+        Raises ValueError when the folder cannot be written, is damaged, or holds a run with other flags.
+        """
         self.folder = Path(folder)
+        self.defaults = defaults or {}
         self.flags = {key: value for key, value in flags.items() if key not in NOT_COMPARED}
         self.generations = flags.get("generations")
         self._log_bytes, self._log_sha256 = 0, hashlib.sha256()
@@ -88,6 +92,8 @@ class Run:
                              f"{start_over}")
         state, flags = saved["state"], saved["flags"]
         ours = json.loads(json.dumps(self.flags))
+        defaults = {key: value for key, value in self.defaults.items() if key in ours}
+        flags = {**json.loads(json.dumps(defaults)), **flags}
         differing = [f"--{key} {flags.get(key)} there, {ours.get(key)} here" for key in sorted({*flags, *ours})
                      if flags.get(key) != ours.get(key)]
         if differing:
