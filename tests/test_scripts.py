@@ -154,6 +154,9 @@ def test_databases_of_an_8b_model_have_the_size_they_have_on_disk(llama3):
     sizes: dict = {}
     quant = need("database.gptq --bitwidth_options 2 3 4 5 6 --group_size 128 --save_dir db", sizes)
     assert quant.disk == pytest.approx(SHAPE.weights * (20 / 8 + 5 * 3 / 128)) and sizes == {"db": quant.disk}
+    for path in ("db", "./db", "db/"):
+        assert need(f"evo_quant.py --target_bitwidth 3 --quant_weights_path {path}", sizes).files == (
+            2 * SHAPE.parameters + quant.disk)
     sparse = need("database.sparsegpt --sparsity 0.7 --weights_diff 1000000 --save_dir sparse")
     kept = [sum(round(out * columns * 0.3) - level * 1_000_000 for _, out, columns in SHAPE.layers
                 if 0 <= round(out * columns * 0.7) + level * 1_000_000 <= out * columns) for level in range(-8, 9)]
