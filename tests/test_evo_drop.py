@@ -654,6 +654,7 @@ def test_budget_that_makes_no_sense_is_refused(changes, message, refused):
     ({"max_mutations": 0}, "--max_mutations 0: must be at least 1"),
     ({"fixed_mutations": 0}, "--fixed_mutations 0: must be at least 1"),
     ({"generations": -1}, "--generations -1: must be 0 or more"),
+    ({"margin": 0.5, "strategy": "comma"}, "--margin 0.5: with --strategy comma no parent competes, .*; leave one of"),
     ({"microbatch_tokens": 0}, "--microbatch_tokens 0: must be at least 1"),
 ])
 def test_selection_that_makes_no_sense_is_refused(changes, message, refused):
