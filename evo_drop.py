@@ -466,10 +466,11 @@ def main(argv: list[str] | None = None) -> dict:
     summary = {"task": "evo_drop", "model": args.model_name_or_path, "budget": describe(space, population[0], blocks),
                "dropped": config_line(space, population[0], len(blocks)), "fitness": best,
                "fitness_fn": args.fitness_fn, "generations": args.generations, "tokens": tokens_spent,
-               "evaluation": evaluations, "seconds": time.time() - run.began}
+               "evaluation": evaluations, **run.timing(tokens_spent)}
     run.summarize(summary)
     distributed.report_idle(time.time() - run.began)
-    print(f"budget: {summary['budget']}\ntokens: {tokens_spent:,}\nsaved: {run.folder}/layer_drop_config.txt")
+    print(f"budget: {summary['budget']}\ntokens: {tokens_spent:,} in {summary['seconds']:.0f} s\n"
+          f"saved: {run.folder}/layer_drop_config.txt")
     return summary
 
 

@@ -361,14 +361,13 @@ def main(argv: list[str] | None = None) -> dict:
     plot_search(run.folder / "search.png", run.records(), *level_map(switcher.names, sparsity),
                 f"{Path(args.model_name_or_path).name}: {describe(space, population[0], database)}", "sparsity",
                 args.fitness_fn)
-    seconds = time.time() - run.began
     summary = {"task": "evo_unstructured", "model": args.model_name_or_path, "database": str(database.path),
                "budget": describe(space, population[0], database), "fitness": best, "fitness_fn": args.fitness_fn,
                "generations": args.generations, "tokens": tokens_spent, "evaluation": evaluations,
-               "levels": winner, "seconds": seconds}
+               "levels": winner, **run.timing(tokens_spent)}
     run.summarize(summary)
     distributed.report_idle(time.time() - run.began)
-    print(f"budget: {summary['budget']}\ntokens: {tokens_spent:,} in {seconds:.0f} s\n"
+    print(f"budget: {summary['budget']}\ntokens: {tokens_spent:,} in {summary['seconds']:.0f} s\n"
           f"saved: {run.folder / args.configuration_name} and {database.path / args.configuration_name}")
     return summary
 

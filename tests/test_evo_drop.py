@@ -500,6 +500,8 @@ def test_run_goes_on_to_the_default_number_of_generations_when_given_none(budget
 
 def test_finished_run_says_so_and_computes_nothing(command, tmp_path, monkeypatch, capsys):
     summary = evo_drop.main(command())
+    assert summary["tokens_per_second"] == summary["tokens"] / summary["seconds"] > 0
+    assert f"tokens: {summary['tokens']:,} in {summary['seconds']:.0f} s\n" in capsys.readouterr().out
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     monkeypatch.setattr(evo_drop, "load_decoder", lambda *_: pytest.fail("the model was loaded"))
     capsys.readouterr()

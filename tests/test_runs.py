@@ -156,6 +156,18 @@ def test_log_that_is_not_the_checkpoints_is_refused(tmp_path, spoil):
         Run(tmp_path, FLAGS)
 
 
+def test_tokens_a_second_are_those_of_this_process(tmp_path):
+    run = Run(tmp_path, FLAGS)
+    run.log({"generation": 1})
+    run.checkpoint(generation=1, tokens=1000)
+    resumed = Run(tmp_path, FLAGS)
+    resumed.checkpoint(generation=2, tokens=1400)
+    for process, before in ((run, 0), (resumed, 1000)):
+        process.began -= 10
+        timing = process.timing(1500)
+        assert timing["seconds"] > 10 and timing["tokens_per_second"] == (1500 - before) / timing["seconds"]
+
+
 def test_damaged_summary_is_made_again(tmp_path):
     checkpointed(tmp_path, 3).summarize({"generations": 3})
     (tmp_path / "summary.json").write_text('{"generations": 3')

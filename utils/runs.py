@@ -73,7 +73,7 @@ class Run:
         self._log_bytes, self._log_sha256 = 0, hashlib.sha256()
         check_writable(folder, flag)
         self.state = self._resume(flag)             # what the last `checkpoint` was given
-        self.began = time.time()
+        self.began, self._tokens_before = time.time(), (self.state or {}).get("tokens", 0)
 
     @distributed.from_main
     def _resume(self, flag: str) -> dict | None:
@@ -164,6 +164,11 @@ class Run:
         """The log so far."""
         path = self.folder / "log.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def timing(self, tokens: int) -> dict[str, float]:
+        """Seconds since this process took up the run, and how many of the run's `tokens` it has spent a second."""
+        seconds = time.time() - self.began
+        return {"seconds": seconds, "tokens_per_second": (tokens - self._tokens_before) / seconds}
 
     @distributed.main_only
     def summarize(self, summary: dict) -> None:
