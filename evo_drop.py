@@ -22,7 +22,7 @@ from utils.evaluation import Evaluation, load_evaluation_documents
 from utils.files import check_writable
 from utils.fitness import Fitness
 from utils.flags import (add_calibration_flags, add_evaluation_flags, add_model_flags, add_search_flags,
-                         check_search_flags)
+                         check_search_flags, flag_defaults)
 from utils.margin import rank_with_margin
 from utils.model import Decoder, load_config, load_decoder, load_tokenizer, save_dropped
 from utils.runs import (Run, RunError, default_folder, evaluation_rows, format_table, open_wandb, plot_search,
@@ -34,7 +34,7 @@ LAZY_BATCH = 4                   # units that a measured start measures again at
 FAILED_DRAWS = 200               # draws without a new candidate after which a generation makes do with fewer offspring
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_flags(parser, offload=True, compiled=True)
     add_calibration_flags(parser, tokens=131072)
@@ -65,7 +65,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     output.add_argument("--save_dir", metavar="FOLDER",
                         help="save the model there with the dropped sub-blocks zeroed, as any runtime loads it")
     output.add_argument("--log_wandb", action="store_true", help="log to Weights & Biases")
-    return parser.parse_args(argv)
+    return parser
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    return make_parser().parse_args(argv)
 
 
 # ---- the search space ------------------------------------------------------------------------------------------------
@@ -307,6 +311,12 @@ def check_flags(args: argparse.Namespace) -> None:
         read_drop_config(args.legal_to_drop_path)
 
 
+def default_generations(space: Space, start: Candidate, num_blocks: int) -> int:
+    """The paper's number, by what is dropped at the start: a resumed search agrees."""
+    dropped = round(sum(sum(state) for state in space.states(start, num_blocks)) / 2)
+    return math.ceil(dropped * (num_blocks - dropped) / 1.5)
+
+
 @user_errors(RunError)
 def main(argv: list[str] | None = None) -> dict:
     """Run the search of the flags, or resume it; returns what summary.json holds."""
@@ -315,8 +325,11 @@ def main(argv: list[str] | None = None) -> dict:
         check_flags(args)
         config = load_config(args.model_name_or_path, args.trust_remote_code)
         if num_blocks := getattr(config.get_text_config(decoder=True), "num_hidden_layers", None):
-            build_space(args, [(1, 1)] * num_blocks)         # refuses what cannot be met before the model is loaded
-        run = Run(args.output_dir or default_folder("evo_drop", vars(args)), vars(args))
+            space = build_space(args, [(1, 1)] * num_blocks)   # refuses what cannot be met before the model is loaded
+        run = Run(args.output_dir or default_folder("evo_drop", vars(args)), vars(args),
+                  defaults=flag_defaults(make_parser()))
+        if run.state and num_blocks:
+            run.default_to(default_generations(space, run.state["start"][0], num_blocks))
         if run.finished:
             print(f"{run.folder}: this search is finished; raise --generations to go on, or give another --output_dir")
             return run.summary()
@@ -403,10 +416,8 @@ def main(argv: list[str] | None = None) -> dict:
                  "dropped": config_line(space, population[0], len(blocks))})
         checkpoint(0)
 
-    if args.generations is None:                              # by what was dropped at the start: resuming agrees
-        dropped = round(sum(sum(state) for state in space.states(start[0], len(blocks))) / 2)
-        args.generations = math.ceil(dropped * (len(blocks) - dropped) / 1.5)
-        run.generations = args.generations
+    run.default_to(default_generations(space, start[0], len(blocks)))
+    args.generations = run.generations
     print(f"budget: {describe(space, population[0], blocks)}")
 
     steps = list(zip(args.survivors_per_selection, args.tokens_per_selection))
@@ -455,10 +466,11 @@ def main(argv: list[str] | None = None) -> dict:
     summary = {"task": "evo_drop", "model": args.model_name_or_path, "budget": describe(space, population[0], blocks),
                "dropped": config_line(space, population[0], len(blocks)), "fitness": best,
                "fitness_fn": args.fitness_fn, "generations": args.generations, "tokens": tokens_spent,
-               "evaluation": evaluations, "seconds": time.time() - run.began}
+               "evaluation": evaluations, **run.timing(tokens_spent)}
     run.summarize(summary)
     distributed.report_idle(time.time() - run.began)
-    print(f"budget: {summary['budget']}\ntokens: {tokens_spent:,}\nsaved: {run.folder}/layer_drop_config.txt")
+    print(f"budget: {summary['budget']}\ntokens: {tokens_spent:,} in {summary['seconds']:.0f} s\n"
+          f"saved: {run.folder}/layer_drop_config.txt")
     return summary
 
 

@@ -28,7 +28,7 @@ from utils.evaluation import Evaluation, load_evaluation_documents
 from utils.files import check_writable
 from utils.fitness import Fitness
 from utils.flags import (add_calibration_flags, add_evaluation_flags, add_model_flags, add_search_flags,
-                         check_search_flags)
+                         check_search_flags, flag_defaults)
 from utils.margin import rank_with_margin
 from utils.model import load_config, load_decoder, load_tokenizer
 from utils.runs import (Run, RunError, default_folder, evaluation_rows, format_table, open_wandb, plot_search,
@@ -40,7 +40,7 @@ Candidate = tuple[int, ...]      # the level of every unit
 FAILED_DRAWS = 200               # draws without a new candidate after which a generation makes do with fewer offspring
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_flags(parser, offload=True, compiled=True)
     add_calibration_flags(parser, tokens=524288)
@@ -68,7 +68,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     output.add_argument("--configuration_name", default="final_configuration.txt", metavar="NAME",
                         help="of the result, in --output_dir and in the database (default: final_configuration.txt)")
     output.add_argument("--log_wandb", action="store_true", help="log to Weights & Biases")
-    return parser.parse_args(argv)
+    return parser
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    return make_parser().parse_args(argv)
 
 
 # ---- the search space ------------------------------------------------------------------------------------------------
@@ -228,7 +232,8 @@ def main(argv: list[str] | None = None) -> dict:
                              f"one with python -m database.sparsegpt")
         config = load_config(args.model_name_or_path, args.trust_remote_code)
         database.check_model(config)
-        run = Run(args.output_dir or default_folder("evo_unstructured", vars(args)), vars(args))
+        run = Run(args.output_dir or default_folder("evo_unstructured", vars(args)), vars(args),
+                  defaults=flag_defaults(make_parser()))
         if run.finished:
             print(f"{run.folder}: this search is finished; raise --generations to go on, or give another --output_dir")
             return run.summary()
@@ -359,14 +364,13 @@ def main(argv: list[str] | None = None) -> dict:
     plot_search(run.folder / "search.png", run.records(), *level_map(switcher.names, sparsity),
                 f"{Path(args.model_name_or_path).name}: {describe(space, population[0], database)}", "sparsity",
                 args.fitness_fn)
-    seconds = time.time() - run.began
     summary = {"task": "evo_unstructured", "model": args.model_name_or_path, "database": str(database.path),
                "budget": describe(space, population[0], database), "fitness": best, "fitness_fn": args.fitness_fn,
                "generations": args.generations, "tokens": tokens_spent, "evaluation": evaluations,
-               "levels": winner, "seconds": seconds}
+               "levels": winner, **run.timing(tokens_spent)}
     run.summarize(summary)
     distributed.report_idle(time.time() - run.began)
-    print(f"budget: {summary['budget']}\ntokens: {tokens_spent:,} in {seconds:.0f} s\n"
+    print(f"budget: {summary['budget']}\ntokens: {tokens_spent:,} in {summary['seconds']:.0f} s\n"
           f"saved: {run.folder / args.configuration_name} and {database.path / args.configuration_name}")
     return summary
 

@@ -185,7 +185,7 @@ class Workplace:
                 continue
             content = path.read_bytes()
             if path.name == "summary.json":
-                content = json.dumps(json.loads(content) | {"seconds": None}).encode()
+                content = json.dumps(json.loads(content) | {"seconds": None, "tokens_per_second": None}).encode()
             found[str(path.relative_to(self.work))] = content
         return found
 

@@ -1,4 +1,4 @@
-"""Scaling: the same database build and searches by 1, 2 and 4 processes of one thread each, and whether files are
+"""Scaling: the same database builds and searches by 1, 2 and 4 processes of one thread each, and whether files are
 equal.
 
     python benchmarks/scaling.py --out results/scaling
@@ -35,18 +35,22 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def commands(args: argparse.Namespace, database: Path, out: Path) -> dict[str, list[object]]:
-    """Program -> its command line, writing to out/<program>; searches read the same `database`."""
+def commands(args: argparse.Namespace, databases: Path, out: Path) -> dict[str, list[object]]:
+    """Program -> its command line, writing to out/<program>; searches read the same databases, in `databases`."""
     common = ["--model_name_or_path", args.model_name_or_path, "--calibration_data", args.data,
               "--calibration_sequence_length", args.sequence_length, "--calibration_tokens", args.calibration_tokens,
               "--device", args.device]
     search = [*common, "--no_eval", "--generations", args.generations, "--offspring", args.offspring,
               "--survivors_per_selection", 4, 1, "--tokens_per_selection", 1024, 8192, "--initial_tokens", 1024]
-    programs = {"database.gptq": ["-m", "database.gptq", *common, "--bitwidth_options", 2, 3, 4, "--group_size", 128,
+    programs = {"database.sparsegpt": ["-m", "database.sparsegpt", *common, "--sparsity", 0.5, "--num_levels", 3,
+                                       "--save_dir"],
+                "database.gptq": ["-m", "database.gptq", *common, "--bitwidth_options", 2, 3, 4, "--group_size", 128,
                                   "--perchannel", "--save_dir"],
                 "evo_drop": ["evo_drop.py", *search, "--sparsity", 0.25, "--output_dir"],
-                "evo_quant": ["evo_quant.py", *search, "--quant_weights_path", database, "--target_bitwidth", 2.5,
-                              "--output_dir"]}
+                "evo_unstructured": ["evo_unstructured.py", *search, "--sparse_weights_path",
+                                     databases / "database.sparsegpt", "--output_dir"],
+                "evo_quant": ["evo_quant.py", *search, "--quant_weights_path", databases / "database.gptq",
+                              "--target_bitwidth", 2.5, "--output_dir"]}
     return {name: [*command, out / name] for name, command in programs.items()}
 
 
@@ -93,8 +97,8 @@ def main() -> None:
             if folder.exists():
                 for file in folder.iterdir():
                     file.unlink()
-            database = out / str(args.processes[0]) / "database.gptq"
-            printed = run(commands(args, database, out / str(processes))[name], processes)
+            databases = out / str(args.processes[0])
+            printed = run(commands(args, databases, out / str(processes))[name], processes)
             took, found = seconds(name, folder, printed), results(folder)
             idle = re.search(r"idle ([\d.]+)%", printed)
             reference = reference or (took, found)

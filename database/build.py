@@ -16,6 +16,7 @@ from database.store import (FORMAT, Database, check_no_foreign_files, config_sha
 from utils import distributed
 from utils.data import calibration_documents, check_dataset, sequence_length
 from utils.files import check_writable
+from utils.fitness import out_of_memory
 from utils.flags import add_calibration_flags, add_model_flags
 from utils.model import Decoder, default_device, load_config, load_decoder, load_tokenizer
 
@@ -52,11 +53,14 @@ def run(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], No
     args = parser.parse_args()
     try:
         distributed.launch(lambda: main(args))
-    except torch.OutOfMemoryError as error:
-        parser.exit(1, f"{parser.prog}: error: {str(error).splitlines()[0]}; lower --microbatch_tokens, or use "
-                       f"--cpu_offload_modules and --cpu_offload_activations\n")
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        parser.exit(1, f"{parser.prog}: error: {reason}; to go on, run the same command with --cpu_offload_modules and "
+                       f"--cpu_offload_activations, or on a device with more memory\n")
 
 
 def check_build_flags(args: argparse.Namespace) -> None:

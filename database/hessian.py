@@ -7,8 +7,9 @@ from torch import nn
 
 from database.solver import spans
 from utils import distributed
-from utils.fitness import assemble, default_microbatch_tokens, microbatches
+from utils.fitness import assemble, default_microbatch_tokens, microbatches, out_of_memory
 from utils.model import BlockInputs, Decoder
+from utils.runs import RunError
 
 CHUNKS = 32                      # of the calibration tokens, dealt out to the processes; no more can share a pass
 SLAB = 2**24                     # elements of a Hessian that travel at once
@@ -19,7 +20,8 @@ class Calibration:
     """The hidden states of all calibration documents at the input of one block, `position`, after another.
 
     Several processes hold those of some chunks each. A Hessian is summed over every chunk, then over the chunks in
-    their order, so that it is the same to the bit whatever the number of processes.
+    their order, so that it is the same to the bit whatever the number of processes. Where memory does not suffice for
+    a chunk, the same again with half as many tokens in a microbatch, from then on.
     """
 
     def __init__(self, decoder: Decoder, documents: list[torch.Tensor], device: torch.device,
@@ -31,7 +33,8 @@ class Calibration:
         self.offload_modules = offload_modules
         self.storage = torch.device("cpu") if offload_activations else device
         whole = [(i, len(document)) for i, document in enumerate(documents)]
-        self.rows = microbatches(whole, microbatch_tokens or default_microbatch_tokens(decoder), decoder.packed_rows)
+        self.microbatch_tokens = microbatch_tokens or default_microbatch_tokens(decoder)
+        self.rows = microbatches(whole, self.microbatch_tokens, decoder.packed_rows)
         owners = distributed.shares([sum(length for row in rows for _, length in row) for rows in self.rows], CHUNKS)
         self.chunks = [[i for i, owner in enumerate(owners) if owner == chunk] for chunk in sorted(set(owners))]
         self.hidden_states: list[torch.Tensor | None] = [None] * len(self.rows)
@@ -58,25 +61,77 @@ class Calibration:
 
     @torch.no_grad()
     def run(self, advance: bool = True, hessians: "InputHessians | None" = None) -> None:
-        """Run the block at `position` over all documents; `advance` makes its outputs the next block's inputs."""
+        """Run the block at `position` over all documents; `advance` makes its outputs the next block's inputs.
+
+        Raises RunError where not even a single row fits into memory.
+        """
         count = distributed.world_size()
         for first in range(0, len(self.chunks), count):          # a chunk for every process at a time
             for chunk in self.chunks[first:first + count][distributed.rank():][:1]:
-                for i in chunk:
-                    self._run_microbatch(i, advance)
-                    if hessians:
-                        hessians.end_microbatch()
+                self._run_chunk(chunk, advance, hessians)
             if hessians:
                 hessians.end_chunk()
         self.position += advance
 
-    def _run_microbatch(self, i: int, advance: bool) -> None:
+    def _run_chunk(self, chunk: list[int], advance: bool, hessians: "InputHessians | None") -> None:
+        while True:
+            self._split(chunk)
+            leaving, failure = {}, None          # the outputs take the inputs' place when all are there
+            for i in chunk:
+                try:
+                    output = self._run_microbatch(i)
+                    if advance:
+                        leaving[i] = output.to(self.storage)
+                except (RuntimeError, MemoryError) as error:
+                    if not out_of_memory(error):
+                        raise
+                    failure = (str(error) or type(error).__name__).splitlines()[0]
+                output = None
+                if hessians:
+                    hessians.end_microbatch()
+                if failure:
+                    break
+            if failure is None:
+                for i, hidden_states in leaving.items():
+                    self.hidden_states[i] = hidden_states
+                return
+            if len(self.rows[i]) == 1:
+                tokens = sum(length for _, length in self.rows[i][0])
+                raise RunError(f"out of memory with a single row of {tokens} tokens ({failure}); use "
+                               f"--cpu_offload_modules and --cpu_offload_activations, or a shorter "
+                               f"--calibration_sequence_length in another --save_dir")
+            if hessians:
+                hessians.forget_chunk()
+            leaving.clear()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()         # outside of except: the block's tensors are gone
+            before = sum(length for row in self.rows[i] for _, length in row)
+            self.microbatch_tokens = before // 2
+            print(f"out of memory: from now on at most {self.microbatch_tokens} tokens at once instead of {before}",
+                  flush=True)
+
+    def _split(self, chunk: list[int]) -> None:
+        """Split the microbatches of a chunk that have more tokens than they may, by their rows."""
+        for place in reversed(range(len(chunk))):
+            rows, states = self.rows[chunk[place]], self.hidden_states[chunk[place]]
+            count = max(1, self.microbatch_tokens // sum(length for _, length in rows[0]))
+            if len(rows) <= count:
+                continue
+            starts = range(0, len(rows), count)
+            added = range(len(self.rows), len(self.rows) + len(starts) - 1)
+            self.rows += [rows[start:start + count] for start in starts[1:]]
+            self.hidden_states += [None if states is None else states[start:start + count].clone()
+                                   for start in starts[1:]]
+            self.rows[chunk[place]] = rows[:count]
+            if states is not None:
+                self.hidden_states[chunk[place]] = states[:count].clone()
+            chunk[place + 1:place + 1] = added
+
+    def _run_microbatch(self, i: int) -> torch.Tensor:
         # masks and rotary embeddings are made anew for every block: kept, they could outweigh the hidden states
         inputs = self._block_inputs(self.rows[i])
         entering = inputs.hidden_states if self.hidden_states[i] is None else self.hidden_states[i]
-        leaving = self.decoder.run_block(self.position, entering.to(self.device), inputs)
-        if advance:
-            self.hidden_states[i] = leaving.to(self.storage)
+        return self.decoder.run_block(self.position, entering.to(self.device), inputs)
 
     def _block_inputs(self, rows: list) -> BlockInputs:
         """What the block at `position` is given besides hidden states, on the device."""
@@ -112,6 +167,12 @@ class InputHessians:
 
     def end_microbatch(self) -> None:
         self._inputs.clear()
+
+    def forget_chunk(self) -> None:
+        """Forget what this process's chunk has added so far."""
+        for chunk in self.sums.values():
+            chunk.zero_()
+        self._seen.clear()
 
     def end_chunk(self) -> None:
         """Add all processes' sums, in the order of their chunks, to the owners' totals."""

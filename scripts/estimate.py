@@ -209,7 +209,8 @@ def need_of(command: list[str], sizes: dict[str, float]) -> Need:
     args = PARSERS[program](arguments)
     shape = shape_of(args.model_name_or_path, args.trust_remote_code)
     folder = getattr(args, "sparse_weights_path", None) or getattr(args, "quant_weights_path", None)
-    stored = sizes.get(folder) or sum(file.stat().st_size for file in Path(folder or "none").glob("*.safetensors"))
+    folder = Path(folder or "none")
+    stored = sizes.get(str(folder)) or sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     match program:
         case "evo_drop.py" | "evo_unstructured.py" | "evo_quant.py":
             return search(shape, args, stored)

@@ -20,6 +20,7 @@ import evo_drop
 import families
 from utils.configs import DROP_WORDS, read_drop_config, write_drop_config
 from utils.data import calibration_documents, evaluation_documents
+from utils.files import read_sealed, seal
 from utils.fitness import Fitness
 from utils.runs import Run, plot_search
 
@@ -486,14 +487,38 @@ def test_extended_run_equals_a_longer_one(command, tmp_path):
     assert json.loads((tmp_path / "extended" / "summary.json").read_text())["generations"] == 6
 
 
+@pytest.mark.parametrize("budget", [{}, {"sparsity": None, "drop_params": 0.15}])
+def test_run_goes_on_to_the_default_number_of_generations_when_given_none(budget, command, tmp_path, monkeypatch):
+    evo_drop.main(command("extended", generations=2, **budget))
+    summary = evo_drop.main(command("extended", generations=None, **budget))
+    whole = evo_drop.main(command("whole", generations=None, **budget))
+    assert summary["generations"] == whole["generations"] > 2
+    assert files(tmp_path / "extended") == files(tmp_path / "whole")
+    monkeypatch.setattr(evo_drop, "load_decoder", lambda *_: pytest.fail("the model was loaded"))
+    assert evo_drop.main(command("extended", generations=None, **budget)) == json.loads(json.dumps(summary))
+
+
 def test_finished_run_says_so_and_computes_nothing(command, tmp_path, monkeypatch, capsys):
     summary = evo_drop.main(command())
+    assert summary["tokens_per_second"] == summary["tokens"] / summary["seconds"] > 0
+    assert f"tokens: {summary['tokens']:,} in {summary['seconds']:.0f} s\n" in capsys.readouterr().out
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     monkeypatch.setattr(evo_drop, "load_decoder", lambda *_: pytest.fail("the model was loaded"))
     capsys.readouterr()
     assert evo_drop.main(command()) == json.loads(json.dumps(summary))
     assert f"{tmp_path}/run: this search is finished; raise --generations" in capsys.readouterr().out
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+
+
+def test_run_of_an_earlier_version_without_a_flag_is_resumed(command, tmp_path):
+    evo_drop.main(command(generations=2))
+    path = tmp_path / "run" / "checkpoint.json"
+    saved = read_sealed(path)
+    del saved["flags"]["margin"], saved["flags"]["screen"]
+    path.write_text(seal(saved))
+    with pytest.raises(SystemExit, match=r"other flags \(--margin 0.0 there, 1.0 here\)"):
+        evo_drop.main(command(generations=2, margin=1.0))
+    assert evo_drop.main(command(generations=3))["generations"] == 3
 
 
 def test_folder_of_other_flags_is_refused_naming_what_differs(command, tmp_path):
@@ -631,6 +656,7 @@ def test_budget_that_makes_no_sense_is_refused(changes, message, refused):
     ({"max_mutations": 0}, "--max_mutations 0: must be at least 1"),
     ({"fixed_mutations": 0}, "--fixed_mutations 0: must be at least 1"),
     ({"generations": -1}, "--generations -1: must be 0 or more"),
+    ({"margin": 0.5, "strategy": "comma"}, "--margin 0.5: with --strategy comma no parent competes, .*; leave one of"),
     ({"microbatch_tokens": 0}, "--microbatch_tokens 0: must be at least 1"),
 ])
 def test_selection_that_makes_no_sense_is_refused(changes, message, refused):

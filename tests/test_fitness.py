@@ -6,6 +6,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import families
 from families import FAMILIES, NUM_BLOCKS, VOCABULARY
@@ -111,6 +112,18 @@ def test_sparse_kl_follows_its_number_of_logits(topk):
     measured = walk(model, texts, kl_topk=topk).measure(candidates, kinds=("sparse_kl",))
     expected = plain(model, candidates, texts, topk=min(topk, VOCABULARY))
     assert [v for v, in measured] == pytest.approx([e["sparse_kl"] for e in expected], rel=1e-8, abs=1e-12)
+
+
+def test_perplexity_of_a_long_document_never_has_all_its_logits_in_memory(monkeypatch):
+    texts, sizes = documents((60, 37, 2)), []
+    fitness = walk(families.build("llama"), texts)
+    whole = [torch.cat(fitness._teacher_distributions([[(i, len(tokens))]])) for i, tokens in enumerate(texts)]
+    loss = sum(F.nll_loss(log_p, tokens[1:], reduction="none").double().sum() for log_p, tokens in zip(whole, texts))
+    monkeypatch.setattr(fitness, "_chunk_tokens", lambda: 8)
+    monkeypatch.setattr(F, "nll_loss", lambda log_p, *args, nll_loss=F.nll_loss, **options: (
+        sizes.append(len(log_p)), nll_loss(log_p, *args, **options))[1])
+    assert fitness.teacher_perplexity() == pytest.approx(math.exp(loss / (59 + 36 + 1)), rel=1e-6)
+    assert max(sizes) == 8 and sum(sizes) == 59 + 36 + 1
 
 
 def test_perplexity_needs_no_teacher():

@@ -7,7 +7,8 @@ import torch
 
 import evo_drop
 import families
-from database import gptq
+from database import build, gptq, hessian
+from database.hessian import Calibration
 from database.levels import LevelSwitcher
 from database.store import Database, LevelCache
 from test_fitness import documents, drop, random_candidates
@@ -79,6 +80,79 @@ def test_a_row_that_does_not_fit_by_itself_is_an_error_that_says_what_to_lower(m
     with pytest.raises(RunError, match=r"^out of memory with a single row of 37 tokens \(CUDA out of memory. Tried to "
                                        r"allocate 2.00 GiB.\); lower --calibration_sequence_length"):
         Fitness(decoder, documents(), drop(decoder))
+
+
+@pytest.mark.parametrize("fails_at", [0, 3, 9, 23])                    # of the outer products of all blocks
+def test_hessians_are_the_same_in_smaller_microbatches(fails_at, monkeypatch, capsys):
+    add, calls = hessian.add_outer_products, iter(range(10**6))
+
+    def failing(*args):
+        if next(calls) == fails_at:
+            raise GPU
+        add(*args)
+
+    def hessians() -> dict[str, torch.Tensor]:
+        decoder = Decoder(families.build("llama"))
+        calibration = Calibration(decoder, documents([40] * 15), decoder.device, microbatch_tokens=160)
+        found = {}
+        for block in decoder.blocks:
+            found |= calibration.measure(block.layers, advance=True)
+        return found
+
+    expected = hessians()
+    monkeypatch.setattr(hessian, "CHUNKS", 2)                           # of several microbatches each
+    several = hessians()
+    monkeypatch.setattr(hessian, "add_outer_products", failing)
+    found = hessians()
+    printed = capsys.readouterr().out
+    assert printed.count("out of memory: from now on at most ") == printed.count("\n") == 1
+    for name in expected:
+        atol = 1e-5 * float(expected[name].diagonal().max())
+        torch.testing.assert_close(several[name], expected[name], rtol=1e-4, atol=atol)
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=atol)
+
+
+@pytest.mark.parametrize("error", [CPU, GPU, MemoryError()])
+def test_a_build_goes_on_in_smaller_microbatches(error, checkpoint, text, tmp_path, memory, capsys):
+    def built(folder: str) -> list[torch.Tensor]:
+        gptq.main(gptq.make_parser().parse_args(
+            ["--model_name_or_path", checkpoint, *TEXT, text, "--bitwidth_options", "3", "--calibration_bitwidth", "3",
+             "--microbatch_tokens", "512", "--save_dir", str(tmp_path / folder)]))
+        database = Database.open(tmp_path / folder)
+        return [database.weight(name, 3).float() for name in database.layers]
+
+    expected = built("whole")
+    memory.tokens, memory.error = 100, error
+    capsys.readouterr()
+    found = built("smaller")
+    assert capsys.readouterr().out.count("out of memory: from now on at most ") == memory.failures > 0
+    differing = sum(int((a != b).sum()) for a, b in zip(found, expected)) / sum(a.numel() for a in found)
+    assert differing < 0.02                                             # weights that were halfway between two levels
+    memory.failures = 0
+    built("smaller")                                                    # finished: nothing is refused
+    assert not memory.failures
+
+
+def test_a_build_without_room_for_a_row_or_a_layer_names_what_helps(checkpoint, text, tmp_path, memory, monkeypatch,
+                                                                  capsys):
+    command = ["gptq", "--model_name_or_path", str(checkpoint), *TEXT, text, "--bitwidth_options", "3",
+               "--calibration_bitwidth", "3", "--calibration_sequence_length", "48", "--save_dir", str(tmp_path / "db")]
+    monkeypatch.setattr("sys.argv", command)
+    memory.tokens = 40                                                  # enough to find the blocks
+    with pytest.raises(SystemExit):
+        build.run(gptq.make_parser(), gptq.main)
+    printed = capsys.readouterr().err
+    assert "error: out of memory with a single row of 48 tokens (CUDA out of memory. Tried to allocate 2.00" in printed
+    assert "; use --cpu_offload_modules and --cpu_offload_activations, or a shorter --calibration_seq" in printed
+    memory.tokens = 10**9
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "write_layer", lambda *_: (_ for _ in ()).throw(CPU))
+        with pytest.raises(SystemExit):
+            build.run(gptq.make_parser(), gptq.main)
+    assert "to go on, run the same command with --cpu_offload_modules and" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", [*command, "--cpu_offload_modules", "--cpu_offload_activations"])
+    build.run(gptq.make_parser(), gptq.main)                            # the remedy is not refused
+    assert Database.open(tmp_path / "db").layers
 
 
 def test_other_errors_are_not_taken_for_it(memory):

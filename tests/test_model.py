@@ -174,6 +174,15 @@ def test_device_that_is_not_there_is_refused():
     assert default_device("cpu").type == "cpu"
 
 
+def test_a_gpu_that_was_chosen_becomes_the_current_one(monkeypatch):
+    current = []
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)          # as if there were any
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    for device in ("cpu", "cuda", "cuda:1"):
+        assert default_device(device) == torch.device(device)
+    assert current == [torch.device("cuda:1")]
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2", "olmo2", "qwen3", "opt", "gpt_neox", "mixtral"])
 def test_saved_model_is_the_dropped_model_in_plain_transformers(family, tmp_path, tokenizer):
     model = families.build(family)

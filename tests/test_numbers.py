@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, OPTConfig
+from transformers import GPT2Config, LlamaConfig, OPTConfig, Phi3Config
 
 import evo_drop
 import evo_quant
@@ -18,7 +18,8 @@ import evo_unstructured
 import families
 from database import gptq, sparsegpt
 from test_fitness import documents, drop, random_candidates
-from utils.data import (calibration_documents, check_minibatches, draw_minibatch, evaluation_documents, sequence_length)
+from utils.data import (calibration_documents, check_minibatches, default_sequence_length, draw_minibatch,
+                        evaluation_documents, sequence_length)
 from utils.fitness import Fitness, assemble, microbatches
 from utils.model import Decoder, load_decoder
 from utils.runs import RunError
@@ -173,6 +174,42 @@ def test_lengths_beyond_the_models_positions_are_refused(config):
     assert sequence_length(None, config, "--eval_sequence_length") == sequence_length(64, config, "--flag") == 64
     with pytest.raises(ValueError, match="--eval_sequence_length 65: more than the model's 64 positions"):
         sequence_length(65, config, "--eval_sequence_length")
+
+
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+
+
+@pytest.mark.parametrize("config, limit", [
+    (Phi3Config(max_position_embeddings=64, original_max_position_embeddings=16, hidden_size=32, num_attention_heads=4,
+                pad_token_id=0, rope_parameters=LONGROPE), 16),
+    (LlamaConfig(max_position_embeddings=64, rope_parameters=LONGROPE | {"original_max_position_embeddings": 32}), 32),
+    (LlamaConfig(max_position_embeddings=64, rope_parameters={
+        "rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 32}), 32)])
+def test_lengths_at_which_the_rotary_embedding_changes_are_refused(config, limit):
+    assert default_sequence_length(config) == sequence_length(limit, config, "--flag") == limit
+    with pytest.raises(ValueError, match=f"--eval_sequence_length {limit + 1}: the model's rotary embedding .* beyond "
+                                         f"{limit} positions, .*; give at most {limit}"):
+        sequence_length(limit + 1, config, "--eval_sequence_length")
+
+
+def test_rotary_embeddings_that_stay_the_same_allow_all_positions():
+    llama3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+              "original_max_position_embeddings": 16}
+    for config in (LlamaConfig(max_position_embeddings=64, rope_parameters=llama3), Phi3Config(
+            max_position_embeddings=64, original_max_position_embeddings=16, pad_token_id=0)):
+        assert default_sequence_length(config) == sequence_length(64, config, "--flag") == 64
+
+
+def test_a_longrope_model_is_one_function_up_to_its_default_length():
+    model = families.build("phi3", original_max_position_embeddings=16, rope_parameters=LONGROPE)
+    tokens = torch.randint(3, 90, (40,), generator=torch.Generator().manual_seed(0))
+
+    def first_logits(length: int) -> torch.Tensor:
+        return families.plain_logits(model, [tokens[:length]])[0][:8]
+
+    length = default_sequence_length(model.config)
+    assert torch.allclose(first_logits(8), first_logits(length), atol=1e-5)
+    assert not torch.allclose(first_logits(8), first_logits(length + 1), atol=1e-2)
 
 
 @pytest.mark.parametrize("convention", ["wikitext2", "c4"])

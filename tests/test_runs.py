@@ -89,6 +89,17 @@ def test_finished_means_summarized_for_as_many_generations(tmp_path):
     assert not Run(tmp_path, FLAGS | {"generations": 4}).finished
 
 
+def test_a_missing_number_of_generations_is_finished_at_its_default_only(tmp_path):
+    checkpointed(tmp_path, 3).summarize({"generations": 3})
+    for default, finished in ((4, False), (3, True)):
+        run = Run(tmp_path, FLAGS | {"generations": None})
+        assert not run.finished
+        run.default_to(default)
+        assert run.finished == finished and run.generations == default
+    with pytest.raises(RunError, match="--generations 2: the run in .* is already at generation 3"):
+        Run(tmp_path, FLAGS | {"generations": None}).default_to(2)
+
+
 @pytest.mark.parametrize("flags, message", [
     ({"seed": 1}, r"other flags \(--seed 0 there, 1 here\); use those flags to resume it, or another folder"),
     ({"sparsity": 0.5, "seed": 2}, r"other flags \(--seed 0 there, 2 here; --sparsity 0.25 there, 0.5 here\)"),
@@ -100,6 +111,16 @@ def test_folder_of_another_run_is_refused_naming_what_differs(tmp_path, flags, m
     with pytest.raises(ValueError, match=rf"--output_dir {tmp_path}: holds a run with {message}"):
         Run(tmp_path, FLAGS | flags)
     assert (tmp_path / "log.jsonl").read_bytes() == log
+
+
+def test_a_flag_that_an_earlier_version_did_not_know_had_its_default_there(tmp_path):
+    state = checkpointed(tmp_path).state
+    defaults = {"margin": 0.0, "names": ("a",), "never_given": 1, "seed": 1}
+    assert Run(tmp_path, FLAGS | {"margin": 0.0, "names": ("a",)}, defaults=defaults).state == state
+    with pytest.raises(ValueError, match=r"other flags \(--margin 0.0 there, 1.0 here\)"):
+        Run(tmp_path, FLAGS | {"margin": 1.0}, defaults=defaults)
+    with pytest.raises(ValueError, match=r"other flags \(--seed 0 there, 1 here\)"):
+        Run(tmp_path, FLAGS | {"seed": 1}, defaults=defaults)
 
 
 def test_run_cannot_be_shortened(tmp_path):
@@ -133,6 +154,18 @@ def test_log_that_is_not_the_checkpoints_is_refused(tmp_path, spoil):
     spoil(tmp_path / "log.jsonl")
     with pytest.raises(ValueError, match=rf"{tmp_path}/log.jsonl: not the log that checkpoint.json goes with"):
         Run(tmp_path, FLAGS)
+
+
+def test_tokens_a_second_are_those_of_this_process(tmp_path):
+    run = Run(tmp_path, FLAGS)
+    run.log({"generation": 1})
+    run.checkpoint(generation=1, tokens=1000)
+    resumed = Run(tmp_path, FLAGS)
+    resumed.checkpoint(generation=2, tokens=1400)
+    for process, before in ((run, 0), (resumed, 1000)):
+        process.began -= 10
+        timing = process.timing(1500)
+        assert timing["seconds"] > 10 and timing["tokens_per_second"] == (1500 - before) / timing["seconds"]
 
 
 def test_damaged_summary_is_made_again(tmp_path):

@@ -13,9 +13,11 @@ from lm_eval.tasks import TaskManager
 import evo_drop
 import evo_quant
 import evo_unstructured
+from benchmarks import scaling
 from scripts import convergence, estimate, nonmonotonicity, report, small_task
 from utils.configs import read_drop_config
 from utils.data import stdlib_texts
+from utils.flags import check_search_flags
 from utils.model import load_decoder
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -154,6 +156,9 @@ def test_databases_of_an_8b_model_have_the_size_they_have_on_disk(llama3):
     sizes: dict = {}
     quant = need("database.gptq --bitwidth_options 2 3 4 5 6 --group_size 128 --save_dir db", sizes)
     assert quant.disk == pytest.approx(SHAPE.weights * (20 / 8 + 5 * 3 / 128)) and sizes == {"db": quant.disk}
+    for path in ("db", "./db", "db/"):
+        assert need(f"evo_quant.py --target_bitwidth 3 --quant_weights_path {path}", sizes).files == (
+            2 * SHAPE.parameters + quant.disk)
     sparse = need("database.sparsegpt --sparsity 0.7 --weights_diff 1000000 --save_dir sparse")
     kept = [sum(round(out * columns * 0.3) - level * 1_000_000 for _, out, columns in SHAPE.layers
                 if 0 <= round(out * columns * 0.7) + level * 1_000_000 <= out * columns) for level in range(-8, 9)]
@@ -303,3 +308,16 @@ def test_fixed_mutations_switch_exactly_so_often():
 
     assert set(distances(fixed_mutations=1)) == {1}
     assert max(distances(fixed_mutations=7)) == 7 and sum(distances(fixed_mutations=7)) > 2 * sum(distances())
+
+
+def test_scaling_is_measured_of_every_program_that_processes_share(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["scaling.py"])
+    commands = scaling.commands(scaling.parse_arguments(), Path("one"), Path("out"))
+    assert list(commands) == ["database.sparsegpt", "database.gptq", "evo_drop", "evo_unstructured", "evo_quant"]
+    for name, command in commands.items():
+        program, arguments = (command[1], command[2:]) if command[0] == "-m" else (command[0], command[1:])
+        args = estimate.PARSERS[program](list(map(str, arguments)))
+        if name.startswith("evo"):
+            check_search_flags(args)
+        assert str(args.save_dir if name.startswith("database") else args.output_dir) == f"out/{name}"
+    assert args.quant_weights_path == "one/database.gptq"

@@ -125,17 +125,39 @@ def check_minibatches(documents: list[torch.Tensor], sizes: Iterable[int]) -> No
 
 
 def sequence_length(asked: int | None, config, flag: str) -> int:
-    """The value of `flag`, or its default. Raises ValueError where the model has fewer positions."""
+    """The value of `flag`, or its default. Raises ValueError where the model has fewer positions, or is another
+    function beyond some."""
     positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     if asked and positions and asked > positions:
         raise ValueError(f"{flag} {asked}: more than the model's {positions} positions; give at most that many")
+    rope_type, original = _changing_rope(config)
+    if asked and original and asked > original:
+        raise ValueError(f"{flag} {asked}: the model's rotary embedding ({rope_type}) is another one beyond {original} "
+                         f"positions, so long and short documents cannot be compared; give at most {original}")
     return asked or default_sequence_length(config)
 
 
 def default_sequence_length(config) -> int:
-    """min(context length, 8192): what a missing --calibration_sequence_length or --eval_sequence_length means."""
+    """min(context length, 8192): what a missing --calibration_sequence_length or --eval_sequence_length means. Where
+    the rotary embedding depends on a batch's length, the length up to which it is the same."""
+    positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return min(positions or 8192, _changing_rope(config)[1] or 8192, 8192)
+
+
+def _changing_rope(config) -> tuple[str | None, int | None]:
+    """(type, positions up to which it stays as it is) of a rotary embedding that changes with the largest position of
+    a batch."""
     text_config = config.get_text_config(decoder=True)
-    return min(getattr(text_config, "max_position_embeddings", None) or 8192, 8192)
+    rope = getattr(text_config, "rope_parameters", None) or getattr(text_config, "rope_scaling", None) or {}
+    kinds = [kind for kind in rope.values() if isinstance(kind, dict)] or [rope]         # one for each type of layer
+    found = []
+    for kind in kinds:
+        rope_type = kind.get("rope_type") or kind.get("type") or ""
+        original = (kind.get("original_max_position_embeddings")
+                    or getattr(text_config, "original_max_position_embeddings", None))
+        if original and (rope_type == "longrope" or "dynamic" in rope_type):
+            found.append((rope_type, original))
+    return min(found, key=lambda pair: pair[1], default=(None, None))
 
 
 # ---- where text comes from -------------------------------------------------------------------------------------------

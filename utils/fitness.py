@@ -110,10 +110,9 @@ class Fitness:
         losses = torch.zeros(len(self.documents), dtype=torch.float64)
         for i, owner in enumerate(distributed.shares([len(document) for document in self.documents])):
             if owner == distributed.rank():
-                document = self.documents[i]
-                log_p = torch.cat(self._teacher_distributions([[(i, len(document))]]))
-                targets = document[1:].to(log_p.device)
-                losses[i] = F.nll_loss(log_p, targets, reduction="none").double().sum()
+                hidden_states, targets = (states.to(self.decoder.device)
+                                          for states in (self.teacher[i][:-1], self.documents[i][1:]))
+                losses[i] = self._losses(hidden_states, None, targets, ("ppl",))[0]
         total = sum(distributed.merge_(losses).tolist())
         return _exp(total / sum(len(document) - 1 for document in self.documents))
 

@@ -99,6 +99,12 @@ def add_search_flags(parser: argparse.ArgumentParser, generations: int | None, o
     return group
 
 
+def flag_defaults(parser: argparse.ArgumentParser) -> dict:
+    """Flag -> its default; none of the flags that are required."""
+    return {action.dest: action.default for action in parser._actions
+            if not action.required and action.default is not argparse.SUPPRESS}
+
+
 def check_search_flags(args: argparse.Namespace) -> None:
     """Raise ValueError, naming the flag, its value and the remedy, for flags that no model and no data could satisfy.
     Sets `population_size` where it was left out."""
@@ -126,6 +132,9 @@ def check_search_flags(args: argparse.Namespace) -> None:
             raise ValueError(f"--{flag} {value}: at least 2 are needed, one token to predict another")
     if not 0 <= args.margin < math.inf:
         raise ValueError(f"--margin {args.margin}: a finite number of standard errors, 0 or more, is needed, e.g. 1")
+    if args.margin and args.strategy == "comma":
+        raise ValueError(f"--margin {args.margin}: with --strategy comma no parent competes, so there is none to be ahead "
+                         f"of offspring; leave one of them out")
     if survivors[0] > args.offspring:
         raise ValueError(f"--survivors_per_selection {_words(survivors)}: more survivors than the {args.offspring} "
                          f"--offspring; lower it or raise --offspring")

@@ -56,6 +56,8 @@ def default_device(device: str | None = None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {device}: not available here ({str(error).splitlines()[0]}); use cpu, cuda or "
                          f"cuda:N") from error
+    if chosen.index is not None and chosen.type == "cuda":
+        torch.cuda.set_device(chosen)    # Triton's kernels are launched on the current device, not on their arguments'
     return chosen
 
 
@@ -225,7 +227,8 @@ class Decoder:
         try:
             self._last_hidden_states(torch.zeros(2, 16, dtype=torch.int64, device=self.device))
         except Exception as error:       # no compiler, a module that cannot be traced, ...
-            raise ValueError(f"--compile: torch.compile fails here ({str(error).strip().splitlines()[0][:300]}); "
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+            raise ValueError(f"--compile: torch.compile fails here ({reason}); "
                              f"install a C++ compiler, or leave the flag out") from error
 
     def bring(self, index: int) -> None:

@@ -61,15 +61,19 @@ class Run:
     Of several processes the first one reads and writes it; all of them hold its `state`.
     """
 
-    def __init__(self, folder: str | Path, flags: dict, flag: str = "--output_dir"):
-        """Raises ValueError when the folder cannot be written, is damaged, or holds a run with other flags."""
+    def __init__(self, folder: str | Path, flags: dict, flag: str = "--output_dir", defaults: dict | None = None):
+        """`defaults`: what flags were before a program knew them, for a run begun by an earlier version.
+
+        Raises ValueError when the folder cannot be written, is damaged, or holds a run with other flags.
+        """
         self.folder = Path(folder)
+        self.defaults = defaults or {}
         self.flags = {key: value for key, value in flags.items() if key not in NOT_COMPARED}
         self.generations = flags.get("generations")
         self._log_bytes, self._log_sha256 = 0, hashlib.sha256()
         check_writable(folder, flag)
         self.state = self._resume(flag)             # what the last `checkpoint` was given
-        self.began = time.time()
+        self.began, self._tokens_before = time.time(), (self.state or {}).get("tokens", 0)
 
     @distributed.from_main
     def _resume(self, flag: str) -> dict | None:
@@ -88,14 +92,15 @@ class Run:
                              f"{start_over}")
         state, flags = saved["state"], saved["flags"]
         ours = json.loads(json.dumps(self.flags))
+        defaults = {key: value for key, value in self.defaults.items() if key in ours}
+        flags = {**json.loads(json.dumps(defaults)), **flags}
         differing = [f"--{key} {flags.get(key)} there, {ours.get(key)} here" for key in sorted({*flags, *ours})
                      if flags.get(key) != ours.get(key)]
         if differing:
             raise ValueError(f"{flag} {self.folder}: holds a run with other flags ({'; '.join(differing[:3])}); use "
                              f"those flags to resume it, or another folder")
-        if self.generations is not None and state["generation"] > self.generations:
-            raise ValueError(f"--generations {self.generations}: the run in {self.folder} is already at generation "
-                             f"{state['generation']}; a resumed run can only be extended")
+        if self.generations is not None:
+            self._check_extends(state, self.generations)
         try:
             lines = read_log(self.folder, saved)
         except ValueError as error:
@@ -106,11 +111,25 @@ class Run:
         write_atomic(timing, b"".join(kept))
         return state
 
+    def _check_extends(self, state: dict, generations: int) -> None:
+        if state["generation"] > generations:
+            raise RunError(f"--generations {generations}: the run in {self.folder} is already at generation "
+                           f"{state['generation']}; a resumed run can only be extended")
+
+    def default_to(self, generations: int) -> None:
+        """Have that many where --generations is missing. Raises RunError when an earlier run has made more."""
+        if self.generations is None:
+            if self.state:
+                self._check_extends(self.state, generations)
+            self.generations = generations
+
     @property
     def finished(self) -> bool:
-        """Whether summary.json is there, whole, and covers all generations asked for."""
+        """Whether summary.json is there, whole, and covers all generations asked for; what a missing --generations
+        means has to be known by then, see `default_to`."""
         summary = self.summary()
-        return self.state is not None and summary is not None and self.generations in (None, summary.get("generations"))
+        return (self.state is not None and summary is not None and self.generations is not None
+                and self.generations == summary.get("generations"))
 
     @distributed.from_main
     def summary(self) -> dict | None:
@@ -145,6 +164,11 @@ class Run:
         """The log so far."""
         path = self.folder / "log.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def timing(self, tokens: int) -> dict[str, float]:
+        """Seconds since this process took up the run, and how many of the run's `tokens` it has spent a second."""
+        seconds = time.time() - self.began
+        return {"seconds": seconds, "tokens_per_second": (tokens - self._tokens_before) / seconds}
 
     @distributed.main_only
     def summarize(self, summary: dict) -> None:
