@@ -28,8 +28,8 @@ def add_model_flags(parser: argparse.ArgumentParser, offload: bool = False, comp
                                 "than it")
     if compiled:
         group.add_argument("--compile", action="store_true",
-                           help="run blocks through torch.compile: faster after some seconds, the same up to rounding; "
-                                "needs a C++ compiler")
+                           help="run blocks through torch.compile: can be faster, after some seconds; the same up to "
+                                "rounding; needs a C++ compiler")
 
 
 def add_calibration_flags(parser: argparse.ArgumentParser, tokens: int) -> None:
