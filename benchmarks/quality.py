@@ -12,15 +12,14 @@ calibration text and another search; all are evaluated on the same held-out text
 """
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
+from benchmarks.programs import run, sparsity_step
 from utils.runs import format_table
 
 DEPTH = ["--generations", "20", "--offspring", "24", "--tokens_per_selection", "1024", "8192",
@@ -53,16 +52,6 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run(arguments: list[object], log: Path) -> None:
-    log.parent.mkdir(parents=True, exist_ok=True)
-    environment = dict(os.environ, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
-    with log.open("w") as stream:
-        done = subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, stdout=stream, stderr=stream,
-                              env=environment)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(map(str, arguments))}\nfailed, see {log}")
-
-
 def main() -> None:
     args = parse_arguments()
     out = args.out.resolve()
@@ -74,10 +63,7 @@ def main() -> None:
     search = [*model, *calibration, *evaluation, "--eval_every", 0]
     build = [*model, *calibration]
 
-    # 1/16 of a square layer: in relation to the layers about what a step of 1,000,000 weights is in the paper
-    hidden_size = json.loads((Path(args.model_name_or_path) / "config.json").read_text())["hidden_size"]
-    weights_diff = hidden_size**2 // 16
-
+    weights_diff = sparsity_step(args.model_name_or_path)
     databases, scorings, baselines, searches = [], [], [], []
 
     def dynamic_programming(tasks: dict[str, float], weights: list, budget: str, measured_levels: list) -> None:

@@ -10,9 +10,7 @@ and --report makes table and picture from those there are.
 """
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ import matplotlib
 import torch
 from matplotlib import pyplot
 
+from benchmarks.programs import run, sparsity_step
 from database.levels import LevelSwitcher
 from database.store import Database
 from utils.configs import DROP_WORDS
@@ -85,16 +84,6 @@ def parse_arguments() -> argparse.Namespace:
 # ---- runs ------------------------------------------------------------------------------------------------------------
 
 
-def run(arguments: list[object], log: Path) -> None:
-    log.parent.mkdir(parents=True, exist_ok=True)
-    environment = dict(os.environ, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
-    with log.open("w") as stream:
-        done = subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, stdout=stream, stderr=stream,
-                              env=environment)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(map(str, arguments))}\nfailed, see {log}")
-
-
 def database_of(setting: Setting, out: Path) -> Path:
     return out / ("quant" if setting.task == "bits" else f"sparse-{setting.budget:g}")
 
@@ -110,10 +99,9 @@ def build(setting: Setting, args: argparse.Namespace) -> None:
     if setting.task == "bits":
         flags = ["-m", "database.gptq", *flags, "--bitwidth_options", 2, 3, 4, 5, 6, "--calibration_bitwidth", 3,
                  "--group_size", 128, "--perchannel"]
-    else:                        # a step is 1/16 of a square layer, about what 1,000,000 weights are in the paper
-        hidden_size = json.loads((Path(args.model_name_or_path) / "config.json").read_text())["hidden_size"]
+    else:
         flags = ["-m", "database.sparsegpt", *flags, "--sparsity", setting.budget,
-                 "--weights_diff", hidden_size**2 // 16]
+                 "--weights_diff", sparsity_step(args.model_name_or_path)]
     run(flags, args.out / "logs" / f"{folder.name}.log")
 
 

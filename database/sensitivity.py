@@ -60,7 +60,7 @@ def estimate_alone(fitness: Fitness, switcher: LevelSwitcher, database: Database
     shapes = [layer_errors(database, unit.names, unit.levels) for unit in units]
     levels = [halfway_levels(unit.levels, shape, target) for unit, shape in zip(units, shapes)]
     alone = measure_alone(fitness, switcher, [unit.names for unit in units], levels, minibatch)
-    estimates, reachable = [], []
+    estimates, beyond = [], []
     for unit, errors, shape in zip(units, alone, shapes):
         finite = {level: error for level, error in errors.items() if math.isfinite(error)}
         if errors and not finite:
@@ -70,11 +70,11 @@ def estimate_alone(fitness: Fitness, switcher: LevelSwitcher, database: Database
         estimates.append(interpolate(finite, shape) | infinite if errors else dict.fromkeys(unit.levels, 0.0))
         most = max(map(shape.get, finite), default=math.inf)
         more, _ = sides(unit.levels, shape, target)
-        reachable.append([level for level in more if shape[level] <= most])
-    widths = [2**k for k in range((max(1, *map(len, reachable)) - 1).bit_length() + 1)]
-    within = [[{level: error for level, error in known.items()
-                if level in near[:width] or level not in sides(unit.levels, shape, target)[0]}
-               for unit, known, shape, near in zip(units, estimates, shapes, reachable)] for width in widths]
+        beyond.append((more, [level for level in more if shape[level] <= most]))
+    widest = max(1, *(len(near) for _, near in beyond))
+    within = [[{level: error for level, error in known.items() if level in near[:width] or level not in more}
+               for known, (more, near) in zip(estimates, beyond)]
+              for width in (2**k for k in range((widest - 1).bit_length() + 1))]
     return estimates, within, sum(map(len, levels))
 
 

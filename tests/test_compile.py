@@ -7,6 +7,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 import evo_drop
 import families
@@ -26,6 +27,7 @@ def test_walk_over_dropped_and_packed_is_the_same():
     """Candidates drop halves of blocks and bring them back; microbatches are packed and not."""
     model = families.build("llama")
     plain, compiled = Decoder(deepcopy(model)), Decoder(model)
+    graphs = counters["stats"]["unique_graphs"]
     compiled.compile_blocks()
     candidates, kinds = random_candidates(8), ("kl", "ppl")
     values = [Fitness(decoder, documents(), drop(decoder), microbatch_tokens=MICROBATCH_TOKENS
@@ -33,6 +35,7 @@ def test_walk_over_dropped_and_packed_is_the_same():
     for expected, value in zip(*values, strict=True):
         assert value == pytest.approx(expected, rel=1e-5, abs=1e-7)
     assert len({kl for kl, _ in values[1]}) > 4
+    assert counters["stats"]["unique_graphs"] > graphs       # it was compiled
 
 
 @needs_compiler

@@ -255,6 +255,16 @@ def test_model_finds_planted_effects_whatever_it_expects_and_whatever_minibatche
     assert np.corrcoef(model.predict(unseen), truth)[0, 1] > 0.95
 
 
+def test_model_unlearns_that_a_unit_has_no_effect():
+    effects, candidates, fitness = planted(3)
+    model = AdditiveModel([(2, 3, 4)] * 30)
+    model.expect([dict.fromkeys(known, 0.0) if i < 15 else known for i, known in enumerate(effects)])
+    for step in range(12):
+        model.observe([(fitness(candidate), candidate) for candidate in candidates(16)], tokens=256)
+    low = [(2,) * i + (level,) + (2,) * (29 - i) for i in range(15) for level in (2, 3, 4)]
+    assert np.corrcoef(model.predict(low), [fitness(candidate) for candidate in low])[0, 1] > 0.9
+
+
 def test_screening_keeps_the_best_predicted_and_a_random_share():
     effects, candidates, fitness = planted(1)
     model = AdditiveModel([(2, 3, 4)] * 30)

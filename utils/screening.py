@@ -8,10 +8,9 @@ import numpy as np
 from utils.distributed import from_main
 
 Candidate = tuple[Hashable, ...]     # the level of every unit
-WINDOW = 1024                        # latest measurements that the model is fitted to:
-                                     # errors change as the search moves
+WINDOW = 1024                        # latest measurements it is fitted to: errors change as the search moves
 RANDOM_SHARE = 4                     # one in four of those kept is drawn at random, so that a wrong model misleads less
-LEAST_SCALE = 0.1                    # of the mean one
+LEAST_SCALE = 0.1                    # how far an effect may stray at least, of how far they may on average
 RIDGES = 10.0 ** np.arange(-4, 1.5, 0.5)    # of the largest eigenvalue
 
 
