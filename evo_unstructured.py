@@ -310,8 +310,8 @@ def main(argv: list[str] | None = None) -> dict:
             errors, within, measured = estimate_alone(fitness, switcher, database, space.units, 0,
                                                       draw_minibatch(documents, args.initial_tokens, rng))
             tokens_spent += measured * args.initial_tokens
-            initial = list(dict.fromkeys([*(allocated_candidates(space, within) or allocated_candidates(space, [errors])),
-                                          initial[0]]))
+            allocated = allocated_candidates(space, within) or allocated_candidates(space, [errors])
+            initial = list(dict.fromkeys([*allocated, initial[0]]))
             if model:
                 model.expect(errors)
         ranked = measure(initial, args.initial_tokens)

@@ -133,8 +133,8 @@ def check_search_flags(args: argparse.Namespace) -> None:
     if not 0 <= args.margin < math.inf:
         raise ValueError(f"--margin {args.margin}: a finite number of standard errors, 0 or more, is needed, e.g. 1")
     if args.margin and args.strategy == "comma":
-        raise ValueError(f"--margin {args.margin}: with --strategy comma no parent competes, so there is none to be ahead "
-                         f"of offspring; leave one of them out")
+        raise ValueError(f"--margin {args.margin}: with --strategy comma no parent competes, so there is none to be "
+                         f"ahead of offspring; leave one of them out")
     if survivors[0] > args.offspring:
         raise ValueError(f"--survivors_per_selection {_words(survivors)}: more survivors than the {args.offspring} "
                          f"--offspring; lower it or raise --offspring")
