@@ -11,7 +11,7 @@ import argparse
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +23,8 @@ from utils.files import check_writable
 from utils.fitness import Fitness
 from utils.flags import (add_calibration_flags, add_evaluation_flags, add_model_flags, add_search_flags,
                          check_search_flags, flag_defaults)
-from utils.margin import rank_with_margin
-from utils.model import Decoder, load_config, load_decoder, load_tokenizer, save_dropped
+from utils.measurements import Measurements
+from utils.model import load_config, load_decoder, load_tokenizer, save_dropped
 from utils.runs import (Run, RunError, default_folder, evaluation_rows, format_table, open_wandb, plot_search,
                         rng_state, set_rng_state, user_errors)
 from utils.screening import AdditiveModel
@@ -267,22 +267,19 @@ def mutate(space: Space, parents: list[Candidate], max_mutations: int, rng: rand
 
 
 def select(offspring: list[Candidate], parents: list[Candidate], steps: list[tuple[int, int]],
-           measure: Callable[..., list[tuple[float, Candidate]]], strategy: str = "plus", margin: float = 0.0
+           measure: Callable[[list[Candidate], int], list[tuple[float, Candidate]]], strategy: str = "plus"
            ) -> list[tuple[float, Candidate]]:
     """Multi-step selection: the (fitness, candidate) that the last step leaves, best first.
 
     steps: (survivors, tokens) of each; measure(candidates, tokens) gives (fitness, candidate), best first. With
-    "plus" the parents compete in the last step only, with "comma" not at all. Where they compete and there is a margin,
-    measure(candidates, tokens, parents, margin) ranks offspring as if they were worse by that many standard errors of
-    their difference to the best parent. What is not finite never survives; where nothing is, the parents stay.
+    "plus" the parents compete in the last step only, with "comma" not at all. What is not finite never survives; where
+    nothing is, the parents stay.
     """
     candidates = offspring
     for step, (survivors, num_tokens) in enumerate(steps):
-        handicap = ()
         if step == len(steps) - 1 and strategy == "plus":
             candidates = candidates + parents
-            handicap = (parents, margin) if margin else ()
-        ranked = measure(candidates, num_tokens, *handicap)[:survivors]
+        ranked = measure(candidates, num_tokens)[:survivors]
         ranked = [pair for pair in ranked if math.isfinite(pair[0])]
         candidates = [candidate for _, candidate in ranked]
     return ranked or [(math.inf, parent) for parent in parents]
@@ -360,24 +357,18 @@ def main(argv: list[str] | None = None) -> dict:
                       sizes=sizes.get("fitness"))
     rng = random.Random(args.seed)
     tokens_spent = 0
+    measurements = Measurements(fitness, lambda candidate: space.states(candidate, len(blocks)), args.fitness_fn)
     model = AdditiveModel([(False, True) for _ in space.units]) if args.screen > 1 else None
 
-    def measure(candidates: list[Candidate], num_tokens: int, parents: Sequence[Candidate] = (), margin: float = 0.0,
-                minibatch: list[tuple[int, int]] | None = None) -> list[tuple[float, Candidate]]:
-        """(fitness, candidate), best first, where `parents` are ahead of others by `margin` standard errors; a
-        candidate that is not finite is last whatever is searched for."""
+    def measure(candidates: list[Candidate], num_tokens: int, minibatch: list[tuple[int, int]] | None = None
+                ) -> list[tuple[float, Candidate]]:
+        """(fitness, candidate), best first; what is not finite is last whatever is searched for."""
         nonlocal tokens_spent
-        tokens_spent += len(candidates) * num_tokens
-        minibatch = minibatch or draw_minibatch(documents, num_tokens, rng)
-        blockwise = [space.states(c, len(blocks)) for c in candidates]
+        values, spent = measurements.measure(candidates, minibatch or draw_minibatch(documents, num_tokens, rng))
+        tokens_spent += spent
         sign = -1 if args.invert_fitness else 1
-        if margin:
-            ranked = [(value, candidates[i]) for value, i in rank_with_margin(
-                fitness, blockwise, minibatch, args.fitness_fn, [candidates.index(c) for c in parents], margin, sign)]
-        else:
-            values = fitness.measure(blockwise, minibatch, (args.fitness_fn,))
-            ranked = sorted(((sign * value if math.isfinite(value) else math.inf, c)
-                             for (value,), c in zip(values, candidates)), key=lambda pair: pair[0])
+        ranked = sorted(((sign * value if math.isfinite(value) else math.inf, candidate)
+                         for value, candidate in zip(values, candidates)), key=lambda pair: pair[0])
         if model:
             model.observe(ranked, num_tokens)
         return ranked
@@ -386,12 +377,13 @@ def main(argv: list[str] | None = None) -> dict:
         run.checkpoint(generation=generation, rng=rng_state(rng), population=population, start=start, fitness=best,
                        tokens=tokens_spent,
                        microbatch_tokens={"fitness": fitness.sizes, "evaluation": evaluation.sizes},
-                       model=model and model.state)
+                       measurements=measurements.state, model=model and model.state)
 
     if run.state:
         set_rng_state(rng, run.state["rng"])
         first_generation, tokens_spent, best = run.state["generation"] + 1, run.state["tokens"], run.state["fitness"]
         population, start = ([tuple(c) for c in run.state[key]] for key in ("population", "start"))
+        measurements.restore(run.state.get("measurements", []))
         if model:
             model.restore(run.state["model"])
         print(f"{run.folder}: resumed after generation {run.state['generation']}")
@@ -411,6 +403,7 @@ def main(argv: list[str] | None = None) -> dict:
         if not math.isfinite(ranked[0][0]):
             raise RunError(f"--fitness_fn {args.fitness_fn}: not finite for any start; use --dtype bfloat16 or float32")
         population = [candidate for _, candidate in ranked[:args.population_size]]
+        measurements.keep(population)
         first_generation, best, start = 1, ranked[0][0], population[:1]
         run.log({"generation": 0, "fitness": best, "tokens": tokens_spent,
                  "dropped": config_line(space, population[0], len(blocks))})
@@ -430,8 +423,9 @@ def main(argv: list[str] | None = None) -> dict:
             break
         if model:
             offspring = model.screen(offspring, args.offspring, rng)
-        survivors = select(offspring, population, steps, measure, args.strategy, args.margin)
+        survivors = select(offspring, population, steps, measure, args.strategy)
         population, best = [candidate for _, candidate in survivors], survivors[0][0]
+        measurements.keep(population)
 
         record = {"generation": generation, "fitness": best, "tokens": tokens_spent,
                   "dropped": config_line(space, population[0], len(blocks))}

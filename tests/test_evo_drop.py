@@ -22,6 +22,7 @@ from utils.configs import DROP_WORDS, read_drop_config, write_drop_config
 from utils.data import calibration_documents, evaluation_documents
 from utils.files import read_sealed, seal
 from utils.fitness import Fitness
+from utils.measurements import Measurements
 from utils.runs import Run, plot_search
 
 NUM_BLOCKS = 6                                                         # of the checkpoint in conftest.py
@@ -55,15 +56,14 @@ def command(checkpoint, text, tmp_path, monkeypatch):
 def measured(monkeypatch) -> list:
     """Every selection of the search: (candidates as states of the blocks, minibatch, fitness of each)."""
     calls = []
-    measure = Fitness.measure
+    measure = Measurements.measure
 
-    def recording(self, candidates, minibatch=None, kinds=("kl",)):
-        values = measure(self, candidates, minibatch, kinds)
-        if minibatch is not None:                                     # evaluations are on whole datasets
-            calls.append((list(candidates), minibatch, [value for value, in values]))
-        return values
+    def recording(self, candidates, minibatch):
+        values, spent = measure(self, candidates, minibatch)
+        calls.append(([self._states(candidate) for candidate in candidates], minibatch, values))
+        return values, spent
 
-    monkeypatch.setattr(Fitness, "measure", recording)
+    monkeypatch.setattr(Measurements, "measure", recording)
     return calls
 
 
@@ -182,15 +182,18 @@ def test_inverted_fitness_finds_a_worse_model(command, measured, tmp_path):
 
 @pytest.mark.parametrize("inverted", [False, True])
 def test_candidate_that_is_not_finite_never_survives(inverted, command, tmp_path, monkeypatch):
-    measure = Fitness.measure
+    sums = Fitness.sums
     broken = []
 
-    def breaking(self, candidates, minibatch=None, kinds=("kl",)):
-        broken.extend(candidate for candidate in candidates if candidate[0][0])
-        return [(math.inf,) if candidate[0][0] else values
-                for candidate, values in zip(candidates, measure(self, candidates, minibatch, kinds))]
+    def breaking(self, candidates, minibatch, kinds):
+        found = sums(self, candidates, minibatch, kinds)
+        for i, candidate in enumerate(candidates):
+            if candidate[0][0]:
+                broken.append(candidate)
+                found[-1, i] = math.nan                               # on one document
+        return found
 
-    monkeypatch.setattr(Fitness, "measure", breaking)
+    monkeypatch.setattr(Fitness, "sums", breaking)
     evo_drop.main(command(invert_fitness=inverted))
     assert broken
     assert all(record["dropped"].split()[0] in ("none", "mlp") for record in log(tmp_path / "run")[1:])
@@ -359,12 +362,11 @@ def test_parents_join_the_last_step_only_and_their_tokens_count(survivors, token
                 assert set(selection) - set(parents) == set(kept)                  # the best of the step before
             kept = best(steps[step], survivors[step])
         parents = kept
-    spent = 8 * 64
-    assert log(tmp_path / "run")[0]["tokens"] == spent
-    for record in log(tmp_path / "run")[1:]:
-        spent += sum(count * size for count, size in zip(candidates, tokens))
-        assert record["tokens"] == spent
-    assert spent == sum(len(c) * sum(length for _, length in minibatch) for c, minibatch, _ in measured)
+    start, *records = log(tmp_path / "run")
+    assert start["tokens"] == 8 * 64
+    most = sum(count * size for count, size in zip(candidates, tokens))
+    assert all(b["tokens"] - a["tokens"] <= most for a, b in zip([start, *records], records))
+    assert records[-1]["tokens"] < start["tokens"] + len(records) * most       # what parents have seen is not run again
 
 
 def test_with_comma_only_offspring_survive(command, measured, tmp_path):
@@ -418,11 +420,11 @@ def kill_at(monkeypatch, owner, name: str, call: int) -> None:
 
 @pytest.mark.parametrize("options, owner, name, call", [
     *[({}, *place) for place in [
-        (Fitness, "measure", 1), (Fitness, "measure", 5), (Run, "log", 1), (Run, "log", 3), (Run, "checkpoint", 1),
+        (Measurements, "measure", 1), (Measurements, "measure", 5), (Run, "log", 1), (Run, "log", 3), (Run, "checkpoint", 1),
         (Run, "checkpoint", 5), (evo_drop, "write_drop_config", 1), (Run, "summarize", 1)]],
     *[({"sparsity": None, "drop_params": 0.3, "generations": None, **TWO_PARENTS}, *place) for place in [
-        (Fitness, "measure", 4), (Run, "checkpoint", 3)]],
-    *[({"init": "measured", "screen": 3}, *place) for place in [(Fitness, "measure", 3), (Run, "checkpoint", 4)]]])
+        (Measurements, "measure", 4), (Run, "checkpoint", 3)]],
+    *[({"init": "measured", "screen": 3}, *place) for place in [(Measurements, "measure", 3), (Run, "checkpoint", 4)]]])
 def test_killed_anywhere_and_resumed_gives_the_same_files(options, owner, name, call, command, tmp_path, monkeypatch):
     evo_drop.main(command("whole", **options))
     with monkeypatch.context() as patch:
@@ -514,10 +516,10 @@ def test_run_of_an_earlier_version_without_a_flag_is_resumed(command, tmp_path):
     evo_drop.main(command(generations=2))
     path = tmp_path / "run" / "checkpoint.json"
     saved = read_sealed(path)
-    del saved["flags"]["margin"], saved["flags"]["screen"]
+    del saved["flags"]["init"], saved["flags"]["screen"], saved["state"]["measurements"]
     path.write_text(seal(saved))
-    with pytest.raises(SystemExit, match=r"other flags \(--margin 0.0 there, 1.0 here\)"):
-        evo_drop.main(command(generations=2, margin=1.0))
+    with pytest.raises(SystemExit, match=r"other flags \(--screen 1 there, 2 here\)"):
+        evo_drop.main(command(generations=2, screen=2))
     assert evo_drop.main(command(generations=3))["generations"] == 3
 
 
@@ -656,7 +658,6 @@ def test_budget_that_makes_no_sense_is_refused(changes, message, refused):
     ({"max_mutations": 0}, "--max_mutations 0: must be at least 1"),
     ({"fixed_mutations": 0}, "--fixed_mutations 0: must be at least 1"),
     ({"generations": -1}, "--generations -1: must be 0 or more"),
-    ({"margin": 0.5, "strategy": "comma"}, "--margin 0.5: with --strategy comma no parent competes, .*; leave one of"),
     ({"microbatch_tokens": 0}, "--microbatch_tokens 0: must be at least 1"),
 ])
 def test_selection_that_makes_no_sense_is_refused(changes, message, refused):

@@ -115,10 +115,10 @@ def test_folder_of_another_run_is_refused_naming_what_differs(tmp_path, flags, m
 
 def test_a_flag_that_an_earlier_version_did_not_know_had_its_default_there(tmp_path):
     state = checkpointed(tmp_path).state
-    defaults = {"margin": 0.0, "names": ("a",), "never_given": 1, "seed": 1}
-    assert Run(tmp_path, FLAGS | {"margin": 0.0, "names": ("a",)}, defaults=defaults).state == state
-    with pytest.raises(ValueError, match=r"other flags \(--margin 0.0 there, 1.0 here\)"):
-        Run(tmp_path, FLAGS | {"margin": 1.0}, defaults=defaults)
+    defaults = {"share": 0.0, "names": ("a",), "never_given": 1, "seed": 1}
+    assert Run(tmp_path, FLAGS | {"share": 0.0, "names": ("a",)}, defaults=defaults).state == state
+    with pytest.raises(ValueError, match=r"other flags \(--share 0.0 there, 1.0 here\)"):
+        Run(tmp_path, FLAGS | {"share": 1.0}, defaults=defaults)
     with pytest.raises(ValueError, match=r"other flags \(--seed 0 there, 1 here\)"):
         Run(tmp_path, FLAGS | {"seed": 1}, defaults=defaults)
 

@@ -72,11 +72,17 @@ class Fitness:
         """
         if minibatch is None:
             minibatch = [(i, len(document)) for i, document in enumerate(self.documents)]
-        sums = self._within_memory(minibatch, lambda batches: self._own_sums(candidates, batches, kinds))
-        totals = sum(distributed.merge_(sums))                       # in the same order whoever computed what
-        means = (totals / sum(length - 1 for _, length in minibatch)).tolist()
-        values = [tuple(_exp(mean) if kind == "ppl" else mean for mean, kind in zip(row, kinds)) for row in means]
-        return [tuple(value if math.isfinite(value) else math.inf for value in row) for row in values]
+        sums = self.sums(candidates, minibatch, kinds).permute(1, 2, 0).tolist()
+        return [tuple(mean_of(documents, minibatch, kind) for documents, kind in zip(row, kinds)) for row in sums]
+
+    @torch.no_grad()
+    def sums(self, candidates: Sequence[Candidate], minibatch: Row, kinds: Sequence[str] = ("kl",)) -> torch.Tensor:
+        """Sums over the predicted tokens of each document of `minibatch`, float64 [documents, candidates, kinds] on the
+        host; of "ppl", those of the loss. `measure` says what the kinds are."""
+        found = self._within_memory(minibatch, lambda batches: self._own_sums(candidates, batches, kinds))
+        place = {index: i for i, index in enumerate(found)}
+        merged = distributed.merge_(torch.stack(list(found.values())))
+        return merged[[place[index] for index, _ in minibatch]]
 
     def _within_memory(self, minibatch: Row, compute: Callable[[list[list[Row]]], T]) -> T:
         """compute(microbatches), and where memory does not suffice the same again, from then on with half as many
@@ -112,19 +118,22 @@ class Fitness:
             if owner == distributed.rank():
                 hidden_states, targets = (states.to(self.decoder.device)
                                           for states in (self.teacher[i][:-1], self.documents[i][1:]))
-                losses[i] = self._losses(hidden_states, None, targets, ("ppl",))[0]
+                losses[i] = self._losses(hidden_states, None, targets, ("ppl",)).sum()
         total = sum(distributed.merge_(losses).tolist())
         return _exp(total / sum(len(document) - 1 for document in self.documents))
 
     def _own_sums(self, candidates: Sequence[Candidate], batches: list[list[Row]],
-                  kinds: Sequence[str]) -> torch.Tensor:
-        """Sums over each microbatch's predicted tokens, float64 [microbatches, candidates, kinds] on the host; zeros
-        where another process computes them."""
+                  kinds: Sequence[str]) -> dict[int, torch.Tensor]:
+        """Document -> sums over its predicted tokens, float64 [candidates, kinds] on the host; zeros where another
+        process computes them."""
         walks = [(batch, members, self._walk([candidates[i] for i in members], batches[batch], kinds))
                  for batch, members in self._own_walks(candidates, batches)]
-        sums = torch.zeros(len(batches), len(candidates), len(kinds), dtype=torch.float64)
+        sums = {index: torch.zeros(len(candidates), len(kinds), dtype=torch.float64)
+                for rows in batches for row in rows for index, _ in row}
         for batch, members, walked in walks:
-            sums[batch, members] = walked.cpu()                      # the step's first synchronisation
+            documents = [index for row in batches[batch] for index, _ in row]
+            for index, values in zip(documents, walked.cpu()):       # the step's first synchronisation
+                sums[index][members] = values
         return sums
 
     def _own_walks(self, candidates: Sequence[Candidate], batches: list[list[Row]]) -> list[tuple[int, list[int]]]:
@@ -146,16 +155,18 @@ class Fitness:
         return [(batch, sorted(members)) for batch, members in walks.items()]
 
     def _walk(self, candidates: Sequence[Candidate], rows: list[Row], kinds: Sequence[str]) -> torch.Tensor:
-        """Sums over the microbatch's predicted tokens, float64 [candidates, kinds]."""
+        """Sums over each document's predicted tokens, float64 [documents, candidates, kinds]."""
+        lengths = [length - 1 for row in rows for _, length in row]
         input_ids, position_ids, predicting = assemble(self.documents, rows)
         targets = input_ids.flatten()[predicting + 1].to(self.decoder.device)
         predicting = predicting.to(self.decoder.device)
         inputs = self._block_inputs(input_ids, position_ids)
         teacher = self._teacher_distributions(rows) if set(kinds) & {"kl", "sparse_kl"} else None
-        sums = torch.zeros(len(candidates), len(kinds), dtype=torch.float64, device=self.decoder.device)
+        sums = torch.zeros(len(lengths), len(candidates), len(kinds), dtype=torch.float64, device=self.decoder.device)
         walk = self._block_by_block if self.decoder.offloaded else self._candidate_by_candidate
         for current, hidden_states in walk(candidates, inputs):
-            sums[current] = self._losses(hidden_states.flatten(0, 1)[predicting], teacher, targets, kinds)
+            losses = self._losses(hidden_states.flatten(0, 1)[predicting], teacher, targets, kinds)
+            sums[:, current] = torch.stack([document.sum(0) for document in losses.split(lengths)])
         return sums
 
     def _candidate_by_candidate(self, candidates: Sequence[Candidate], inputs: BlockInputs
@@ -200,8 +211,8 @@ class Fitness:
 
     def _losses(self, hidden_states: torch.Tensor, teacher: list[torch.Tensor] | None, targets: torch.Tensor,
                 kinds: Sequence[str]) -> torch.Tensor:
-        """Sums of each kind over predicted tokens, float64 [kinds]; hidden_states [predicted, hidden]."""
-        sums = torch.zeros(len(kinds), dtype=torch.float64, device=hidden_states.device)
+        """Of each kind at each predicted token, float64 [predicted, kinds]; hidden_states [predicted, hidden]."""
+        losses = torch.empty(len(hidden_states), len(kinds), dtype=torch.float64, device=hidden_states.device)
         step = self._chunk_tokens()
         for chunk, start in enumerate(range(0, len(hidden_states), step)):
             log_q = self._log_probabilities(hidden_states[start:start + step])
@@ -215,8 +226,8 @@ class Fitness:
                     values = (top.exp() * (top - log_q.gather(-1, indices).log_softmax(-1))).sum(-1)
                 else:
                     values = torch.linalg.vecdot(log_p.exp(), log_p - log_q)
-                sums[k] += values.double().sum()
-        return sums
+                losses[start:start + step, k] = values
+        return losses
 
     def _teacher_distributions(self, rows: list[Row]) -> list[torch.Tensor]:
         """Log-probabilities [chunk, vocabulary] at the microbatch's predicted tokens."""
@@ -275,6 +286,14 @@ class Fitness:
             raise RunError(f"the uncompressed model's hidden states are NaN or infinite in {self.decoder.dtype}; use "
                            f"--dtype bfloat16 or float32")
         return {index: owner for rows, owner in zip(batches, owners) for row in rows for index, _ in row}
+
+
+def mean_of(sums: Sequence[float], minibatch: Row, kind: str) -> float:
+    """The mean over the predicted tokens of `minibatch`, of whose documents `Fitness.sums` gave `sums`; "ppl" is exp of
+    it. +inf where it is not finite."""
+    mean = sum(sums) / sum(length - 1 for _, length in minibatch)
+    value = _exp(mean) if kind == "ppl" else mean
+    return value if math.isfinite(value) else math.inf
 
 
 def microbatches(minibatch: Row, max_tokens: int, packed_rows: int) -> list[list[Row]]:

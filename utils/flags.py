@@ -1,7 +1,6 @@
 """Command-line flags that the searches share, with the reference implementation's names, and the checks that come
 before anything is loaded."""
 import argparse
-import math
 
 from utils.data import check_dataset
 
@@ -85,10 +84,6 @@ def add_search_flags(parser: argparse.ArgumentParser, generations: int | None, o
     group.add_argument("--strategy", choices=["plus", "comma"], default="plus",
                        help="plus: the parents compete in the last selection step; comma: offspring alone survive "
                             "(default: plus)")
-    group.add_argument("--margin", type=float, default=0.0, metavar="ERRORS",
-                       help="in the last selection step rank offspring as if they were worse by this many standard "
-                            "errors of their difference to the best parent on the same documents (for ppl: of log "
-                            "ppl), so that fewer lucky draws displace a parent, e.g. 1 (default: 0, as in the paper)")
     group.add_argument("--max_mutations", type=int, default=3, metavar="SWITCHES",
                        help="an offspring differs by min(U1, U2) level switches, U uniform in 1..this (default: 3)")
     group.add_argument("--fixed_mutations", type=int, metavar="SWITCHES",
@@ -130,11 +125,6 @@ def check_search_flags(args: argparse.Namespace) -> None:
         value = getattr(args, flag)
         if value is not None and value < 2:
             raise ValueError(f"--{flag} {value}: at least 2 are needed, one token to predict another")
-    if not 0 <= args.margin < math.inf:
-        raise ValueError(f"--margin {args.margin}: a finite number of standard errors, 0 or more, is needed, e.g. 1")
-    if args.margin and args.strategy == "comma":
-        raise ValueError(f"--margin {args.margin}: with --strategy comma no parent competes, so there is none to be "
-                         f"ahead of offspring; leave one of them out")
     if survivors[0] > args.offspring:
         raise ValueError(f"--survivors_per_selection {_words(survivors)}: more survivors than the {args.offspring} "
                          f"--offspring; lower it or raise --offspring")
