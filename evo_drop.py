@@ -357,7 +357,8 @@ def main(argv: list[str] | None = None) -> dict:
                       sizes=sizes.get("fitness"))
     rng = random.Random(args.seed)
     tokens_spent = 0
-    measurements = Measurements(fitness, lambda candidate: space.states(candidate, len(blocks)), args.fitness_fn)
+    measurements = Measurements(fitness, lambda candidate: space.states(candidate, len(blocks)), args.fitness_fn,
+                                not args.no_reuse)
     model = AdditiveModel([(False, True) for _ in space.units]) if args.screen > 1 else None
 
     def measure(candidates: list[Candidate], num_tokens: int, minibatch: list[tuple[int, int]] | None = None

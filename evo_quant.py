@@ -311,7 +311,7 @@ def main(argv: list[str] | None = None) -> dict:
     def states(candidate: Candidate) -> tuple:
         return switcher.states(space.levels(candidate))
 
-    measurements = Measurements(fitness, states, args.fitness_fn)
+    measurements = Measurements(fitness, states, args.fitness_fn, not args.no_reuse)
 
     def measure(candidates: list[Candidate], num_tokens: int) -> list[tuple[float, Candidate]]:
         """(fitness, candidate), best first."""

@@ -18,7 +18,7 @@ from operator import mul
 from pathlib import Path
 
 from database.levels import LevelSwitcher
-from database.sensitivity import estimate_alone
+from database.sensitivity import REFINE_TOKENS, estimate_alone, estimate_around
 from database.store import Database
 from utils import distributed
 from utils.allocation import allocate
@@ -53,14 +53,18 @@ def make_parser() -> argparse.ArgumentParser:
     add_unit_flags(space)
     space.add_argument("--level_cache_gb", type=float, default=24.0, metavar="GB",
                        help="packed levels kept on the device; the rest is read from disk (default: 24)")
-    add_search_flags(
+    search = add_search_flags(
         parser, generations=400, offspring=64, survivors=[8, 2, 1], tokens=[2048, 16384, 65536],
         init={"uniform": "level 0 everywhere, or as near to it as allowed",
               "random": "the best of --initially_generated, as many random switches from that as there are units",
               "measured": "the best sum of errors, of each unit alone on --initial_tokens"},
         initially_generated=32, initial_tokens=2048, fitness=["kl", "ppl", "sparse_kl"],
-        generations_help="default: 400").add_argument(
-        "--kl_topk", type=int, default=10, metavar="LOGITS", help="of sparse_kl: the teacher's largest (default: 10)")
+        generations_help="default: 400")
+    search.add_argument("--refine", type=int, default=0, metavar="GENERATIONS",
+                        help="in the first so many generations the offspring is the best sum of changes, of each unit a "
+                             "level up or down from the best parent, measured on twice --initial_tokens (default: 0)")
+    search.add_argument("--kl_topk", type=int, default=10, metavar="LOGITS",
+                        help="of sparse_kl: the teacher's largest (default: 10)")
     add_evaluation_flags(parser)
     output = parser.add_argument_group("output")
     output.add_argument("--output_dir", metavar="FOLDER",
@@ -209,9 +213,9 @@ def check_flags(args: argparse.Namespace) -> None:
         value = getattr(args, flag)
         if value is not None and value < 0:
             raise ValueError(f"--{flag} {value}: must be 0 or more")
-    if args.init == "measured" and args.max_total_deviation is not None:
-        raise ValueError(f"--max_total_deviation {args.max_total_deviation}: --init measured cannot hold it; bound "
-                         f"each layer with --max_level, or use another --init")
+    if args.max_total_deviation is not None and (args.init == "measured" or args.refine):
+        raise ValueError(f"--max_total_deviation {args.max_total_deviation}: --init measured and --refine cannot hold "
+                         f"it; bound each layer with --max_level, or leave them out")
     if args.kl_topk < 1:
         raise ValueError(f"--kl_topk {args.kl_topk}: must be at least 1")
     check_configuration_name(args.configuration_name)
@@ -256,8 +260,9 @@ def main(argv: list[str] | None = None) -> dict:
     evaluation = Evaluation(decoder, evaluation_sets, switcher.set_block, args.microbatch_tokens,
                             sizes.get("evaluation"))
     fitness = Fitness(decoder, documents, switcher.set_block,
-                      args.fitness_fn != "ppl" or args.init == "measured", args.kl_topk, args.microbatch_tokens,
-                      progress="uncompressed model on calibration data", sizes=sizes.get("fitness"))
+                      args.fitness_fn != "ppl" or args.init == "measured" or args.refine > 0, args.kl_topk,
+                      args.microbatch_tokens, progress="uncompressed model on calibration data",
+                      sizes=sizes.get("fitness"))
     rng = random.Random(args.seed)
     tokens_spent = 0
     model = AdditiveModel([unit.levels for unit in space.units]) if args.screen > 1 else None
@@ -265,7 +270,7 @@ def main(argv: list[str] | None = None) -> dict:
     def states(candidate: Candidate) -> tuple:
         return switcher.states(space.levels(candidate))
 
-    measurements = Measurements(fitness, states, args.fitness_fn)
+    measurements = Measurements(fitness, states, args.fitness_fn, not args.no_reuse)
 
     def measure(candidates: list[Candidate], num_tokens: int) -> list[tuple[float, Candidate]]:
         """(fitness, candidate), best first."""
@@ -320,13 +325,23 @@ def main(argv: list[str] | None = None) -> dict:
     steps = list(zip(args.survivors_per_selection, args.tokens_per_selection))
     began, tokens_before = time.time(), tokens_spent
     for generation in range(first_generation, args.generations + 1):
-        offspring = draw_distinct(lambda: mutate(space, population, args.max_mutations, rng, args.fixed_mutations),
-                                  args.offspring * args.screen, set(population))
+        offspring = []
+        if generation <= args.refine:
+            num_tokens = min(args.calibration_tokens, REFINE_TOKENS * args.initial_tokens)
+            changes, measured = estimate_around(fitness, switcher, database, space.units, population[0],
+                                                draw_minibatch(documents, num_tokens, rng))
+            tokens_spent += len(measured) * num_tokens
+            if model:
+                model.observe(measured, num_tokens)
+            offspring = [c for c in allocated_candidates(space, [changes]) if c not in population]
+        if not offspring:
+            offspring = draw_distinct(lambda: mutate(space, population, args.max_mutations, rng, args.fixed_mutations),
+                                      args.offspring * args.screen, set(population))
+            if model:
+                offspring = model.screen(offspring, args.offspring, rng)
         if not offspring:
             print("no other candidate meets the budget: nothing to search")
             break
-        if model:
-            offspring = model.screen(offspring, args.offspring, rng)
         survivors = select(offspring, population, steps, measure, args.strategy)
         population, best = [candidate for _, candidate in survivors], survivors[0][0]
         measurements.keep(population)

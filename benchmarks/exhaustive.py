@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])   # not this folder, whose database.py is another
 import evo_drop
 import evo_quant
-from utils.fitness import Fitness
+from utils.fitness import Fitness, mean_of
 from utils.runs import format_table
 
 
@@ -45,10 +45,11 @@ class RecordingFitness(Fitness):
     """The fitness walk, which also keeps the value of every candidate it has ever measured."""
     seen: dict = {}
 
-    def measure(self, candidates, minibatch=None, kinds=("kl",)):
-        values = super().measure(candidates, minibatch, kinds)
-        self.seen.update(zip(map(tuple, candidates), (value for value, *_ in values)))
-        return values
+    def sums(self, candidates, minibatch, kinds=("kl",)):
+        sums = super().sums(candidates, minibatch, kinds)
+        self.seen.update((tuple(candidate), mean_of(values, minibatch, kinds[0]))
+                         for candidate, values in zip(candidates, sums[..., 0].T.tolist()))
+        return sums
 
 
 class ExhaustiveFitness(RecordingFitness):

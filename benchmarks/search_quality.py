@@ -1,5 +1,5 @@
 """Held-out KL divergence over the tokens a search has spent: the paper's way against --init measured, --screen and
---margin.
+--refine.
 
     python benchmarks/search_quality.py --out results/search_quality --jobs 2 --write_readme
 
@@ -34,13 +34,14 @@ from utils.runs import format_table
 
 MARKS = ("<!-- better -->", "<!-- /better -->")
 SEARCH = ["--offspring", 16, "--survivors_per_selection", 4, 2, 1, "--tokens_per_selection", 256, 1024, 4096,
-          "--no_eval"]
-PAPER, OURS = "paper's way", "measured and screened"
+          "--no_eval", "--no_reuse"]
+PAPER, OURS = "paper's way", "ours"
 VARIANTS = {PAPER: ["--initially_generated", 32, "--initial_tokens", 1024],
-            OURS: ["--init", "measured", "--screen", 4],
-            "with a margin": ["--init", "measured", "--screen", 4, "--margin", 1],
+            OURS: ["--init", "measured", "--screen", 4],                # for sparsity with REFINE
+            "ours without refining": ["--init", "measured", "--screen", 4],
             "measured start alone": ["--init", "measured"],
             "screening alone": ["--initially_generated", 32, "--initial_tokens", 1024, "--screen", 4]}
+REFINE = ["--refine", 2]
 SHARES = (0.05, 0.1, 0.25, 0.5, 1.0)                # columns of the table
 CURVE = (0.05, 0.075, 0.1, 0.15, 0.2, 0.25, 0.375, 0.5, 0.75, 1.0)
 
@@ -118,6 +119,8 @@ def search(setting: Setting, variant: str, seed: int, args: argparse.Namespace) 
              *SEARCH, *VARIANTS[variant], "--generations", args.generations, "--seed", seed, "--output_dir", folder]
     if args.compile:
         flags += ["--compile"]
+    if variant == OURS and setting.task == "sparsity":
+        flags += REFINE
     if "measured" in VARIANTS[variant]:
         flags += ["--initial_tokens", args.measure_tokens[setting.task != "depth"]]
     if setting.task == "depth":
@@ -174,25 +177,22 @@ def heldout(setting: Setting, candidates: list[str], args: argparse.Namespace) -
 
 
 def curves(setting: Setting, args: argparse.Namespace) -> dict[str, list[dict[float, float]]]:
-    """Variant -> of every seed that all variants with any finished run have: share of the paper's tokens ->
-    held-out KL.
+    """Variant -> of every seed that it and the paper's way have finished: share of the paper's tokens -> held-out KL.
 
     Shares at which a seed has no candidate yet are left out; `start` of a curve is the share its first one took."""
     logs = {variant: {seed: records(folder) for seed in range(args.seeds)
                       if ((folder := folder_of(setting, variant, seed, args.out)) / "summary.json").exists()}
-            for variant in args.variants}
-    logs = {variant: runs for variant, runs in logs.items() if runs}
-    seeds = sorted(set.intersection(*map(set, logs.values()))) if PAPER in logs else []
-    found: dict[str, list[dict[float, str]]] = {variant: [] for variant in logs}
-    for seed in seeds:
-        total = logs[PAPER][seed][-1]["tokens"]
-        for variant, runs in logs.items():
+            for variant in dict.fromkeys([PAPER, *args.variants])}
+    found: dict[str, list[dict[float, str]]] = {}
+    for variant, runs in logs.items():
+        for seed in sorted(set(runs) & set(logs[PAPER])):
+            total = logs[PAPER][seed][-1]["tokens"]
             start = runs[seed][0]["tokens"] / total
             points = {share: candidate_at(runs[seed], share * total) for share in sorted({start, *CURVE})}
-            found[variant].append({share: candidate for share, candidate in points.items() if candidate})
+            found.setdefault(variant, []).append({share: candidate for share, candidate in points.items() if candidate})
     values = heldout(setting, [c for runs in found.values() for points in runs for c in points.values()], args)
     return {variant: [{share: values[candidate] for share, candidate in points.items()} for points in runs]
-            for variant, runs in found.items() if seeds}
+            for variant, runs in found.items()}
 
 
 # ---- table and picture -----------------------------------------------------------------------------------------------

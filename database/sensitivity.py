@@ -2,6 +2,7 @@
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 
 from database.levels import LevelSwitcher
 from database.store import Database
@@ -10,33 +11,38 @@ from utils.fitness import Fitness, Row
 from utils.runs import RunError
 from utils.units import Unit
 
+REACH = 2                # levels to either side that `estimate_around` measures
+REFINE_TOKENS = 2        # for `estimate_around`, in those for `estimate_alone`: its changes are smaller
 
 def measure_alone(fitness: Fitness, switcher: LevelSwitcher, units: Sequence[Sequence[str]],
-                  levels: Sequence[Sequence[int]], minibatch: Row | None = None) -> list[dict[int, float]]:
-    """level -> KL divergence, in nats a token, of the model in which one unit is at that level and all else
-    uncompressed, for each of a unit's `levels`.
+                  levels: Sequence[Sequence[int]], minibatch: Row | None = None,
+                  others: Mapping[str, int] | None = None) -> list[dict[int, float]]:
+    """level -> KL divergence, in nats a token, of the model in which one unit is at that level and all else at
+    `others`, or uncompressed, for each of a unit's `levels`.
 
-    units: names of the layers that change level together, which are in one block. `fitness` switches by `switcher`,
-    and the model is uncompressed before and after. Candidates that share what is before their unit's block share its
-    walk, so one costs half a forward pass on average. minibatch: by default all documents of `fitness`.
+    units: names of the layers that change level together, which are in one block. `fitness` switches by `switcher`.
+    others: level by layer name; without it, the model is uncompressed before and after. Candidates that share what is
+    before their unit's block share its walk, so one costs half a forward pass on average. minibatch: by default all
+    documents of `fitness`.
     """
     block_of = {name: index for index, names in enumerate(switcher.names) for name in names}
-    uncompressed = {name: None for name in block_of}
+    base = others or dict.fromkeys(block_of)
     errors: list[dict[int, float]] = [{} for _ in units]
     began = shown = time.time()
-    with switcher.restorable():
+    with nullcontext() if others else switcher.restorable():
         for index in range(len(switcher.names)):
             alone = [(i, level) for i, names in enumerate(units) for level in levels[i] if block_of[names[0]] == index]
             if not alone:
                 continue
-            candidates = [switcher.states(uncompressed | dict.fromkeys(units[i], level)) for i, level in alone]
+            candidates = [switcher.states(base | dict.fromkeys(units[i], level)) for i, level in alone]
             for (i, level), (value,) in zip(alone, fitness.measure(candidates, minibatch)):
                 errors[i][level] = value
             if time.time() - shown > 10:
                 shown = time.time()
-                print(f"measuring units alone: block {index + 1} of {len(switcher.names)}, "
+                print(f"measuring units one by one: block {index + 1} of {len(switcher.names)}, "
                       f"{(shown - began) / (index + 1) * (len(switcher.names) - index - 1):.0f} s left", flush=True)
-    fitness.decoder.states[:] = [None] * len(fitness.decoder.states)
+    if not others:
+        fitness.decoder.states[:] = [None] * len(fitness.decoder.states)
     return errors
 
 
@@ -76,6 +82,38 @@ def estimate_alone(fitness: Fitness, switcher: LevelSwitcher, database: Database
                for known, (more, near) in zip(estimates, beyond)]
               for width in (2**k for k in range((widest - 1).bit_length() + 1))]
     return estimates, within, sum(map(len, levels))
+
+
+def estimate_around(fitness: Fitness, switcher: LevelSwitcher, database: Database, units: Sequence[Unit],
+                    candidate: tuple[int, ...], minibatch: Row
+                    ) -> tuple[list[dict[int, float]], list[tuple[float, tuple[int, ...]]]]:
+    """(of every unit, level -> change of the KL divergence, in nats a token, when it goes from its level in `candidate`
+    to that one and all others stay; (divergence, candidate) of all that were measured).
+
+    Of each unit there are its own level, with 0, and the next one to either side. Measured is the one after, REACH
+    levels away or as far as there are any, since a larger change stands out more from the noise; a share of it follows
+    from the layers' errors in the database. More error is never taken to be better. What is not finite is infinite.
+    """
+    levels = [sorted(unit.levels) for unit in units]
+    places = [known.index(level) for known, level in zip(levels, candidate)]
+    ends = [sorted({known[max(place - REACH, 0)], known[min(place + REACH, len(known) - 1)]} - {known[place]})
+            for known, place in zip(levels, places)]
+    others = {name: level for unit, level in zip(units, candidate) for name in unit.names}
+    [(before,)] = fitness.measure([switcher.states(others)], minibatch)
+    values = measure_alone(fitness, switcher, [unit.names for unit in units], ends, minibatch, others)
+    changes, measured = [], [(before, candidate)]
+    for i, (unit, known, place) in enumerate(zip(units, levels, places)):
+        own, shape = known[place], layer_errors(database, unit.names, known)
+        change = {own: 0.0}
+        for end, value in values[i].items():
+            measured.append((value, (*candidate[:i], end, *candidate[i + 1:])))
+            near = known[place + (1 if end > own else -1)]
+            whole, part = shape[end] - shape[own], shape[near] - shape[own]
+            change[near] = (value - before) * (part / whole if whole else 1.0)
+            if not math.isfinite(value) or (whole > 0) == (change[near] < 0):
+                change[near] = 0.0 if math.isfinite(value) else math.inf
+        changes.append(change)
+    return changes, measured
 
 
 def halfway_levels(levels: Sequence[int], errors: Mapping[int, float], target: float) -> list[int]:

@@ -136,7 +136,8 @@ def evaluations(shape: Shape, args: argparse.Namespace, candidates: float, candi
 
 
 def search_tokens(args: argparse.Namespace, generations: int) -> int:
-    """Candidates times tokens of a whole search; the parents compete in the last step."""
+    """Candidates times tokens of a whole search; the parents compete in the last step. At most: what parents have seen
+    is not run again."""
     survivors, tokens = args.survivors_per_selection, args.tokens_per_selection
     candidates = [args.offspring, *survivors[:-1]]
     candidates[-1] += survivors[-1] if args.strategy == "plus" else 0

@@ -15,8 +15,10 @@ import evo_drop
 import evo_quant
 import evo_unstructured
 from database.levels import LevelSwitcher
-from database.sensitivity import estimate_alone, halfway_levels, layer_errors, measure_alone
+from database.sensitivity import (REFINE_TOKENS, estimate_alone, estimate_around, halfway_levels, layer_errors,
+                                  measure_alone)
 from database.store import Database
+from utils.allocation import allocate
 from utils.configs import read_drop_config, read_level_config
 from utils.fitness import Fitness
 from utils.model import Decoder
@@ -46,6 +48,15 @@ def search(checkpoint, databases, tmp_path_factory):
 
 def log(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def plant(monkeypatch, fitness_of) -> None:
+    """Give every candidate this fitness, on whatever text."""
+    def sums(self, candidates, minibatch, kinds):
+        return torch.tensor([[[fitness_of(candidate) * (length - 1)] for candidate in candidates]
+                             for _, length in minibatch], dtype=torch.float64)
+
+    monkeypatch.setattr(Fitness, "sums", sums)
 
 
 # ---- units alone -----------------------------------------------------------------------------------------------------
@@ -204,7 +215,8 @@ def test_greedy_meets_a_budget_of_parameters_that_its_choices_do_not_add_up_to()
 
 
 def test_measured_depth_start_is_logged_with_its_tokens(search, tmp_path):
-    summary = search(evo_drop, tmp_path / "run", *MEASURED, "--drop_attn", "2", "--drop_mlp", "1", "--generations", "0")
+    summary = search(evo_drop, tmp_path / "run", *MEASURED, "--drop_attn", "2", "--drop_mlp", "1", "--generations", "0",
+                     "--no_reuse")
     start = read_drop_config(tmp_path / "run" / "layer_drop_config.txt")
     assert [sum(states) for states in zip(*start)] == [2, 1]
     [record] = log(tmp_path / "run")
@@ -212,9 +224,10 @@ def test_measured_depth_start_is_logged_with_its_tokens(search, tmp_path):
     assert record["fitness"] == summary["fitness"] and record["tokens"] == summary["tokens"]
 
 
-def test_measured_start_and_a_bound_on_the_total_deviation_exclude_each_other(search, tmp_path):
-    with pytest.raises(SystemExit, match="--max_total_deviation 8: --init measured cannot hold it"):
-        search(evo_unstructured, tmp_path, *MEASURED, "--max_total_deviation", "8")
+@pytest.mark.parametrize("flags", [MEASURED, ["--refine", "1"]])
+def test_measured_start_and_a_bound_on_the_total_deviation_exclude_each_other(flags, search, tmp_path):
+    with pytest.raises(SystemExit, match="--max_total_deviation 8: --init measured and --refine cannot hold it"):
+        search(evo_unstructured, tmp_path, *flags, "--max_total_deviation", "8")
 
 
 @pytest.mark.parametrize("module, target", [(evo_quant, ["--target_bitwidth", "3"]), (evo_unstructured, [])])
@@ -223,6 +236,78 @@ def test_random_starts_differ_from_uniform_and_meet_the_budget(module, target, s
                         "3") for init in ("uniform", "random")]
     assert len(set(summaries[0]["levels"].values())) == 1 < len(set(summaries[1]["levels"].values()))
     assert summaries[0]["budget"] == summaries[1]["budget"]
+
+
+# ---- refining --------------------------------------------------------------------------------------------------------
+
+
+def test_changes_around_a_candidate_are_those_of_the_model_and_follow_the_layers_errors(checkpoint, databases):
+    database = Database.open(databases["sparse"])
+    model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+    documents = [torch.arange(3, 23), torch.arange(30, 42)]
+    logits = families.plain_logits(model, documents)
+    decoder = Decoder(AutoModelForCausalLM.from_pretrained(checkpoint))
+    switcher = LevelSwitcher(decoder, database, 0.0)
+    fitness = Fitness(decoder, documents, switcher.set_block)
+    units = [Unit((name,), tuple(database.levels(name))) for name in database.layers]
+    units[1] = Unit(units[1].names, (0,))                                # pinned
+    highest = max(units[0].levels)
+    candidate = (highest, 0, min(units[2].levels), *(random.Random(i).choice(unit.levels) for i, unit in enumerate(units[3:])))
+    changes, measured = estimate_around(fitness, switcher, database, units, candidate, [(0, 20), (1, 12)])
+    assert measured[0][1] == candidate and len({c for _, c in measured}) == len(measured)
+    for value, other in measured[::5]:
+        fresh = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+        for unit, level in zip(units, other):
+            fresh.get_submodule(unit.names[0]).weight.data.copy_(database.weight(unit.names[0], level))
+        plain = families.plain_values(logits, families.plain_logits(fresh, documents), documents)["kl"]
+        assert value == pytest.approx(plain, rel=1e-3, abs=1e-7)
+    values = {other: value - measured[0][0] for value, other in measured}
+    assert set(changes[0]) == {highest - 1, highest} and changes[1] == {0: 0.0}
+    followed = 0
+    for i, (unit, level, change) in enumerate(zip(units, candidate, changes)):
+        assert set(change) == {near for near in (level - 1, level, level + 1) if near in unit.levels}
+        for near in set(change) - {level}:
+            end = max(min(level + 2 * (near - level), max(unit.levels)), min(unit.levels))
+            errors = {at: database.error(unit.names[0], at) for at in (level, near, end)}
+            share = (errors[near] - errors[level]) / (errors[end] - errors[level])
+            expected = values[(*candidate[:i], end, *candidate[i + 1:])] * share
+            right = (expected > 0) == (near > level)                     # a higher level is more compressed
+            assert change[near] == (pytest.approx(expected) if right else 0.0)
+            followed += right
+    assert followed > 20
+
+
+def test_refining_goes_straight_to_the_best_sum_of_changes_where_changes_add_up(search, tmp_path, monkeypatch):
+    """Quadratic in every unit: single switches get there in dozens of generations, refining in as many as levels."""
+    def harm(candidate):
+        return sum(weight * (level + 3)**2 for level, weight in zip(candidate, weights))
+
+    rng = random.Random(0)
+    weights = [rng.uniform(0.5, 2) for _ in range(42)]
+    plant(monkeypatch, lambda candidate: harm([level for block in candidate for level in block]))
+    monkeypatch.setattr(Database, "error", lambda self, name, level: (level + 3)**2)
+    results = {}
+    for name, flags in {"blind": [], "refined": ["--refine", "3"]}.items():
+        summary = search(evo_unstructured, tmp_path / name, *flags, "--generations", "3")
+        results[name] = harm(summary["levels"].values())
+        assert sum(summary["levels"].values()) == 0
+    best = allocate([{level: weight * (level + 3)**2 for level in range(-3, 4)} for weight in weights],
+                    [{level: level for level in range(-3, 4)}] * 42, 0, exact=True)
+    uniform = harm([0] * 42)
+    assert uniform - results["refined"] > 0.99 * (uniform - harm(best)) > 1.5 * (uniform - results["blind"])
+
+
+def test_refining_costs_what_it_measures_and_is_resumed(search, tmp_path, monkeypatch):
+    flags = ["--refine", "2", "--screen", "2", "--no_reuse"]
+    search(evo_unstructured, tmp_path / "whole", *flags, "--generations", "3")
+    search(evo_unstructured, tmp_path / "parts", *flags, "--generations", "1")
+    search(evo_unstructured, tmp_path / "parts", *flags, "--generations", "3")
+    assert (tmp_path / "whole" / "log.jsonl").read_bytes() == (tmp_path / "parts" / "log.jsonl").read_bytes()
+    records = log(tmp_path / "whole")
+    spent = [b["tokens"] - a["tokens"] for a, b in zip(records, records[1:])]
+    assert spent[2] == 8 * 64 + (2 + 1) * 128                # no refining any more
+    measured = [(tokens - 64 - (1 + 1) * 128) / (REFINE_TOKENS * 128) for tokens in spent[:2]]
+    assert all(42 < count <= 1 + 2 * 42 and count == int(count) for count in measured)
 
 
 # ---- the additive model ----------------------------------------------------------------------------------------------
@@ -316,8 +401,7 @@ def misleading_bits(candidate) -> float:
 @pytest.mark.parametrize("task, planted_fitness", [("depth", misleading_depth), ("bits", misleading_bits)])
 def test_optimum_is_found_in_9_of_10_seeds_where_measurements_mislead(task, planted_fitness, search, tmp_path,
                                                                       monkeypatch):
-    monkeypatch.setattr(Fitness, "measure", lambda self, candidates, minibatch, kinds=("kl",): [
-        (planted_fitness(candidate),) for candidate in candidates])
+    plant(monkeypatch, planted_fitness)
     if task == "depth":
         everything = [tuple(zip((i in attn for i in range(6)), (i in mlp for i in range(6))))
                       for attn in itertools.combinations(range(6), 3) for mlp in itertools.combinations(range(6), 3)]

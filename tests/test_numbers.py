@@ -93,7 +93,8 @@ def test_comma_forgets_the_parents_and_plus_does_not():
 
 
 def test_a_search_with_no_finite_start_is_refused(checkpoint, text, tmp_path, monkeypatch):
-    monkeypatch.setattr(Fitness, "measure", lambda self, candidates, *_: [(math.inf,)] * len(candidates))
+    monkeypatch.setattr(Fitness, "sums", lambda self, candidates, minibatch, _: torch.full(
+        (len(minibatch), len(candidates), 1), math.nan))
     with pytest.raises(SystemExit, match="^error: --fitness_fn kl: not finite for any start; use --dtype bfloat16"):
         evo_drop.main(["--model_name_or_path", checkpoint, "--sparsity", "0.34", *TEXT, text, *SEARCH, "--output_dir",
                        str(tmp_path / "run")])

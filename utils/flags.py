@@ -84,6 +84,9 @@ def add_search_flags(parser: argparse.ArgumentParser, generations: int | None, o
     group.add_argument("--strategy", choices=["plus", "comma"], default="plus",
                        help="plus: the parents compete in the last selection step; comma: offspring alone survive "
                             "(default: plus)")
+    group.add_argument("--no_reuse", action="store_true",
+                       help="run parents again on documents that they have seen, as the paper's count of tokens has it; "
+                            "by default that is looked up, which gives the same")
     group.add_argument("--max_mutations", type=int, default=3, metavar="SWITCHES",
                        help="an offspring differs by min(U1, U2) level switches, U uniform in 1..this (default: 3)")
     group.add_argument("--fixed_mutations", type=int, metavar="SWITCHES",
@@ -116,8 +119,8 @@ def check_search_flags(args: argparse.Namespace) -> None:
         value = getattr(args, flag, None)
         if value is not None and value < 1:
             raise ValueError(f"--{flag} {value}: must be at least 1")
-    for flag in ("generations", "eval_every"):
-        value = getattr(args, flag)
+    for flag in ("generations", "eval_every", "refine"):
+        value = getattr(args, flag, None)
         if value is not None and value < 0:
             raise ValueError(f"--{flag} {value}: must be 0 or more")
     for flag in ("calibration_sequence_length", "eval_sequence_length", "calibration_tokens", "eval_tokens",

@@ -15,14 +15,18 @@ Candidate = tuple[Hashable, ...]     # the level of every unit
 class Measurements:
     """Fitness of candidates, of one kind (see `Fitness.measure`), where what was measured before need not be again."""
 
-    def __init__(self, fitness: Fitness, states: Callable[[Candidate], Sequence[Hashable]], kind: str):
-        """states(candidate): what `fitness` takes, the state of every block."""
-        self._fitness, self._states, self._kind = fitness, states, kind
+    def __init__(self, fitness: Fitness, states: Callable[[Candidate], Sequence[Hashable]], kind: str,
+                 reuse: bool = True):
+        """states(candidate): what `fitness` takes, the state of every block. Without `reuse`, everything is measured
+        again whenever it is asked for."""
+        self._fitness, self._states, self._kind, self._reuse = fitness, states, kind, reuse
         self._sums: dict[Candidate, dict[tuple[int, int], float]] = {}   # over a document's (index, length) tokens
 
     def measure(self, candidates: Sequence[Candidate], minibatch: Row) -> tuple[list[float], int]:
         """(every candidate's mean over the predicted tokens of `minibatch`, +inf where it is not finite; the number of
         tokens that were run for it, of all candidates together)."""
+        if not self._reuse:
+            self._sums.clear()
         missing: dict[tuple[int, ...], Row] = {}                         # candidates that have not seen -> documents
         for document in minibatch:
             members = tuple(i for i, c in enumerate(candidates) if document not in self._sums.get(c, ()))
@@ -39,6 +43,7 @@ class Measurements:
 
     def keep(self, candidates: Iterable[Candidate]) -> None:
         """Forget all but these, and what of them is not finite."""
+        candidates = candidates if self._reuse else ()
         self._sums = {c: {document: value for document, value in self._sums[c].items() if math.isfinite(value)}
                       for c in candidates if c in self._sums}
 

@@ -1,0 +1,74 @@
+"""benchmarks/search_quality.py: what a search had found by when, and how few tokens reach where another ends."""
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from benchmarks import search_quality as quality
+
+
+def write_run(out: Path, setting, variant: str, seed: int, tokens: list[int]) -> None:
+    folder = quality.folder_of(setting, variant, seed, out)
+    folder.mkdir(parents=True)
+    (folder / "summary.json").write_text("{}")
+    (folder / "log.jsonl").write_text("".join(
+        json.dumps({"tokens": spent, "levels": [seed, i]}) + "\n" for i, spent in enumerate(tokens)))
+
+
+def test_candidate_at_is_the_last_one_that_was_paid_for():
+    log = [{"tokens": 10, "levels": [0, 1]}, {"tokens": 30, "levels": [1, 0]}, {"tokens": 50, "dropped": "attn none"}]
+    assert [quality.candidate_at(log, tokens) for tokens in (9, 10, 29.9, 30, 50, 99)] == [
+        None, "[0, 1]", "[0, 1]", "[1, 0]", '"attn none"', '"attn none"']
+
+
+def test_median_takes_each_seeds_latest_value_and_none_before_all_have_one():
+    runs = [{0.05: 3.0, 0.5: 1.0}, {0.1: 2.0, 0.5: 1.5}, {0.04: 5.0}]
+    assert [quality.median_at(runs, share) for share in (0.04, 0.05, 0.1, 0.5, 1.0)] == [None, None, 3.0, 1.5, 1.5]
+
+
+def test_share_to_reach_is_the_first_at_which_the_median_is_as_low():
+    runs = [{0.1: 4.0, 0.25: 2.0, 1.0: 3.0}, {0.1: 4.0, 0.25: 2.5, 1.0: 1.0}, {0.1: 1.0, 0.25: 1.0, 1.0: 1.0}]
+    assert [quality.share_to_reach(runs, goal) for goal in (4.0, 2.0, 1.5, 0.9)] == [0.1, 0.25, 1.0, None]
+
+
+def test_curves_compare_each_search_with_the_papers_way_on_the_seeds_that_both_have(tmp_path, monkeypatch):
+    setting = quality.Setting("bits", 2.5)
+    for seed in range(3):
+        write_run(tmp_path, setting, quality.PAPER, seed, [10, 500, 1000])
+    for seed in (0, 2, 4):
+        write_run(tmp_path, setting, quality.OURS, seed, [50, 250, 2000])
+    quality.folder_of(setting, "screening alone", 0, tmp_path).mkdir()           # unfinished
+    monkeypatch.setattr(quality, "heldout", lambda _, candidates, __: {
+        c: sum(x * y for x, y in zip(json.loads(c), (100, 1))) for c in candidates})
+    found = quality.curves(setting, SimpleNamespace(seeds=5, out=tmp_path, variants=list(quality.VARIANTS)))
+    assert list(found) == [quality.PAPER, quality.OURS] and [len(runs) for runs in found.values()] == [3, 2]
+    second = found[quality.OURS][1]
+    assert min(second) == 0.05 and second[0.2] == 200 and second[0.25] == second[1.0] == 201
+    assert found[quality.PAPER][1][1.0] == 102
+    table = quality.table({setting.name: found})
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    assert rows[2][:4] == ["2.5 bits", "paper's way", "3", "1.0%"] and rows[3][:4] == ["2.5 bits", "ours", "2", "5.0%"]
+    quality.plot({setting.name: found}, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_heldout_values_are_kept_for_one_text_and_measured_anew_for_another(tmp_path, checkpoint, monkeypatch):
+    measured, measure = [], quality.Fitness.measure
+
+    def counting(self, candidates, *rest):
+        measured.append(len(candidates))
+        return measure(self, candidates, *rest)
+
+    monkeypatch.setattr(quality.Fitness, "measure", counting)
+    args = SimpleNamespace(out=tmp_path, model_name_or_path=str(checkpoint), data="stdlib", eval_tokens=128,
+                           sequence_length=32)
+    setting, candidates = quality.Setting("depth", 0.5), [json.dumps(" ".join(words)) for words in (
+        ["none"] * 6, ["attn", *["none"] * 5], ["mlp", *["none"] * 5])]
+    values = quality.heldout(setting, candidates[:2], args)
+    assert values[candidates[0]] == pytest.approx(0, abs=1e-6) and values[candidates[1]] > 1e-4
+    again = quality.heldout(setting, candidates, args)
+    assert measured == [2, 1] and again[candidates[1]] == values[candidates[1]]
+    args.eval_tokens = 256
+    assert quality.heldout(setting, candidates[1:2], args)[candidates[1]] != values[candidates[1]]
+    assert measured == [2, 1, 1]
