@@ -21,7 +21,7 @@ from utils.tasks import add_task_flags, average_accuracy, check_task_flags, find
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_model_flags(parser)
+    add_model_flags(parser, offload=True)
     add_configuration_flags(parser)
     add_evaluation_flags(parser, in_search=False)
     add_task_flags(parser)
@@ -39,6 +39,9 @@ def main(argv: list[str] | None = None) -> dict:
         check_task_flags(args)
         if args.no_perplexity and not args.tasks:
             raise ValueError("--no_perplexity: leaves nothing to evaluate; name --tasks, or leave it out")
+        if args.tasks and args.cpu_offload_modules:
+            raise ValueError("--cpu_offload_modules: --tasks run the whole model at once; leave one of them out, or run "
+                             "the tasks on what export.py saves, in a runtime that spreads it over devices")
         datasets = [] if args.no_perplexity else args.eval_datasets
         for name in datasets:
             check_dataset(name, "--eval_datasets")
@@ -53,7 +56,7 @@ def main(argv: list[str] | None = None) -> dict:
                                               sequence_length(args.eval_sequence_length, config,
                                                               "--eval_sequence_length"))
         decoder = load_decoder(args.model_name_or_path, args.dtype, args.device, args.attn_implementation,
-                               args.trust_remote_code)
+                               args.trust_remote_code, args.cpu_offload_modules)
         set_block, candidate = load_configuration(args, decoder)
 
     compressed = bool(args.drop_config or args.sparse_config_path or args.quant_config_path)

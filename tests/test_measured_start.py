@@ -310,6 +310,24 @@ def test_refining_costs_what_it_measures_and_is_resumed(search, tmp_path, monkey
     assert all(42 < count <= 1 + 2 * 42 and count == int(count) for count in measured)
 
 
+# ---- what parents have seen ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("module, own", [(evo_drop, ["--sparsity", "0.34"]), (evo_unstructured, []),
+                                         (evo_quant, ["--target_bitwidth", "2.5"])])
+@pytest.mark.parametrize("fitness_fn", ["kl", "ppl"])
+def test_looking_up_what_parents_have_seen_is_the_same_search_for_fewer_tokens(module, own, fitness_fn, search,
+                                                                               tmp_path):
+    flags = [*own, "--generations", "6", "--screen", "2", "--fitness_fn", fitness_fn]
+    results = {name: search(module, tmp_path / name, *flags, *more) for name, more in (("plain", ["--no_reuse"]),
+                                                                                       ("fast", []))}
+    logs = [log(tmp_path / name) for name in results]
+    for plain, fast in zip(*logs, strict=True):
+        assert fast.get("dropped") == plain.get("dropped") and fast.get("levels") == plain.get("levels")
+        assert fast["fitness"] == pytest.approx(plain["fitness"], rel=1e-5) and fast["tokens"] <= plain["tokens"]
+    assert results["fast"]["tokens"] < results["plain"]["tokens"]
+
+
 # ---- the additive model ----------------------------------------------------------------------------------------------
 
 

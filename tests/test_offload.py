@@ -2,6 +2,7 @@
 import random
 from copy import deepcopy
 
+import eval_config
 import evo_drop
 import evo_quant
 import families
@@ -12,6 +13,7 @@ from database.store import Database
 from families import NUM_BLOCKS
 from test_fitness import MICROBATCH_TOKENS, MINIBATCH, documents, drop, random_candidates
 from transformers import AutoModelForCausalLM
+from utils.configs import write_drop_config
 from utils.fitness import Fitness, microbatches
 from utils.model import Decoder, load_decoder
 
@@ -127,6 +129,18 @@ def test_levels_are_forgotten_with_the_block_they_were_switched_in(checkpoint, d
         assert torch.equal(decoder.layers[name].weight, opened.weight(name, levels[0][0], dtype=torch.float32))
         decoder.bring(3)
         assert switcher.loaded == {}
+
+
+def test_a_configuration_is_evaluated_as_without_offloading(checkpoint, text, databases, tmp_path):
+    drop_config = tmp_path / "drop.txt"
+    write_drop_config(drop_config, [(i == 1, i == 2) for i in range(6)])
+    flags = ["--model_name_or_path", checkpoint, "--eval_datasets", text, "--eval_tokens", "512",
+             "--eval_sequence_length", "32", "--microbatch_tokens", "64", "--quant_weights_path", str(databases["quant"]),
+             "--quant_config_path", "3", "--drop_config", str(drop_config)]
+    plain, offloaded = (eval_config.main([*flags, *more]) for more in ([], ["--cpu_offload_modules"]))
+    assert plain == offloaded and plain["compressed"][text]["kl"] > 0.01
+    with pytest.raises(SystemExit, match="^error: --cpu_offload_modules: --tasks run the whole model at once"):
+        eval_config.main([*flags, "--cpu_offload_modules", "--tasks", "piqa"])
 
 
 def test_dropped_model_is_saved_whole(checkpoint, text, tmp_path):
