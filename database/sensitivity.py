@@ -14,6 +14,7 @@ from utils.units import Unit
 REACH = 2                # levels to either side that `estimate_around` measures
 REFINE_TOKENS = 2        # for `estimate_around`, in those for `estimate_alone`: its changes are smaller
 
+
 def measure_alone(fitness: Fitness, switcher: LevelSwitcher, units: Sequence[Sequence[str]],
                   levels: Sequence[Sequence[int]], minibatch: Row | None = None,
                   others: Mapping[str, int] | None = None) -> list[dict[int, float]]:

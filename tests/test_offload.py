@@ -131,14 +131,21 @@ def test_levels_are_forgotten_with_the_block_they_were_switched_in(checkpoint, d
         assert switcher.loaded == {}
 
 
-def test_a_configuration_is_evaluated_as_without_offloading(checkpoint, text, databases, tmp_path):
+def test_a_configuration_is_evaluated_as_without_offloading(checkpoint, text, databases, tmp_path, monkeypatch):
+    offload_blocks, offloads = Decoder.offload_blocks, []
+
+    def recording(self, device):
+        offloads.append(device)
+        return offload_blocks(self, device)
+
+    monkeypatch.setattr(Decoder, "offload_blocks", recording)
     drop_config = tmp_path / "drop.txt"
     write_drop_config(drop_config, [(i == 1, i == 2) for i in range(6)])
     flags = ["--model_name_or_path", checkpoint, "--eval_datasets", text, "--eval_tokens", "512",
              "--eval_sequence_length", "32", "--microbatch_tokens", "64", "--quant_weights_path", str(databases["quant"]),
              "--quant_config_path", "3", "--drop_config", str(drop_config)]
     plain, offloaded = (eval_config.main([*flags, *more]) for more in ([], ["--cpu_offload_modules"]))
-    assert plain == offloaded and plain["compressed"][text]["kl"] > 0.01
+    assert len(offloads) == 1 and plain == offloaded and plain["compressed"][text]["kl"] > 0.01
     with pytest.raises(SystemExit, match="^error: --cpu_offload_modules: --tasks run the whole model at once"):
         eval_config.main([*flags, "--cpu_offload_modules", "--tasks", "piqa"])
 
