@@ -33,7 +33,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)                              # this file's own folder would hide the database package
 from benchmarks.subjects import SHAPES, load  # noqa: E402
-from benchmarks.ways import SEARCHES, Generation, compiled, here, plain, play, without  # noqa: E402
+from benchmarks.ways import (EARLIER, SEARCHES, Generation, compiled, here, parent_looked_up,  # noqa: E402
+                             plain, plain_allocator, play, without)
 from utils.model import Decoder, default_device  # noqa: E402
 from utils.runs import format_table  # noqa: E402
 
@@ -41,7 +42,8 @@ MARKS = ("<!-- speed -->", "<!-- /speed -->")
 DIVIDE = {"demo": 8, "100m": 64, "llama-3-8b": 16}
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}      # of fitness, relative to the plain way's
 COMPILED = "here, with --compile"
-WHOLE = ("plain", "here", COMPILED)                          # the other ways go without something
+LATER = f"here, a parent's generation {EARLIER + 1}"
+WHOLE = ("plain", "here", LATER, COMPILED)                   # the other ways go without something
 MEGABYTE = 10**6
 
 
@@ -169,7 +171,8 @@ def with_compile(generation: Generation) -> dict[str, tuple]:
 def measure(name: str, generation: Generation, repeats: int, meter: Meter) -> dict:
     """All ways by turns: their costs, and how well fitness values agree. Raises SystemExit where they do not."""
     tolerance = TOLERANCE[generation.decoder.dtype]
-    ways = {"plain": (plain, nullcontext()), "here": (here, nullcontext()), **with_compile(generation),
+    ways = {"plain": (plain, plain_allocator(generation)), "here": (here, nullcontext()),
+            LATER: (parent_looked_up, nullcontext()), **with_compile(generation),
             **{ingredient: (here, off) for ingredient, off in without(generation).items()}}
     costs: dict[str, dict[str, float]] = {}
     peak, difference, expected = math.inf, 0.0, None
@@ -222,8 +225,8 @@ def readme_table(folder: Path) -> str:
     results = {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"), reverse=True)}
     ingredients = list(dict.fromkeys(way for searches in results.values() for result in searches.values()
                                      for way in result["costs"] if way not in WHOLE))
-    rows = [["", "plain, s", "here, s", "faster", "with --compile", "FLOPs left", "of the peak", "plain, MB",
-             "here, MB", *ingredients]]
+    rows = [["", "plain, s", "here, s", "faster", "parent looked up", "with --compile", "FLOPs left", "of the peak",
+             "plain, MB", "here, MB", *ingredients]]
     for stem, searches in results.items():
         model, _, device = stem.rpartition("-")
         memory = {"cpu": "host", "cuda": "device"}[device]
@@ -231,7 +234,7 @@ def readme_table(folder: Path) -> str:
             costs, seconds = result["costs"], result["costs"]["here"]["seconds"]
             rows.append([f"{model}, {device}, tokens / {result['divide']}: {name}", costs["plain"]["seconds"], seconds,
                          *[f"{costs['plain']['seconds'] / costs[way]['seconds']:.2f}x" if way in costs else None
-                           for way in ("here", COMPILED)],
+                           for way in ("here", LATER, COMPILED)],
                          f"{result['shared_flops'] / result['flops']:.0%}",
                          f"{result['flops'] / seconds / result['peak']:.0%}",
                          *[f"{costs[way][memory] / MEGABYTE:,.0f}" for way in ("plain", "here")],

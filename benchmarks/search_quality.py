@@ -69,7 +69,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--measure_tokens", type=int, nargs=2, default=[512, 256], metavar=("DEPTH", "LEVELS"),
                         help="--initial_tokens of measured starts: 5%% of what the paper's way spends, or less")
-    parser.add_argument("--calibration_tokens", type=int, default=32768)
+    parser.add_argument("--calibration_tokens", type=int, default=131072)
     parser.add_argument("--sequence_length", type=int, default=256)
     parser.add_argument("--eval_tokens", type=int, default=16384)
     parser.add_argument("--generations", type=int, default=60)

@@ -19,12 +19,14 @@ from database.levels import LevelSwitcher
 from utils import fitness as walk
 from utils.data import draw_minibatch
 from utils.fitness import Fitness
-from utils.model import Decoder
+from utils.measurements import Measurements
+from utils.model import Decoder, keep_freed_memory
 from utils.units import build_units
 
 SEARCHES = {"evo_drop": (evo_drop, "--sparsity 0.25"),
             "evo_unstructured": (evo_unstructured, "--sparse_weights_path -"),
             "evo_quant": (evo_quant, "--quant_weights_path - --target_bitwidth 2.5")}
+EARLIER = 4                      # generations that the parent of `parent_looked_up` has survived
 
 
 # ---- one generation ------------------------------------------------------------------------------------------------
@@ -38,6 +40,7 @@ class Generation:
     switcher: LevelSwitcher | None = None
     steps: list[tuple[list, list]] = field(default_factory=list)       # (candidates as block states, minibatch)
     logits: list[torch.Tensor] = field(default_factory=list)           # the uncompressed model's, for every document
+    seen: list = field(default_factory=list)                           # what the parent was measured at before
 
     @property
     def decoder(self) -> Decoder:
@@ -87,6 +90,10 @@ def play(name: str, decoder: Decoder, documents: list[torch.Tensor], divide: int
     offspring = script.draw_distinct(lambda: script.mutate(space, [parent], args.max_mutations, rng), args.offspring,
                                      {parent})
     script.select(offspring, [parent], list(zip(args.survivors_per_selection, args.tokens_per_selection)), measure)
+    measurements = Measurements(generation.fitness, tuple, "kl")
+    for _ in range(EARLIER):
+        measurements.measure([states(parent)], draw_minibatch(documents, args.tokens_per_selection[-1] // divide, rng))
+    generation.seen = measurements.state
     return generation
 
 
@@ -107,6 +114,26 @@ def stored_logits(decoder: Decoder, documents: list[torch.Tensor], max_tokens: i
         for (i, _), values in zip(batch, decoder.model(input_ids=input_ids, use_cache=False).logits.cpu()):
             logits[i] = values.clone()
     return logits
+
+
+class DefaultAllocator:
+    """A context with glibc's own rule, once it has freed an array of `largest` bytes that was mapped by itself: arrays
+    from this size on, at most 32 MB, are mapped, and twice as much free memory is kept."""
+
+    def __init__(self, largest: int):
+        self.threshold = min(max(largest, 2**17), 2**25)
+
+    def __enter__(self) -> None:
+        keep_freed_memory(2 * self.threshold, self.threshold)
+
+    def __exit__(self, *error) -> None:
+        keep_freed_memory()
+
+
+def plain_allocator(generation: Generation) -> DefaultAllocator:
+    """Whose largest arrays are the logits of a microbatch."""
+    vocabulary = generation.decoder.config.get_text_config(decoder=True).vocab_size
+    return DefaultAllocator(4 * vocabulary * generation.fitness.microbatch_tokens)
 
 
 @torch.no_grad()
@@ -138,6 +165,13 @@ def here(generation: Generation) -> list[list[float]]:
     return [[value for value, in generation.fitness.measure(*step)] for step in generation.steps]
 
 
+def parent_looked_up(generation: Generation) -> list[list[float]]:
+    """As `here`, of a parent that has been one for `EARLIER` generations: as searches do it, without --no_reuse."""
+    measurements = Measurements(generation.fitness, tuple, "kl")
+    measurements.restore(generation.seen)
+    return [measurements.measure(*step)[0] for step in generation.steps]
+
+
 def compiled(generation: Generation) -> object:
     """A patch that has blocks run by torch.compile, as with --compile."""
     decoder = generation.decoder
@@ -165,6 +199,7 @@ def without(generation: Generation) -> dict[str, object]:
         return [chunk.to(fitness.decoder.device).float().log_softmax(-1)
                 for chunk in logits.split(fitness._chunk_tokens())]
 
+    fitness, vocabulary = generation.fitness, generation.decoder.config.get_text_config(decoder=True).vocab_size
     patches = {"prefixes shared": patch.object(walk, "_first_difference", lambda a, b: 0),
                "teacher shared": patch.object(Fitness, "_teacher_distributions",
                                                 lambda fitness, rows: ForEveryCandidate(fitness, rows)),
@@ -173,4 +208,6 @@ def without(generation: Generation) -> dict[str, object]:
                "documents packed": patch.object(generation.decoder, "packed_rows", 0)}
     if generation.files:
         patches["levels packed"] = patch.object(generation.fitness, "set_block", generation.files.set_block)
+    if generation.decoder.device.type == "cpu":
+        patches["freed memory kept"] = DefaultAllocator(4 * vocabulary * fitness._chunk_tokens())
     return patches

@@ -1,6 +1,8 @@
 """Out of memory: the microbatch is halved, said once and kept; values stay what they were; one row is the floor."""
 import json
+import platform
 import random
+import resource
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from database.levels import LevelSwitcher
 from database.store import Database, LevelCache
 from test_fitness import documents, drop, random_candidates
 from utils.fitness import Fitness, out_of_memory
-from utils.model import Decoder, load_decoder
+from utils.model import Decoder, keep_freed_memory, load_decoder
 from utils.runs import Run, RunError
 
 CPU = RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you "
@@ -238,3 +240,23 @@ def test_a_search_that_ran_out_of_memory_resumes_to_the_same_files(checkpoint, t
     memory.tokens, failures = 10**9, memory.failures
     assert search("killed") == whole
     assert memory.failures == failures                                  # the sizes of the checkpoint were enough
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators have rules of their own")
+def test_loaded_models_pages_are_faulted_in_once(tmp_path):
+    def faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(20):
+            arrays = [torch.ones(2**18) for _ in range(8)]           # 8 MB, as a block's activations
+            del arrays
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    families.build("llama").save_pretrained(tmp_path)
+    try:
+        assert keep_freed_memory(2**17, 2**17)                       # glibc's initial rule
+        given_back = faults()
+        load_decoder(str(tmp_path), device="cpu")
+        faults()
+        assert faults() < given_back / 10 and given_back > 20 * 8 * 200
+    finally:
+        keep_freed_memory()

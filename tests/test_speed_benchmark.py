@@ -42,7 +42,8 @@ def generation(name, folder):
 def test_all_ways_agree_and_sharing_spares_work(name, tmp_path):
     played = generation(name, tmp_path)
     result = measure(name, played, 1, METER)
-    assert {"plain", "here", search.COMPILED, "prefixes shared", "documents packed"} <= result["costs"].keys()
+    assert {"plain", "here", search.LATER, search.COMPILED, "prefixes shared", "documents packed",
+            "freed memory kept"} <= result["costs"].keys()
     assert result["difference"] <= 1e-4
     assert result["flops"] == flops(played, shared=False) > result["shared_flops"]
     assert sum(len(candidates) * sum(length for _, length in minibatch) for candidates, minibatch in played.steps
@@ -81,3 +82,16 @@ def test_switched_off_means_switched_off(tmp_path):
     assert run("teacher shared")["heads"] > whole["heads"] > run("hidden states stored")["heads"]
     assert run("documents packed")["blocks"] > whole["blocks"]
     assert run("levels packed")["switches"] == 0 < whole["switches"]
+
+
+def test_parent_is_looked_up_where_earlier_generations_saw_the_document(tmp_path):
+    played = generation("evo_drop", tmp_path)
+    candidates, minibatch = played.steps[-1]
+    (parent, seen), = played.seen
+    known = {(index, length) for index, length, _ in seen} & set(minibatch)
+    assert known and candidates[-1] == parent
+    with patch.object(played.fitness, "sums", side_effect=played.fitness.sums) as sums:
+        values = ways.parent_looked_up(played)
+    assert largest_difference(values, ways.here(played)) <= 1e-6
+    run = [document for call in sums.call_args_list if parent in call.args[0] for document in call.args[1]]
+    assert set(run) == set(minibatch) - known
