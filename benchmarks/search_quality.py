@@ -69,7 +69,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--measure_tokens", type=int, nargs=2, default=[512, 256], metavar=("DEPTH", "LEVELS"),
                         help="--initial_tokens of measured starts: 5%% of what the paper's way spends, or less")
-    parser.add_argument("--calibration_tokens", type=int, default=131072)
+    parser.add_argument("--calibration_tokens", type=int, nargs=2, default=[131072, 32768], metavar=("DEPTH", "LEVELS"),
+                        help="for depth evo_drop.py's own: the best on fewer is not the best on other text")
     parser.add_argument("--sequence_length", type=int, default=256)
     parser.add_argument("--eval_tokens", type=int, default=16384)
     parser.add_argument("--generations", type=int, default=60)
@@ -93,7 +94,7 @@ def build(setting: Setting, args: argparse.Namespace) -> None:
     """The database of a setting, unless it is there."""
     folder = database_of(setting, args.out)
     flags = ["--model_name_or_path", args.model_name_or_path, "--calibration_data", args.data,
-             "--calibration_sequence_length", args.sequence_length, "--calibration_tokens", args.calibration_tokens,
+             "--calibration_sequence_length", args.sequence_length, "--calibration_tokens", args.calibration_tokens[1],
              "--save_dir", folder]
     if setting.task == "depth" or (folder / "manifest.json").exists():
         return
@@ -114,15 +115,17 @@ def search(setting: Setting, variant: str, seed: int, args: argparse.Namespace) 
     folder = folder_of(setting, variant, seed, args.out)
     if (folder / "summary.json").exists():
         return
+    levels = setting.task != "depth"
     flags = ["--model_name_or_path", args.model_name_or_path, "--calibration_data", args.data,
-             "--calibration_sequence_length", args.sequence_length, "--calibration_tokens", args.calibration_tokens,
+             "--calibration_sequence_length", args.sequence_length,
+             "--calibration_tokens", args.calibration_tokens[levels],
              *SEARCH, *VARIANTS[variant], "--generations", args.generations, "--seed", seed, "--output_dir", folder]
     if args.compile:
         flags += ["--compile"]
     if variant == OURS and setting.task == "sparsity":
         flags += REFINE
     if "measured" in VARIANTS[variant]:
-        flags += ["--initial_tokens", args.measure_tokens[setting.task != "depth"]]
+        flags += ["--initial_tokens", args.measure_tokens[levels]]
     if setting.task == "depth":
         program, own = "evo_drop.py", ["--sparsity", setting.budget]
     else:
