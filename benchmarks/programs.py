@@ -1,4 +1,4 @@
-"""What the benchmarks that run whole programs share."""
+"""What benchmarks share: running whole programs, and putting what they print into README.md."""
 import json
 import os
 import subprocess
@@ -23,3 +23,13 @@ def run(arguments: list[object], log: Path) -> None:
 def sparsity_step(model: str) -> int:
     """1/16 of a square layer, in weights: in relation to the layers about what a step of 1,000,000 is in the paper."""
     return json.loads((Path(model) / "config.json").read_text())["hidden_size"]**2 // 16
+
+
+def write_readme(name: str, text: str, readme: Path = ROOT / "README.md") -> None:
+    """Put `text` between the marks <!-- NAME --> and <!-- /NAME -->. Raises SystemExit where they are not there."""
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    before, found, rest = readme.read_text().partition(begin)
+    _, ended, after = rest.partition(end)
+    if not (found and ended):
+        raise SystemExit(f"--write_readme {name}: {readme.name} has no marks {begin} and {end}; add them")
+    readme.write_text(f"{before}{begin}\n{text}\n{end}{after}")

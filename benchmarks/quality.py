@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
-from benchmarks.programs import run, sparsity_step
+from benchmarks.programs import run, sparsity_step, write_readme
 from utils.runs import format_table
 
 DEPTH = ["--generations", "20", "--offspring", "24", "--tokens_per_selection", "1024", "8192",
@@ -158,10 +158,7 @@ def main() -> None:
     print(table)
     (out / "table.md").write_text(table + "\n")
     if args.write_readme:
-        readme = ROOT / "README.md"
-        begin, end = f"<!-- {args.write_readme} -->", f"<!-- /{args.write_readme} -->"
-        before, _, rest = readme.read_text().partition(begin)
-        readme.write_text(f"{before}{begin}\n{table}\n{end}{rest.partition(end)[2]}")
+        write_readme(args.write_readme, table)
 
 
 if __name__ == "__main__":

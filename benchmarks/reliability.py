@@ -48,6 +48,7 @@ import evo_unstructured  # noqa: E402
 import export  # noqa: E402
 from baselines import dp, drop_scores, owl  # noqa: E402
 from benchmarks.damage import Failure, Reader, read_damaged, readers  # noqa: E402
+from benchmarks.programs import write_readme  # noqa: E402
 from database import build, gptq, sparsegpt  # noqa: E402
 from database.store import Database  # noqa: E402
 from scripts import convergence, nonmonotonicity  # noqa: E402
@@ -359,10 +360,7 @@ def main(argv: list[str] | None = None) -> int:
     tables = "\n\n".join(map(format_table, (rows, damages) if args.mutations else (rows,)))
     print(tables)
     if args.write_readme:
-        readme = ROOT / "README.md"
-        before, _, rest = readme.read_text().partition("<!-- reliability -->\n")
-        _, mark, after = rest.partition("<!-- /reliability -->")
-        readme.write_text(f"{before}<!-- reliability -->\n{tables}\n{mark}{after}")
+        write_readme("reliability", tables)
     return len(failures)
 
 

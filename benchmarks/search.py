@@ -32,13 +32,13 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)                              # this file's own folder would hide the database package
+from benchmarks.programs import write_readme  # noqa: E402
 from benchmarks.subjects import SHAPES, load  # noqa: E402
 from benchmarks.ways import (EARLIER, SEARCHES, Generation, compiled, here, parent_looked_up,  # noqa: E402
                              plain, plain_allocator, play, without)
 from utils.model import Decoder, default_device  # noqa: E402
 from utils.runs import format_table  # noqa: E402
 
-MARKS = ("<!-- speed -->", "<!-- /speed -->")
 DIVIDE = {"demo": 8, "100m": 64, "llama-3-8b": 16}
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}      # of fitness, relative to the plain way's
 COMPILED = "here, with --compile"
@@ -280,10 +280,7 @@ def plot_cost(generation: Generation, meter: Meter, file: Path) -> None:
 def main() -> None:
     args = parse_arguments()
     if args.write_readme:
-        readme = ROOT / "README.md"
-        before, _, rest = readme.read_text().partition(MARKS[0])
-        readme.write_text(f"{before}{MARKS[0]}\n{readme_table(args.out)}\n{MARKS[1]}{rest.partition(MARKS[1])[2]}")
-        return
+        return write_readme("speed", readme_table(args.out))
     torch.set_num_threads(args.threads)
     device = default_device(args.device or ("cuda" if args.model == "llama-3-8b" else "cpu"))
     meter, divide = Meter(device, args.threads), args.divide or DIVIDE[args.model]

@@ -22,7 +22,7 @@ import matplotlib
 import torch
 from matplotlib import pyplot
 
-from benchmarks.programs import run, sparsity_step
+from benchmarks.programs import run, sparsity_step, write_readme
 from database.levels import LevelSwitcher
 from database.store import Database
 from utils.configs import DROP_WORDS
@@ -32,7 +32,6 @@ from utils.fitness import Fitness
 from utils.model import load_decoder, load_tokenizer
 from utils.runs import format_table
 
-MARKS = ("<!-- better -->", "<!-- /better -->")
 SEARCH = ["--offspring", 16, "--survivors_per_selection", 4, 2, 1, "--tokens_per_selection", 256, 1024, 4096,
           "--no_eval", "--no_reuse"]
 PAPER, OURS = "paper's way", "ours"
@@ -63,9 +62,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data", default="stdlib", help="calibration and evaluation text")
     parser.add_argument("--tasks", nargs="+", default=["depth", "sparsity", "bits"],
                         choices=["depth", "sparsity", "bits"])
-    parser.add_argument("--shares", type=float, nargs=2, default=[0.25, 0.375], help="of blocks dropped, for depth")
-    parser.add_argument("--bitwidths", type=float, nargs=2, default=[2.25, 2.5], help="averages, for bits")
-    parser.add_argument("--sparsities", type=float, nargs=2, default=[0.5, 0.7])
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.25, 0.375], help="of blocks dropped, for depth")
+    parser.add_argument("--bitwidths", type=float, nargs="+", default=[2.25, 2.5], help="averages, for bits")
+    parser.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.7])
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--measure_tokens", type=int, nargs=2, default=[512, 256], metavar=("DEPTH", "LEVELS"),
                         help="--initial_tokens of measured starts: 5%% of what the paper's way spends, or less")
@@ -79,7 +78,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1, help="searches at once, one thread each")
     parser.add_argument("--compile", action="store_true", help="run searches with --compile")
     parser.add_argument("--report", action="store_true", help="run nothing")
-    parser.add_argument("--write_readme", action="store_true", help="put table and picture into README.md")
+    parser.add_argument("--write_readme", nargs="?", const="better", metavar="NAME",
+                        help="put the table, and as 'better' the picture, between README's <!-- NAME --> marks (default: "
+                             "better)")
     return parser.parse_args()
 
 
@@ -271,12 +272,10 @@ def main() -> None:
     (args.out / "table.md").write_text(text + "\n")
     plot(results, args.out / "search_quality.png")
     if args.write_readme:
-        plot(results, ROOT / "benchmarks" / "search_quality.png")
-        readme = ROOT / "README.md"
-        before, _, rest = readme.read_text().partition(MARKS[0])
-        after = rest.partition(MARKS[1])[2]
-        picture = "![Held-out KL over tokens, median and range](benchmarks/search_quality.png)"
-        readme.write_text(f"{before}{MARKS[0]}\n{text}\n\n{picture}\n{MARKS[1]}{after}")
+        if args.write_readme == "better":
+            plot(results, ROOT / "benchmarks" / "search_quality.png")
+            text += "\n\n![Held-out KL over tokens, median and range](benchmarks/search_quality.png)"
+        write_readme(args.write_readme, text)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks import search_quality as quality
+from benchmarks.programs import write_readme
 
 
 def write_run(out: Path, setting, variant: str, seed: int, tokens: list[int]) -> None:
@@ -72,3 +73,14 @@ def test_heldout_values_are_kept_for_one_text_and_measured_anew_for_another(tmp_
     args.eval_tokens = 256
     assert quality.heldout(setting, candidates[1:2], args)[candidates[1]] != values[candidates[1]]
     assert measured == [2, 1, 1]
+
+
+def test_readme_gets_the_text_between_its_marks_and_none_without_them(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("a\n<!-- x -->\nold\n<!-- /x -->\nb\n<!-- y -->\n")
+    write_readme("x", "new\nlines", readme)
+    assert readme.read_text() == "a\n<!-- x -->\nnew\nlines\n<!-- /x -->\nb\n<!-- y -->\n"
+    for name in ("y", "z"):
+        with pytest.raises(SystemExit, match=f"--write_readme {name}: README.md has no marks <!-- {name} -->"):
+            write_readme(name, "text", readme)
+    assert "text" not in readme.read_text()
