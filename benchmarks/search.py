@@ -3,7 +3,7 @@
     python benchmarks/search.py                             the demo model
     python benchmarks/search.py --model 100m                a Llama of 100 million random weights
     python benchmarks/search.py --model llama-3-8b --device cuda
-    python benchmarks/search.py --write_readme              after those: README's table, of all results in --out
+    python benchmarks/search.py --write_readme              after those: README's table, of the latest results in --out
     python benchmarks/search.py --plot benchmarks/cost.png  cost and memory over candidates and tokens
 
 Candidates, survivors and tokens are the scripts' defaults, which are the paper's; only the tokens are divided, so that
@@ -34,8 +34,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)                              # this file's own folder would hide the database package
 from benchmarks.programs import write_readme  # noqa: E402
 from benchmarks.subjects import SHAPES, load  # noqa: E402
-from benchmarks.ways import (EARLIER, SEARCHES, Generation, compiled, here, parent_looked_up,  # noqa: E402
-                             plain, plain_allocator, play, without)
+from benchmarks.ways import (EARLIER, SEARCHES, Generation, compiled, here, parent_looked_up, plain,  # noqa: E402
+                             play, without)
+import utils.model  # noqa: E402
+from utils.files import write_atomic  # noqa: E402
 from utils.model import Decoder, default_device  # noqa: E402
 from utils.runs import format_table  # noqa: E402
 
@@ -56,6 +58,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--divide", type=int, metavar="FACTOR",
                         help="the paper's tokens by this (default: demo 8, 100m 64, llama-3-8b 16)")
     parser.add_argument("--repeats", type=int, default=3, help="(default: 3)")
+    parser.add_argument("--default_allocator", action="store_true",
+                        help="without utils.model.keep_freed_memory, for all ways; the results are printed alone")
     parser.add_argument("--out", type=Path, default=Path("results/speed"), metavar="FOLDER")
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--write_readme", action="store_true", help="only put the results in --out into README.md")
@@ -171,7 +175,7 @@ def with_compile(generation: Generation) -> dict[str, tuple]:
 def measure(name: str, generation: Generation, repeats: int, meter: Meter) -> dict:
     """All ways by turns: their costs, and how well fitness values agree. Raises SystemExit where they do not."""
     tolerance = TOLERANCE[generation.decoder.dtype]
-    ways = {"plain": (plain, plain_allocator(generation)), "here": (here, nullcontext()),
+    ways = {"plain": (plain, nullcontext()), "here": (here, nullcontext()),
             LATER: (parent_looked_up, nullcontext()), **with_compile(generation),
             **{ingredient: (here, off) for ingredient, off in without(generation).items()}}
     costs: dict[str, dict[str, float]] = {}
@@ -281,11 +285,14 @@ def main() -> None:
     args = parse_arguments()
     if args.write_readme:
         return write_readme("speed", readme_table(args.out))
+    if args.default_allocator:                       # once memory is kept, glibc does not unlearn it: so from the start
+        utils.model.keep_freed_memory = lambda: False
     torch.set_num_threads(args.threads)
     device = default_device(args.device or ("cuda" if args.model == "llama-3-8b" else "cpu"))
     meter, divide = Meter(device, args.threads), args.divide or DIVIDE[args.model]
     print(f"{args.model} on {device}, {args.threads} threads, the paper's tokens / {divide}", flush=True)
-    results = {}
+    file = args.out / f"{args.model}-{device.type}.json"
+    results = json.loads(file.read_text()) if file.exists() else {}          # of other searches, maybe
     for name in ["evo_quant"] if args.plot else args.searches:
         decoder, documents = load(args.model, device, max(8192, 131072 // divide))
         with tempfile.TemporaryDirectory() as folder:
@@ -294,8 +301,10 @@ def main() -> None:
                 return plot_cost(generation, meter, args.plot)
             results[name] = {"divide": divide, **measure(name, generation, args.repeats, meter)}
             print_result(name, results[name], meter.cuda)
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / f"{args.model}-{device.type}.json").write_text(json.dumps(results, indent=1) + "\n")
+        if args.default_allocator:
+            continue
+        args.out.mkdir(parents=True, exist_ok=True)
+        write_atomic(file, json.dumps({name: results[name] for name in SEARCHES if name in results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from utils import fitness as walk
 from utils.data import draw_minibatch
 from utils.fitness import Fitness
 from utils.measurements import Measurements
-from utils.model import Decoder, keep_freed_memory
+from utils.model import Decoder
 from utils.units import build_units
 
 SEARCHES = {"evo_drop": (evo_drop, "--sparsity 0.25"),
@@ -116,26 +116,6 @@ def stored_logits(decoder: Decoder, documents: list[torch.Tensor], max_tokens: i
     return logits
 
 
-class DefaultAllocator:
-    """A context with glibc's own rule, once it has freed an array of `largest` bytes that was mapped by itself: arrays
-    from this size on, at most 32 MB, are mapped, and twice as much free memory is kept."""
-
-    def __init__(self, largest: int):
-        self.threshold = min(max(largest, 2**17), 2**25)
-
-    def __enter__(self) -> None:
-        keep_freed_memory(2 * self.threshold, self.threshold)
-
-    def __exit__(self, *error) -> None:
-        keep_freed_memory()
-
-
-def plain_allocator(generation: Generation) -> DefaultAllocator:
-    """Whose largest arrays are the logits of a microbatch."""
-    vocabulary = generation.decoder.config.get_text_config(decoder=True).vocab_size
-    return DefaultAllocator(4 * vocabulary * generation.fitness.microbatch_tokens)
-
-
 @torch.no_grad()
 def plain(generation: Generation) -> list[list[float]]:
     decoder, documents = generation.decoder, generation.fitness.documents
@@ -199,7 +179,6 @@ def without(generation: Generation) -> dict[str, object]:
         return [chunk.to(fitness.decoder.device).float().log_softmax(-1)
                 for chunk in logits.split(fitness._chunk_tokens())]
 
-    fitness, vocabulary = generation.fitness, generation.decoder.config.get_text_config(decoder=True).vocab_size
     patches = {"prefixes shared": patch.object(walk, "_first_difference", lambda a, b: 0),
                "teacher shared": patch.object(Fitness, "_teacher_distributions",
                                                 lambda fitness, rows: ForEveryCandidate(fitness, rows)),
@@ -208,6 +187,4 @@ def without(generation: Generation) -> dict[str, object]:
                "documents packed": patch.object(generation.decoder, "packed_rows", 0)}
     if generation.files:
         patches["levels packed"] = patch.object(generation.fitness, "set_block", generation.files.set_block)
-    if generation.decoder.device.type == "cpu":
-        patches["freed memory kept"] = DefaultAllocator(4 * vocabulary * fitness._chunk_tokens())
     return patches
