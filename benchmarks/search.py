@@ -58,6 +58,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--divide", type=int, metavar="FACTOR",
                         help="the paper's tokens by this (default: demo 8, 100m 64, llama-3-8b 16)")
     parser.add_argument("--repeats", type=int, default=3, help="(default: 3)")
+    parser.add_argument("--whole", action="store_true", help="neither with --compile nor without each ingredient")
     parser.add_argument("--default_allocator", action="store_true",
                         help="without utils.model.keep_freed_memory, for all ways; the results are printed alone")
     parser.add_argument("--out", type=Path, default=Path("results/speed"), metavar="FOLDER")
@@ -172,12 +173,15 @@ def with_compile(generation: Generation) -> dict[str, tuple]:
         return {}
 
 
-def measure(name: str, generation: Generation, repeats: int, meter: Meter) -> dict:
-    """All ways by turns: their costs, and how well fitness values agree. Raises SystemExit where they do not."""
+def measure(name: str, generation: Generation, repeats: int, meter: Meter, whole: bool = False) -> dict:
+    """All ways by turns, with `whole` those with all ingredients: their costs, and how well fitness values agree. Raises
+    SystemExit where they do not."""
     tolerance = TOLERANCE[generation.decoder.dtype]
     ways = {"plain": (plain, nullcontext()), "here": (here, nullcontext()),
-            LATER: (parent_looked_up, nullcontext()), **with_compile(generation),
-            **{ingredient: (here, off) for ingredient, off in without(generation).items()}}
+            LATER: (parent_looked_up, nullcontext())}
+    if not whole:
+        ways |= with_compile(generation)
+        ways |= {ingredient: (here, off) for ingredient, off in without(generation).items()}
     costs: dict[str, dict[str, float]] = {}
     peak, difference, expected = math.inf, 0.0, None
     for _ in range(repeats):
@@ -299,7 +303,7 @@ def main() -> None:
             generation = play(name, decoder, documents, divide, Path(folder), args.model != "demo")
             if args.plot:
                 return plot_cost(generation, meter, args.plot)
-            results[name] = {"divide": divide, **measure(name, generation, args.repeats, meter)}
+            results[name] = {"divide": divide, **measure(name, generation, args.repeats, meter, args.whole)}
             print_result(name, results[name], meter.cuda)
         if args.default_allocator:
             continue

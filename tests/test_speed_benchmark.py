@@ -44,6 +44,7 @@ def test_all_ways_agree_and_sharing_spares_work(name, tmp_path):
     result = measure(name, played, 1, METER)
     assert {"plain", "here", search.LATER, search.COMPILED, "prefixes shared",
             "documents packed"} <= result["costs"].keys()
+    assert measure(name, played, 1, METER, whole=True)["costs"].keys() == {"plain", "here", search.LATER}
     assert result["difference"] <= 1e-4
     assert result["flops"] == flops(played, shared=False) > result["shared_flops"]
     assert sum(len(candidates) * sum(length for _, length in minibatch) for candidates, minibatch in played.steps
