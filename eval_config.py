@@ -40,8 +40,8 @@ def main(argv: list[str] | None = None) -> dict:
         if args.no_perplexity and not args.tasks:
             raise ValueError("--no_perplexity: leaves nothing to evaluate; name --tasks, or leave it out")
         if args.tasks and args.cpu_offload_modules:
-            raise ValueError("--cpu_offload_modules: --tasks run the whole model at once; leave one of them out, or run "
-                             "the tasks on what export.py saves, in a runtime that spreads it over devices")
+            raise ValueError("--cpu_offload_modules: --tasks run the whole model at once; leave one of them out, or "
+                             "run the tasks on what export.py saves, in a runtime that spreads it over devices")
         datasets = [] if args.no_perplexity else args.eval_datasets
         for name in datasets:
             check_dataset(name, "--eval_datasets")

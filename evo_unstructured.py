@@ -61,8 +61,8 @@ def make_parser() -> argparse.ArgumentParser:
         initially_generated=32, initial_tokens=2048, fitness=["kl", "ppl", "sparse_kl"],
         generations_help="default: 400")
     search.add_argument("--refine", type=int, default=0, metavar="GENERATIONS",
-                        help="in the first so many generations the offspring is the best sum of changes, of each unit a "
-                             "level up or down from the best parent, measured on twice --initial_tokens (default: 0)")
+                        help="in the first so many generations the offspring is the best sum of changes, of each unit "
+                             "a level up or down from the best parent, measured on twice --initial_tokens (default: 0)")
     search.add_argument("--kl_topk", type=int, default=10, metavar="LOGITS",
                         help="of sparse_kl: the teacher's largest (default: 10)")
     add_evaluation_flags(parser)

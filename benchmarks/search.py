@@ -174,8 +174,8 @@ def with_compile(generation: Generation) -> dict[str, tuple]:
 
 
 def measure(name: str, generation: Generation, repeats: int, meter: Meter, whole: bool = False) -> dict:
-    """All ways by turns, with `whole` those with all ingredients: their costs, and how well fitness values agree. Raises
-    SystemExit where they do not."""
+    """All ways by turns, with `whole` those with all ingredients: their costs, and how well fitness values agree.
+    Raises SystemExit where they do not."""
     tolerance = TOLERANCE[generation.decoder.dtype]
     ways = {"plain": (plain, nullcontext()), "here": (here, nullcontext()),
             LATER: (parent_looked_up, nullcontext())}

@@ -79,8 +79,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="run searches with --compile")
     parser.add_argument("--report", action="store_true", help="run nothing")
     parser.add_argument("--write_readme", nargs="?", const="better", metavar="NAME",
-                        help="put the table, and as 'better' the picture, between README's <!-- NAME --> marks (default: "
-                             "better)")
+                        help="put the table, and as 'better' the picture, between README's <!-- NAME --> marks "
+                             "(default: better)")
     return parser.parse_args()
 
 

@@ -420,8 +420,8 @@ def kill_at(monkeypatch, owner, name: str, call: int) -> None:
 
 @pytest.mark.parametrize("options, owner, name, call", [
     *[({}, *place) for place in [
-        (Measurements, "measure", 1), (Measurements, "measure", 5), (Run, "log", 1), (Run, "log", 3), (Run, "checkpoint", 1),
-        (Run, "checkpoint", 5), (evo_drop, "write_drop_config", 1), (Run, "summarize", 1)]],
+        (Measurements, "measure", 1), (Measurements, "measure", 5), (Run, "log", 1), (Run, "log", 3),
+        (Run, "checkpoint", 1), (Run, "checkpoint", 5), (evo_drop, "write_drop_config", 1), (Run, "summarize", 1)]],
     *[({"sparsity": None, "drop_params": 0.3, "generations": None, **TWO_PARENTS}, *place) for place in [
         (Measurements, "measure", 4), (Run, "checkpoint", 3)]],
     *[({"init": "measured", "screen": 3}, *place) for place in [(Measurements, "measure", 3), (Run, "checkpoint", 4)]]])

@@ -252,7 +252,8 @@ def test_changes_around_a_candidate_are_those_of_the_model_and_follow_the_layers
     units = [Unit((name,), tuple(database.levels(name))) for name in database.layers]
     units[1] = Unit(units[1].names, (0,))                                # pinned
     highest = max(units[0].levels)
-    candidate = (highest, 0, min(units[2].levels), *(random.Random(i).choice(unit.levels) for i, unit in enumerate(units[3:])))
+    others = (random.Random(i).choice(unit.levels) for i, unit in enumerate(units[3:]))
+    candidate = (highest, 0, min(units[2].levels), *others)
     changes, measured = estimate_around(fitness, switcher, database, units, candidate, [(0, 20), (1, 12)])
     assert measured[0][1] == candidate and len({c for _, c in measured}) == len(measured)
     for value, other in measured[::5]:

@@ -85,8 +85,8 @@ def add_search_flags(parser: argparse.ArgumentParser, generations: int | None, o
                        help="plus: the parents compete in the last selection step; comma: offspring alone survive "
                             "(default: plus)")
     group.add_argument("--no_reuse", action="store_true",
-                       help="run parents again on documents that they have seen, as the paper's count of tokens has it; "
-                            "by default that is looked up, which gives the same")
+                       help="run parents again on documents that they have seen, as the paper's count of tokens has "
+                            "it; by default that is looked up, which gives the same")
     group.add_argument("--max_mutations", type=int, default=3, metavar="SWITCHES",
                        help="an offspring differs by min(U1, U2) level switches, U uniform in 1..this (default: 3)")
     group.add_argument("--fixed_mutations", type=int, metavar="SWITCHES",
