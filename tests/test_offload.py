@@ -143,7 +143,8 @@ def test_a_configuration_is_evaluated_as_without_offloading(checkpoint, text, da
     write_drop_config(drop_config, [(i == 1, i == 2) for i in range(6)])
     flags = ["--model_name_or_path", checkpoint, "--eval_datasets", text, "--eval_tokens", "512",
              "--eval_sequence_length", "32", "--microbatch_tokens", "64",
-             "--quant_weights_path", str(databases["quant"]), "--quant_config_path", "3", "--drop_config", str(drop_config)]
+             "--quant_weights_path", str(databases["quant"]),
+             "--quant_config_path", "3", "--drop_config", str(drop_config)]
     plain, offloaded = (eval_config.main([*flags, *more]) for more in ([], ["--cpu_offload_modules"]))
     assert len(offloads) == 1 and plain == offloaded and plain["compressed"][text]["kl"] > 0.01
     with pytest.raises(SystemExit, match="^error: --cpu_offload_modules: --tasks run the whole model at once"):
