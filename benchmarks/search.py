@@ -36,7 +36,7 @@ from benchmarks.programs import write_readme  # noqa: E402
 from benchmarks.subjects import SHAPES, load  # noqa: E402
 from benchmarks.ways import (EARLIER, SEARCHES, Generation, compiled, here, parent_looked_up, plain,  # noqa: E402
                              play, without)
-import utils.model  # noqa: E402
+from utils import model as models  # noqa: E402
 from utils.files import write_atomic  # noqa: E402
 from utils.model import Decoder, default_device  # noqa: E402
 from utils.runs import format_table  # noqa: E402
@@ -290,7 +290,7 @@ def main() -> None:
     if args.write_readme:
         return write_readme("speed", readme_table(args.out))
     if args.default_allocator:                       # once memory is kept, glibc does not unlearn it: so from the start
-        utils.model.keep_freed_memory = lambda: False
+        models.keep_freed_memory = lambda: False
     torch.set_num_threads(args.threads)
     device = default_device(args.device or ("cuda" if args.model == "llama-3-8b" else "cpu"))
     meter, divide = Meter(device, args.threads), args.divide or DIVIDE[args.model]

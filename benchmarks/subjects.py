@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from database import gptq, sparsegpt
 from database.store import FORMAT, Database, config_sha256, layer_file, write_layer, write_manifest
+from utils import model as models
 from utils.data import calibration_documents
 from utils.model import Decoder, load_decoder, load_tokenizer
 
@@ -30,6 +31,8 @@ def load(model: str, device: torch.device, num_tokens: int) -> tuple[Decoder, li
     if model == "demo":
         decoder = load_decoder(str(DEMO), device=device)
         return decoder, calibration_documents("stdlib", load_tokenizer(str(DEMO)), num_tokens, 256)
+    if device.type == "cpu":
+        models.keep_freed_memory()                   # as load_decoder does
     torch.manual_seed(0)
     config = LlamaConfig(**SHAPES[model], use_cache=False)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16

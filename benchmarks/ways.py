@@ -81,8 +81,11 @@ def play(name: str, decoder: Decoder, documents: list[torch.Tensor], divide: int
         return (space.states(candidate, len(decoder.blocks)) if name == "evo_drop"
                 else switcher.states(space.levels(candidate)))
 
+    def draw(num_tokens: int) -> list[tuple[int, int]]:
+        return draw_minibatch(documents, max(2, num_tokens // divide), rng)
+
     def measure(candidates: list, num_tokens: int) -> list[tuple[float, tuple]]:
-        minibatch = draw_minibatch(documents, max(2, num_tokens // divide), rng)
+        minibatch = draw(num_tokens)
         generation.steps.append(([states(candidate) for candidate in candidates], minibatch))
         values = generation.fitness.measure(*generation.steps[-1])
         return sorted(((value, candidate) for (value,), candidate in zip(values, candidates)), key=lambda pair: pair[0])
@@ -92,7 +95,7 @@ def play(name: str, decoder: Decoder, documents: list[torch.Tensor], divide: int
     script.select(offspring, [parent], list(zip(args.survivors_per_selection, args.tokens_per_selection)), measure)
     measurements = Measurements(generation.fitness, tuple, "kl")
     for _ in range(EARLIER):
-        measurements.measure([states(parent)], draw_minibatch(documents, args.tokens_per_selection[-1] // divide, rng))
+        measurements.measure([states(parent)], draw(args.tokens_per_selection[-1]))
     generation.seen = measurements.state
     return generation
 

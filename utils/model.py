@@ -80,7 +80,8 @@ def keep_freed_memory(num_bytes: int = KEPT_BYTES, largest: int = 2**25) -> bool
 def load_decoder(name: str, dtype: str = "auto", device: str | torch.device | None = None,
                  attn_implementation: str | None = None, trust_remote_code: bool = False, offload_blocks: bool = False,
                  compile_blocks: bool = False) -> "Decoder":
-    """Load a causal language model for inference, with `offload_blocks` its blocks into host memory.
+    """Load a causal language model for inference, with `offload_blocks` its blocks into host memory. On a CPU the
+    process keeps freed memory from then on, see `keep_freed_memory`.
 
     `dtype` "auto" is the checkpoint's own on a GPU and float32 on a CPU, where half precision is slow.
     Raises ValueError naming the flag for an unreadable checkpoint, or one in which no decoder blocks are recognised.
