@@ -54,6 +54,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="demo", choices=["demo", *SHAPES])
     parser.add_argument("--searches", nargs="+", default=list(SEARCHES), choices=SEARCHES)
     parser.add_argument("--device", help="default: the CPU, but for llama-3-8b the GPU")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"],
+                        help="default: float32 on a CPU, bfloat16 on a GPU")
     parser.add_argument("--threads", type=int, default=1, help="of a CPU (default: 1)")
     parser.add_argument("--divide", type=int, metavar="FACTOR",
                         help="the paper's tokens by this (default: demo 8, 100m 64, llama-3-8b 16)")
@@ -295,10 +297,12 @@ def main() -> None:
     device = default_device(args.device or ("cuda" if args.model == "llama-3-8b" else "cpu"))
     meter, divide = Meter(device, args.threads), args.divide or DIVIDE[args.model]
     print(f"{args.model} on {device}, {args.threads} threads, the paper's tokens / {divide}", flush=True)
-    file = args.out / f"{args.model}-{device.type}.json"
+    automatic = "float32" if device.type == "cpu" else "bfloat16"
+    dtype = args.dtype or automatic
+    file = args.out / f"{args.model}{'' if dtype == automatic else f' {dtype}'}-{device.type}.json"
     results = json.loads(file.read_text()) if file.exists() else {}          # of other searches, maybe
     for name in ["evo_quant"] if args.plot else args.searches:
-        decoder, documents = load(args.model, device, max(8192, 131072 // divide))
+        decoder, documents = load(args.model, device, max(8192, 131072 // divide), dtype)
         with tempfile.TemporaryDirectory() as folder:
             generation = play(name, decoder, documents, divide, Path(folder), args.model != "demo")
             if args.plot:

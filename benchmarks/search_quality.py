@@ -4,16 +4,20 @@
     python benchmarks/search_quality.py --out results/search_quality --jobs 2 --write_readme
 
 Three tasks at two budgets each, the demo model by default: 16 offspring, 4 of them on 1,024 tokens after 256, 2 and the
-parent on 4,096. Every seed draws other calibration text; all are evaluated on the same held-out text, at shares of the
-tokens that the paper's way spends in all. The measurements that a start needs count. Finished runs are not run again,
-and --report makes table and picture from those there are.
+parent on 4,096. Every seed draws other calibration text; all are evaluated on the same held-out text (in float32 on a CPU
+whatever the --dtype of the searches), at shares of the tokens that the paper's way spends in all. The measurements that a
+start needs count; what a parent has seen is looked up, in the paper's way too, and does not. Finished runs are not run
+again, and --report makes table and picture from those there are.
 """
 import argparse
 import json
+import multiprocessing
 import statistics
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import time
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,7 +37,7 @@ from utils.model import load_decoder, load_tokenizer
 from utils.runs import format_table
 
 SEARCH = ["--offspring", 16, "--survivors_per_selection", 4, 2, 1, "--tokens_per_selection", 256, 1024, 4096,
-          "--no_eval", "--no_reuse"]
+          "--no_eval"]
 PAPER, OURS = "paper's way", "ours"
 VARIANTS = {PAPER: ["--initially_generated", 32, "--initial_tokens", 1024],
             OURS: ["--init", "measured", "--screen", 4],                # for sparsity with REFINE
@@ -65,7 +69,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--shares", type=float, nargs="+", default=[0.25, 0.375], help="of blocks dropped, for depth")
     parser.add_argument("--bitwidths", type=float, nargs="+", default=[2.25, 2.5], help="averages, for bits")
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.7])
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--variants", nargs="+", default=[PAPER, OURS], choices=list(VARIANTS),
+                        help="to run; the table has all that there are")
     parser.add_argument("--measure_tokens", type=int, nargs=2, default=[512, 256], metavar=("DEPTH", "LEVELS"),
                         help="--initial_tokens of measured starts: 5%% of what the paper's way spends, or less")
     parser.add_argument("--calibration_tokens", type=int, nargs=2, default=[131072, 32768], metavar=("DEPTH", "LEVELS"),
@@ -75,7 +80,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--generations", type=int, default=60)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("results/search_quality"))
-    parser.add_argument("--jobs", type=int, default=1, help="searches at once, one thread each")
+    parser.add_argument("--jobs", type=int, default=1, help="searches at once, and evaluations, one thread each")
+    parser.add_argument("--dtype", default="auto", help="of the searches")
     parser.add_argument("--compile", action="store_true", help="run searches with --compile")
     parser.add_argument("--report", action="store_true", help="run nothing")
     parser.add_argument("--write_readme", nargs="?", const="better", metavar="NAME",
@@ -119,7 +125,7 @@ def search(setting: Setting, variant: str, seed: int, args: argparse.Namespace) 
     levels = setting.task != "depth"
     flags = ["--model_name_or_path", args.model_name_or_path, "--calibration_data", args.data,
              "--calibration_sequence_length", args.sequence_length,
-             "--calibration_tokens", args.calibration_tokens[levels],
+             "--calibration_tokens", args.calibration_tokens[levels], "--dtype", args.dtype,
              *SEARCH, *VARIANTS[variant], "--generations", args.generations, "--seed", seed, "--output_dir", folder]
     if args.compile:
         flags += ["--compile"]
@@ -186,7 +192,7 @@ def curves(setting: Setting, args: argparse.Namespace) -> dict[str, list[dict[fl
     Shares at which a seed has no candidate yet are left out; `start` of a curve is the share its first one took."""
     logs = {variant: {seed: records(folder) for seed in range(args.seeds)
                       if ((folder := folder_of(setting, variant, seed, args.out)) / "summary.json").exists()}
-            for variant in dict.fromkeys([PAPER, *args.variants])}
+            for variant in VARIANTS}
     found: dict[str, list[dict[float, str]]] = {}
     for variant, runs in logs.items():
         for seed in sorted(set(runs) & set(logs[PAPER])):
@@ -258,13 +264,18 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     budgets = {"depth": args.shares, "sparsity": args.sparsities, "bits": args.bitwidths}
     settings = [Setting(task, budget) for task in args.tasks for budget in budgets[task]]
+    began = time.time()
     if not args.report:
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(lambda setting: build(setting, args),
                           {database_of(setting, args.out): setting for setting in settings}.values()))
             list(pool.map(lambda job: search(*job, args), [(setting, variant, seed) for seed in range(args.seeds)
                                                            for variant in args.variants for setting in settings]))
-    results = {setting.name: found for setting in settings if (found := curves(setting, args))}
+        print(f"databases and searches took {(time.time() - began) / 60:.1f} min", flush=True)
+    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
+        found = pool.map(partial(curves, args=args), settings)
+        results = {setting.name: of_variants for setting, of_variants in zip(settings, found) if of_variants}
+    print(f"all took {(time.time() - began) / 60:.1f} min", flush=True)
     if not results:
         raise SystemExit(f"--report: {args.out} has no finished run of the paper's way to compare with")
     text = table(results)

@@ -25,19 +25,18 @@ LEVEL_FLAGS = {   # of the demo's databases, and of the paper's
     "sparsegpt": "--sparsity 0.6 --num_levels 8"}
 
 
-def load(model: str, device: torch.device, num_tokens: int) -> tuple[Decoder, list[torch.Tensor]]:
+def load(model: str, device: torch.device, num_tokens: int, dtype: str) -> tuple[Decoder, list[torch.Tensor]]:
     """(decoder, documents of `num_tokens` tokens in all): the demo model on Python source, else a shape of SHAPES with
-    random weights on random tokens. float32 on a CPU, bfloat16 on a GPU."""
+    random weights on random tokens. `dtype`: one of `utils.model.DTYPES`."""
     if model == "demo":
-        decoder = load_decoder(str(DEMO), device=device)
+        decoder = load_decoder(str(DEMO), dtype, device)
         return decoder, calibration_documents("stdlib", load_tokenizer(str(DEMO)), num_tokens, 256)
     if device.type == "cpu":
         models.keep_freed_memory()                   # as load_decoder does
     torch.manual_seed(0)
     config = LlamaConfig(**SHAPES[model], use_cache=False)
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     with device:
-        llama = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        llama = AutoModelForCausalLM.from_config(config, dtype=models.DTYPES[dtype])
     decoder = Decoder(llama)
     for block in decoder.blocks[1:]:                 # one block's levels are then the levels of all
         block.module.load_state_dict(decoder.blocks[0].module.state_dict())
