@@ -153,7 +153,7 @@ def spent_on(generation: Generation, meter: Meter) -> dict[str, float]:
 
 def largest_difference(values: list[list[float]], expected: list[list[float]]) -> float:
     """Relative, over all fitness values of all steps; not finite where one is not."""
-    return max(abs(a - b) / b if math.isfinite(a) else math.inf
+    return max(abs(a - b) / b if math.isfinite(a - b) else math.inf
                for step, plainly in zip(values, expected, strict=True) for a, b in zip(step, plainly, strict=True))
 
 

@@ -1,4 +1,5 @@
 """benchmarks/search.py: all its ways of measuring a generation agree, and it fails where they would not."""
+import itertools
 import json
 import random
 from contextlib import nullcontext
@@ -59,7 +60,8 @@ def test_fitness_that_differs_ends_the_benchmark(tmp_path):
     with patch.object(search, "here", lambda generation: [[v * 1.001 for v in step] for step in ways.here(generation)]):
         with pytest.raises(SystemExit, match="evo_drop, here: a fitness differs"):
             measure("evo_drop", played, 1, METER)
-    assert largest_difference([[1.0, float("nan")]], [[1.0, 1.0]]) == float("inf")
+    for values in itertools.permutations([1.0, float("nan")]):
+        assert largest_difference([values], [[1.0, 1.0]]) == largest_difference([[1.0, 1.0]], [values]) == float("inf")
 
 
 def test_switched_off_means_switched_off(tmp_path):
@@ -83,6 +85,19 @@ def test_switched_off_means_switched_off(tmp_path):
     assert run("teacher shared")["heads"] > whole["heads"] > run("hidden states stored")["heads"]
     assert run("documents packed")["blocks"] > whole["blocks"]
     assert run("levels packed")["switches"] == 0 < whole["switches"]
+
+
+def test_results_in_another_dtype_are_rows_of_their_own(tmp_path, monkeypatch):
+    dtypes = []
+    monkeypatch.setattr(search, "measure", lambda name, played, *rest: (
+        dtypes.append(played.decoder.dtype), measure(name, played, *rest))[1])
+    for dtype in ("float32", "bfloat16"):
+        monkeypatch.setattr("sys.argv", [*"search.py --searches evo_drop --divide 128 --repeats 1 --whole".split(),
+                                         "--dtype", dtype, "--out", str(tmp_path)])
+        search.main()
+    assert dtypes == [torch.float32, torch.bfloat16]
+    assert {file.name for file in tmp_path.iterdir()} == {"demo-cpu.json", "demo bfloat16-cpu.json"}
+    assert "| demo bfloat16, cpu, tokens / 128: evo_drop" in readme_table(tmp_path)
 
 
 def test_parent_is_looked_up_where_earlier_generations_saw_the_document(tmp_path):
