@@ -369,6 +369,42 @@ def test_model_unlearns_that_a_unit_has_no_effect():
     assert np.corrcoef(model.predict(low), [fitness(candidate) for candidate in low])[0, 1] > 0.9
 
 
+@pytest.mark.parametrize("num_steps", [3, 8], ids=["fewer candidates than effects", "more"])
+def test_model_is_the_ridge_regression_whose_predictions_of_candidates_left_out_are_best(num_steps):
+    rng, levels = np.random.default_rng(num_steps), (2, 3, 4)
+    expected = rng.random((30, 3))
+    model = AdditiveModel([levels] * 30)
+    model.expect([dict(zip(levels, row)) for row in expected])
+    effects, candidates, fitness = planted(4)
+    rows, targets, weights = [], [], []
+    for step in range(num_steps):
+        tokens = (256, 1024)[step % 2]
+        measured = [(fitness(candidate) + rng.normal() / tokens**0.5, candidate) for candidate in candidates(16)]
+        model.observe(measured, tokens)
+        chosen = np.array([[[level == l for l in levels] for level in candidate] for _, candidate in measured], float)
+        chosen = chosen.reshape(16, 90)
+        missed = np.array([value for value, _ in measured]) - chosen @ expected.ravel()
+        rows.append((chosen - chosen.mean(axis=0)) * np.maximum(expected.ravel(), 0.1 * expected.mean()))
+        targets.append(missed - missed.mean())
+        weights.append(np.full(16, (tokens / 1024)**0.5))
+    weights = np.concatenate(weights)
+    rows, targets = np.concatenate(rows) * weights[:, None], np.concatenate(targets) * weights
+
+    def ridge_regression(keep, ridge):
+        return np.linalg.solve(rows[keep].T @ rows[keep] + ridge * np.eye(90), rows[keep].T @ targets[keep])
+
+    def error(ridge):
+        everyone = np.arange(len(rows))
+        return sum((targets[i] - rows[i] @ ridge_regression(everyone != i, ridge))**2 for i in everyone)
+
+    ridges = [10**(power / 2) * np.linalg.eigvalsh(rows @ rows.T)[-1] for power in range(-8, 3)]
+    changes = ridge_regression(slice(None), min(ridges, key=error))
+    plainly = expected.ravel() + np.maximum(expected.ravel(), 0.1 * expected.mean()) * changes
+    pool = candidates(50)
+    assert model.predict(pool) == pytest.approx(
+        [sum(plainly[3 * unit + level - 2] for unit, level in enumerate(candidate)) for candidate in pool], abs=1e-8)
+
+
 def test_screening_keeps_the_best_predicted_and_a_random_share():
     effects, candidates, fitness = planted(1)
     model = AdditiveModel([(2, 3, 4)] * 30)

@@ -93,13 +93,20 @@ class AdditiveModel:
             unexplained[same] -= unexplained[same].mean()
         weight = np.sqrt(np.array(tokens) / max(tokens))             # a mean over n tokens has a variance of 1/n
         levels, unexplained = levels * weight[:, None], unexplained * weight
-        eigenvalues, vectors = np.linalg.eigh(levels @ levels.T)     # [measured, measured]: features may be many more
-        if eigenvalues[-1] <= 0:
+        # of levels @ levels.T [measured, measured]; the cheaper way where features are fewer
+        if levels.shape[1] < len(levels):
+            eigenvalues, features = np.linalg.eigh(levels.T @ levels)
+            kept = eigenvalues > np.finfo(float).eps * len(levels) * eigenvalues[-1]
+            eigenvalues = eigenvalues[kept]
+            vectors = levels @ features[:, kept] / np.sqrt(eigenvalues)
+        else:
+            eigenvalues, vectors = np.linalg.eigh(levels @ levels.T)
+        if not eigenvalues.max(initial=0.0) > 0:
             return self._expected
         rotated, best = vectors.T @ unexplained, (math.inf, None)
         for ridge in RIDGES * eigenvalues[-1]:
-            shrunk = 1 / (np.maximum(eigenvalues, 0) + ridge)
-            dual = vectors @ (shrunk * rotated)
-            left_out = dual / (vectors**2 @ shrunk)                  # residual of each with the others fitted
+            shrunk = 1 / (np.maximum(eigenvalues, 0) + ridge) - 1 / ridge    # beyond the eigenvectors it is 1 / ridge
+            dual = unexplained / ridge + vectors @ (shrunk * rotated)
+            left_out = dual / (1 / ridge + vectors**2 @ shrunk)              # residual of each with the others fitted
             best = min(best, (float(left_out @ left_out), dual), key=lambda pair: pair[0])
         return self._expected + scale * (levels.T @ best[1])
