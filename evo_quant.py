@@ -348,7 +348,7 @@ def main(argv: list[str] | None = None) -> dict:
             if not initial:
                 raise RunError("--init measured: levels at which each layer's predictions are finite do not meet the "
                                "budget; use --init random, or another --dtype")
-            if model:
+            if model and args.fitness_fn != "ppl":               # errors are KL divergences
                 model.expect(errors)
         elif args.init == "uniform" and uniform:
             initial = [uniform]

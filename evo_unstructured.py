@@ -310,7 +310,7 @@ def main(argv: list[str] | None = None) -> dict:
             tokens_spent += measured * args.initial_tokens
             allocated = allocated_candidates(space, within) or allocated_candidates(space, [errors])
             initial = list(dict.fromkeys([*allocated, initial[0]]))
-            if model:
+            if model and args.fitness_fn != "ppl":               # errors are KL divergences
                 model.expect(errors)
         ranked = measure(initial, args.initial_tokens)
         if not math.isfinite(ranked[0][0]):
@@ -331,13 +331,13 @@ def main(argv: list[str] | None = None) -> dict:
             changes, measured = estimate_around(fitness, switcher, database, space.units, population[0],
                                                 draw_minibatch(documents, num_tokens, rng))
             tokens_spent += len(measured) * num_tokens
-            if model:
+            if model and args.fitness_fn != "ppl":               # what is measured here is KL divergence
                 model.observe(measured, num_tokens)
             offspring = [c for c in allocated_candidates(space, [changes]) if c not in population]
         if not offspring:
             offspring = draw_distinct(lambda: mutate(space, population, args.max_mutations, rng, args.fixed_mutations),
                                       args.offspring * args.screen, set(population))
-            if model:
+            if model and offspring:
                 offspring = model.screen(offspring, args.offspring, rng)
         if not offspring:
             print("no other candidate meets the budget: nothing to search")

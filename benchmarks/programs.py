@@ -1,9 +1,13 @@
 """What benchmarks share: running whole programs, and putting what they print into README.md."""
+import argparse
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+
+from utils.files import write_atomic
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -18,6 +22,19 @@ def run(arguments: list[object], log: Path) -> None:
                               env=environment)
     if done.returncode:
         raise SystemExit(f"{' '.join(map(str, arguments))}\nfailed, see {log}")
+
+
+def claim(folder: Path, args: argparse.Namespace, names: Sequence[str]) -> None:
+    """Make the folder in which results are kept, for these values of the flags `names`. Raises SystemExit where it
+    holds results of others, which would be taken for these."""
+    flags, file = {name: getattr(args, name) for name in names}, folder / "flags.json"
+    kept = json.loads(file.read_text()) if file.exists() else flags
+    for name, value in flags.items():
+        if kept.get(name) != value:
+            raise SystemExit(f"--out {folder}: has results of --{name} {kept.get(name)}, not {value}; give another "
+                             f"folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(file, json.dumps(flags))
 
 
 def sparsity_step(model: str) -> int:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
-from benchmarks.programs import run, sparsity_step, write_readme
+from benchmarks.programs import claim, run, sparsity_step, write_readme
 from utils.runs import format_table
 
 DEPTH = ["--generations", "20", "--offspring", "24", "--tokens_per_selection", "1024", "8192",
@@ -55,6 +55,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     out = args.out.resolve()
+    claim(out, args, ("model_name_or_path", "data", "calibration_tokens", "sequence_length", "eval_tokens"))
     model = ["--model_name_or_path", args.model_name_or_path]
     calibration = ["--calibration_data", args.data, "--calibration_sequence_length", args.sequence_length,
                    "--calibration_tokens", args.calibration_tokens]

@@ -4,13 +4,15 @@
     python benchmarks/search_quality.py --out results/search_quality --jobs 2 --write_readme
 
 Three tasks at two budgets each, the demo model by default: 16 offspring, 4 of them on 1,024 tokens after 256, 2 and the
-parent on 4,096. Every seed draws other calibration text; all are evaluated on the same held-out text (in float32 on a CPU
-whatever the --dtype of the searches), at shares of the tokens that the paper's way spends in all. The measurements that a
-start needs count; what a parent has seen is looked up, in the paper's way too, and does not. Finished runs are not run
-again, and --report makes table and picture from those there are.
+parent on 4,096. Every seed draws other calibration text; all are evaluated on the same held-out text, in float32 on a
+CPU whatever the --dtype of the searches, at shares of the tokens that the paper's way spends in all. Its tokens are
+counted as in the paper, candidates times tokens; of the others all that are run, with the measurements that a start
+needs and without what is looked up. Finished runs are not run again, and --report makes table and picture from those
+there are.
 """
 import argparse
 import json
+import math
 import multiprocessing
 import statistics
 import sys
@@ -26,7 +28,7 @@ import matplotlib
 import torch
 from matplotlib import pyplot
 
-from benchmarks.programs import run, sparsity_step, write_readme
+from benchmarks.programs import claim, run, sparsity_step, write_readme
 from database.levels import LevelSwitcher
 from database.store import Database
 from utils.configs import DROP_WORDS
@@ -36,8 +38,11 @@ from utils.fitness import Fitness
 from utils.model import load_decoder, load_tokenizer
 from utils.runs import format_table
 
-SEARCH = ["--offspring", 16, "--survivors_per_selection", 4, 2, 1, "--tokens_per_selection", 256, 1024, 4096,
+OFFSPRING, SURVIVORS, TOKENS = 16, (4, 2, 1), (256, 1024, 4096)
+SEARCH = ["--offspring", OFFSPRING, "--survivors_per_selection", *SURVIVORS, "--tokens_per_selection", *TOKENS,
           "--no_eval"]
+# candidates times tokens of one generation; the parent competes in the last step
+GENERATION_TOKENS = sum(map(math.prod, zip((OFFSPRING, *SURVIVORS[:-1]), TOKENS))) + SURVIVORS[-1] * TOKENS[-1]
 PAPER, OURS = "paper's way", "ours"
 VARIANTS = {PAPER: ["--initially_generated", 32, "--initial_tokens", 1024],
             OURS: ["--init", "measured", "--screen", 4],                # for sparsity with REFINE
@@ -72,7 +77,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--variants", nargs="+", default=[PAPER, OURS], choices=list(VARIANTS),
                         help="to run; the table has all that there are")
     parser.add_argument("--measure_tokens", type=int, nargs=2, default=[512, 256], metavar=("DEPTH", "LEVELS"),
-                        help="--initial_tokens of measured starts: 5%% of what the paper's way spends, or less")
+                        help="--initial_tokens of measured starts: of the default, 5%% of what the paper's way spends or less")
     parser.add_argument("--calibration_tokens", type=int, nargs=2, default=[131072, 32768], metavar=("DEPTH", "LEVELS"),
                         help="for depth evo_drop.py's own: the best on fewer is not the best on other text")
     parser.add_argument("--sequence_length", type=int, default=256)
@@ -98,13 +103,11 @@ def database_of(setting: Setting, out: Path) -> Path:
 
 
 def build(setting: Setting, args: argparse.Namespace) -> None:
-    """The database of a setting, unless it is there."""
+    """The database of a setting; one that is finished is left as it is."""
     folder = database_of(setting, args.out)
     flags = ["--model_name_or_path", args.model_name_or_path, "--calibration_data", args.data,
              "--calibration_sequence_length", args.sequence_length, "--calibration_tokens", args.calibration_tokens[1],
              "--save_dir", folder]
-    if setting.task == "depth" or (folder / "manifest.json").exists():
-        return
     if setting.task == "bits":
         flags = ["-m", "database.gptq", *flags, "--bitwidth_options", 2, 3, 4, 5, 6, "--calibration_bitwidth", 3,
                  "--group_size", 128, "--perchannel"]
@@ -149,8 +152,13 @@ def search(setting: Setting, variant: str, seed: int, args: argparse.Namespace) 
 # ---- held-out evaluation ---------------------------------------------------------------------------------------------
 
 
-def records(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+def records(folder: Path, variant: str) -> list[dict]:
+    """A run's log; of the paper's way with the tokens that it asks for, whether they were looked up or run."""
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    if variant == PAPER:
+        for record in log:
+            record["tokens"] = log[0]["tokens"] + record["generation"] * GENERATION_TOKENS
+    return log
 
 
 def candidate_at(log: list[dict], tokens: float) -> str | None:
@@ -189,17 +197,18 @@ def heldout(setting: Setting, candidates: list[str], args: argparse.Namespace) -
 def curves(setting: Setting, args: argparse.Namespace) -> dict[str, list[dict[float, float]]]:
     """Variant -> of every seed that it and the paper's way have finished: share of the paper's tokens -> held-out KL.
 
-    Shares at which a seed has no candidate yet are left out; `start` of a curve is the share its first one took."""
-    logs = {variant: {seed: records(folder) for seed in range(args.seeds)
+    A curve begins with the share that its first candidate took."""
+    logs = {variant: {seed: records(folder, variant) for seed in range(args.seeds)
                       if ((folder := folder_of(setting, variant, seed, args.out)) / "summary.json").exists()}
             for variant in VARIANTS}
     found: dict[str, list[dict[float, str]]] = {}
     for variant, runs in logs.items():
         for seed in sorted(set(runs) & set(logs[PAPER])):
             total = logs[PAPER][seed][-1]["tokens"]
-            start = runs[seed][0]["tokens"] / total
-            points = {share: candidate_at(runs[seed], share * total) for share in sorted({start, *CURVE})}
-            found.setdefault(variant, []).append({share: candidate for share, candidate in points.items() if candidate})
+            first = runs[seed][0]["tokens"]
+            points = {first / total: candidate_at(runs[seed], first)} | {
+                share: candidate_at(runs[seed], share * total) for share in CURVE if share * total > first}
+            found.setdefault(variant, []).append(points)
     values = heldout(setting, [c for runs in found.values() for points in runs for c in points.values()], args)
     return {variant: [{share: values[candidate] for share, candidate in points.items()} for points in runs]
             for variant, runs in found.items()}
@@ -261,14 +270,15 @@ def plot(results: dict[str, dict[str, list[dict[float, float]]]], path: Path) ->
 def main() -> None:
     args = parse_arguments()
     args.out = args.out.resolve()
-    args.out.mkdir(parents=True, exist_ok=True)
+    claim(args.out, args, ("model_name_or_path", "data", "sequence_length", "calibration_tokens", "measure_tokens",
+                           "generations", "dtype"))
     budgets = {"depth": args.shares, "sparsity": args.sparsities, "bits": args.bitwidths}
     settings = [Setting(task, budget) for task in args.tasks for budget in budgets[task]]
     began = time.time()
     if not args.report:
         with ThreadPoolExecutor(args.jobs) as pool:
-            list(pool.map(lambda setting: build(setting, args),
-                          {database_of(setting, args.out): setting for setting in settings}.values()))
+            databases = {database_of(setting, args.out): setting for setting in settings if setting.task != "depth"}
+            list(pool.map(lambda setting: build(setting, args), databases.values()))
             list(pool.map(lambda job: search(*job, args), [(setting, variant, seed) for seed in range(args.seeds)
                                                            for variant in args.variants for setting in settings]))
         print(f"databases and searches took {(time.time() - began) / 60:.1f} min", flush=True)
@@ -277,7 +287,8 @@ def main() -> None:
         results = {setting.name: of_variants for setting, of_variants in zip(settings, found) if of_variants}
     print(f"all took {(time.time() - began) / 60:.1f} min", flush=True)
     if not results:
-        raise SystemExit(f"--report: {args.out} has no finished run of the paper's way to compare with")
+        raise SystemExit(f"--variants {' '.join(args.variants)}: {args.out} has no finished run of the paper's way to "
+                         f"compare with; add \"{PAPER}\"")
     text = table(results)
     print(text)
     (args.out / "table.md").write_text(text + "\n")

@@ -405,6 +405,25 @@ def test_model_is_the_ridge_regression_whose_predictions_of_candidates_left_out_
         [sum(plainly[3 * unit + level - 2] for unit, level in enumerate(candidate)) for candidate in pool], abs=1e-8)
 
 
+@pytest.mark.parametrize("module, own", [(evo_unstructured, ["--refine", "1"]),
+                                         (evo_quant, ["--target_bitwidth", "3"])], ids=["sparsity", "bits"])
+@pytest.mark.parametrize("fitness_fn", ["kl", "ppl"])
+def test_model_of_perplexities_learns_nothing_from_divergences(module, own, fitness_fn, search, tmp_path, monkeypatch):
+    models = []
+
+    class Kept(AdditiveModel):
+        def __init__(self, *args):
+            super().__init__(*args)
+            models.append(self)
+
+    monkeypatch.setattr(module, "AdditiveModel", Kept)
+    monkeypatch.setattr(module, "plot_search", lambda *_: None)
+    search(module, tmp_path, *MEASURED, *own, "--screen", "2", "--generations", "2", "--fitness_fn", fitness_fn)
+    fitness = [value for _, _, value, _ in models[0]._measured]
+    assert models[0]._expected.any() == (fitness_fn == "kl")
+    assert min(fitness) > 5 if fitness_fn == "ppl" else max(fitness) < 5
+
+
 def test_screening_keeps_the_best_predicted_and_a_random_share():
     effects, candidates, fitness = planted(1)
     model = AdditiveModel([(2, 3, 4)] * 30)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks import search_quality as quality
-from benchmarks.programs import write_readme
+from benchmarks.programs import claim, write_readme
 
 
 def write_run(out: Path, setting, variant: str, seed: int, tokens: list[int]) -> None:
@@ -14,7 +14,7 @@ def write_run(out: Path, setting, variant: str, seed: int, tokens: list[int]) ->
     folder.mkdir(parents=True)
     (folder / "summary.json").write_text("{}")
     (folder / "log.jsonl").write_text("".join(
-        json.dumps({"tokens": spent, "levels": [seed, i]}) + "\n" for i, spent in enumerate(tokens)))
+        json.dumps({"generation": i, "tokens": spent, "levels": [seed, i]}) + "\n" for i, spent in enumerate(tokens)))
 
 
 def test_candidate_at_is_the_last_one_that_was_paid_for():
@@ -35,8 +35,9 @@ def test_share_to_reach_is_the_first_at_which_the_median_is_as_low():
 
 def test_curves_compare_each_search_with_the_papers_way_on_the_seeds_that_both_have(tmp_path, monkeypatch):
     setting = quality.Setting("bits", 2.5)
+    monkeypatch.setattr(quality, "GENERATION_TOKENS", 495)
     for seed in range(3):
-        write_run(tmp_path, setting, quality.PAPER, seed, [10, 500, 1000])
+        write_run(tmp_path, setting, quality.PAPER, seed, [10, 400, 700])           # without what is looked up
     for seed in (0, 2, 4):
         write_run(tmp_path, setting, quality.OURS, seed, [50, 250, 2000])
     quality.folder_of(setting, "screening alone", 0, tmp_path).mkdir()           # unfinished
@@ -46,7 +47,7 @@ def test_curves_compare_each_search_with_the_papers_way_on_the_seeds_that_both_h
     assert list(found) == [quality.PAPER, quality.OURS] and [len(runs) for runs in found.values()] == [3, 2]
     second = found[quality.OURS][1]
     assert min(second) == 0.05 and second[0.2] == 200 and second[0.25] == second[1.0] == 201
-    assert found[quality.PAPER][1][1.0] == 102
+    assert [found[quality.PAPER][1][share] for share in (0.01, 0.05, 0.5, 0.75, 1.0)] == [100, 100, 100, 101, 102]
     table = quality.table({setting.name: found})
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
     assert rows[2][:4] == ["2.5 bits", "paper's way", "3", "1.0%"] and rows[3][:4] == ["2.5 bits", "ours", "2", "5.0%"]
@@ -73,6 +74,16 @@ def test_heldout_values_are_kept_for_one_text_and_measured_anew_for_another(tmp_
     args.eval_tokens = 256
     assert quality.heldout(setting, candidates[1:2], args)[candidates[1]] != values[candidates[1]]
     assert measured == [2, 1, 1]
+
+
+def test_folder_with_results_of_other_flags_is_refused(tmp_path):
+    args, folder = SimpleNamespace(data="stdlib", steps=[4, 2], jobs=1), tmp_path / "results"
+    claim(folder, args, ("data", "steps"))
+    args.jobs = 2
+    claim(folder, args, ("data", "steps"))
+    args.steps = [4, 1]
+    with pytest.raises(SystemExit, match=rf"--out {folder}: has results of --steps \[4, 2\], not \[4, 1\]"):
+        claim(folder, args, ("data", "steps"))
 
 
 def test_readme_gets_the_text_between_its_marks_and_none_without_them(tmp_path):

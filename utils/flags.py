@@ -78,9 +78,9 @@ def add_search_flags(parser: argparse.ArgumentParser, generations: int | None, o
     group.add_argument("--tokens_per_selection", type=int, nargs="+", default=tokens, metavar="TOKENS",
                        help=f"of each selection step's minibatch (default: {' '.join(map(str, tokens))})")
     group.add_argument("--screen", type=int, default=1, metavar="FACTOR",
-                       help="draw this many times the offspring and measure those that an additive model of the "
-                            "levels, fitted to all that was measured before, ranks best, e.g. 4 (default: 1, all are "
-                            "measured)")
+                       help="draw this many times the offspring and measure as many as else: three in four are those "
+                            "that an additive model of the levels, fitted to all that was measured before, ranks best, "
+                            "the others random, e.g. 4 (default: 1, all are measured)")
     group.add_argument("--strategy", choices=["plus", "comma"], default="plus",
                        help="plus: the parents compete in the last selection step; comma: offspring alone survive "
                             "(default: plus)")
