@@ -8,7 +8,7 @@
 
 Candidates, survivors and tokens are the scripts' defaults, which are the paper's; only the tokens are divided, so that
 the plain way (see ways.py) takes at most about two minutes and 8 GB. All ways measure the same candidates on the same
-minibatches in this one process, by turns; the fastest of --repeats counts. The run fails where fitness values differ.
+minibatches in this one process, by turns; the median of --repeats counts. The run fails where fitness values differ.
 
 Seconds are those of the processor with one thread on a CPU, so that other processes count little, and else on the wall.
 The share of the peak is that of the plain way's work, 2 · weights · tokens of all candidates' matrices and of the head,
@@ -20,6 +20,7 @@ import ctypes
 import json
 import math
 import platform
+import statistics
 import sys
 import tempfile
 import time
@@ -59,7 +60,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="of a CPU (default: 1)")
     parser.add_argument("--divide", type=int, metavar="FACTOR",
                         help="the paper's tokens by this (default: demo 8, 100m 64, llama-3-8b 16)")
-    parser.add_argument("--repeats", type=int, default=3, help="(default: 3)")
+    parser.add_argument("--repeats", type=int, default=5, help="(default: 5)")
     parser.add_argument("--whole", action="store_true", help="neither with --compile nor without each ingredient")
     parser.add_argument("--default_allocator", action="store_true",
                         help="without utils.model.keep_freed_memory, for all ways; the results are printed alone")
@@ -184,7 +185,7 @@ def measure(name: str, generation: Generation, repeats: int, meter: Meter, whole
     if not whole:
         ways |= with_compile(generation)
         ways |= {ingredient: (here, off) for ingredient, off in without(generation).items()}
-    costs: dict[str, dict[str, float]] = {}
+    turns: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
     peak, difference, expected = math.inf, 0.0, None
     for _ in range(repeats):
         for way, (run, switched) in ways.items():
@@ -196,9 +197,10 @@ def measure(name: str, generation: Generation, repeats: int, meter: Meter, whole
             if not difference <= tolerance:
                 raise SystemExit(f"{name}, {way}: a fitness differs from the plain way's by a relative "
                                  f"{difference:.2g}, more than {tolerance:g}")
-            best = costs.setdefault(way, cost)
-            costs[way] = {key: (min if key == "seconds" else max)(best[key], cost[key]) for key in cost}
+            turns[way].append(cost)
             peak = min(peak, seconds_a_flop(generation.decoder, meter))
+    costs = {way: {key: (statistics.median if key == "seconds" else max)(cost[key] for cost in each) for key in each[0]}
+             for way, each in turns.items()}
     for way, cost in costs.items():
         cost["host"] += kept_bytes(generation, way, "cpu")
         cost["device"] += kept_bytes(generation, way, "cuda")
