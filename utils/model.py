@@ -83,7 +83,7 @@ def load_decoder(name: str, dtype: str = "auto", device: str | torch.device | No
     """Load a causal language model for inference, with `offload_blocks` its blocks into host memory. On a CPU the
     process keeps freed memory from then on, see `keep_freed_memory`.
 
-    `dtype` "auto" is the checkpoint's own on a GPU and float32 on a CPU, where half precision is slow.
+    `dtype` "auto" is the checkpoint's own on a GPU and float32 on a CPU, of which only some are fast in bfloat16.
     Raises ValueError naming the flag for an unreadable checkpoint, or one in which no decoder blocks are recognised.
     """
     device = default_device(device) if device is None or isinstance(device, str) else device
