@@ -77,7 +77,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--variants", nargs="+", default=[PAPER, OURS], choices=list(VARIANTS),
                         help="to run; the table has all that there are")
     parser.add_argument("--measure_tokens", type=int, nargs=2, default=[512, 256], metavar=("DEPTH", "LEVELS"),
-                        help="--initial_tokens of measured starts: of the default, 5%% of what the paper's way spends or less")
+                        help="--initial_tokens of measured starts (default: such that one takes at most 5%% of what the "
+                             "paper's way spends)")
     parser.add_argument("--calibration_tokens", type=int, nargs=2, default=[131072, 32768], metavar=("DEPTH", "LEVELS"),
                         help="for depth evo_drop.py's own: the best on fewer is not the best on other text")
     parser.add_argument("--sequence_length", type=int, default=256)

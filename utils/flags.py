@@ -14,8 +14,8 @@ def add_model_flags(parser: argparse.ArgumentParser, offload: bool = False, comp
     group.add_argument("--use_fast_tokenizer", action=argparse.BooleanOptionalAction, default=True,
                        help="use the Rust tokenizer (default: yes)")
     group.add_argument("--dtype", default="auto", choices=["auto", "float16", "bfloat16", "float32", "float64"],
-                       help="of the weights; auto: the checkpoint's on a GPU, float32 on a CPU; bfloat16 is faster on CPUs "
-                            "with AVX-512 BF16 or AMX (default: auto)")
+                       help="of the weights; auto: the checkpoint's on a GPU, float32 on a CPU; bfloat16 is faster on "
+                            "CPUs with AVX-512 BF16 or AMX (default: auto)")
     group.add_argument("--attn_implementation", choices=["eager", "sdpa", "flash_attention_2"],
                        help="default: what transformers picks for the model")
     group.add_argument("--device", help="cpu, cuda or cuda:N (default: the first GPU, else the CPU)")
