@@ -55,6 +55,21 @@ def test_all_ways_agree_and_sharing_spares_work(name, tmp_path):
     assert f"small, cpu, tokens / 512: {name}" in table and "not yet measured" in table
 
 
+def test_seconds_are_the_median_of_turns_and_memory_the_most(tmp_path):
+    played, calls = generation("evo_drop", tmp_path), itertools.count()
+
+    class Scripted(Meter):
+        def __call__(self, work):
+            turn = min(next(calls) // 3, 2)                  # of three ways
+            cost = {"seconds": (5.0, 1.0, 2.0)[turn], "host": (10, 30, 20)[turn], "device": 0}
+            return super().__call__(work)[0], cost
+
+    costs = measure("evo_drop", played, 3, Scripted(torch.device("cpu"), 1), whole=True)["costs"]
+    assert len(costs) == 3
+    for way, cost in costs.items():
+        assert cost["seconds"] == 2.0 and cost["host"] == 30 + search.kept_bytes(played, way, "cpu")
+
+
 def test_fitness_that_differs_ends_the_benchmark(tmp_path):
     played = generation("evo_drop", tmp_path)
     with patch.object(search, "here", lambda generation: [[v * 1.001 for v in step] for step in ways.here(generation)]):
