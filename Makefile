@@ -16,7 +16,8 @@ demo: setup
 	PYTHON=.venv/bin/python bash demo/run.sh
 
 test: setup
-	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 .venv/bin/python -m pytest -q tests
+	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 .venv/bin/python -m pytest -q tests \
+	    -o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true
 
 clean:
 	rm -rf .venv results runs

@@ -14,6 +14,7 @@ Without --write_readme the table is only printed. Exits with 1 where anything fa
 """
 import argparse
 import errno
+import faulthandler
 import fcntl
 import inspect
 import json
@@ -104,7 +105,9 @@ class Workplace:
     """A folder `work` that is filled anew for every trial, with a small model, text, databases and configurations;
     `others` has databases of other seeds."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, patience: float = 300):
+        """A program that has not ended after `patience` seconds hangs: it is ended, and prints where it was."""
+        self.patience = patience
         self.inputs, self.work, self.others = (folder / name for name in ("inputs", "work", "others"))
         self._whole: dict[str, tuple[dict[str, bytes], float]] = {}
         self.inputs.mkdir(parents=True)
@@ -154,6 +157,9 @@ class Workplace:
             os.dup2(write, 1)
             os.dup2(write, 2)
             sys.stdout, sys.stderr = (open(stream, "w", buffering=1, closefd=False) for stream in (1, 2))
+            tqdm.set_lock(threading.RLock())                 # its own is one for all: who is killed keeps it locked
+            faulthandler.register(signal.SIGALRM, chain=True)
+            signal.setitimer(signal.ITIMER_REAL, self.patience)
             prepare()
             PROGRAMS[program][0](argv)
             code = 0
@@ -176,7 +182,7 @@ class Workplace:
         """Run to the end, without an error."""
         status, printed = self.finish(*self.start(program, prepare, **changes))
         if status:
-            raise Failure(f"{program} ended with {status}: {printed[-2000:]}")
+            raise Failure(f"{program} ended with {status}: {printed[-5000:]}")
 
     def files(self) -> dict[str, bytes]:
         """Content by path of what is in `work` and can be compared."""
@@ -324,7 +330,6 @@ def main(argv: list[str] | None = None) -> int:
     """Try everything; returns the number of failures."""
     args = parse_arguments(argv)
     torch.set_num_threads(1)
-    tqdm.set_lock(threading.RLock())     # its own is shared by forked processes, and stays locked by one that is killed
     rng = random.Random(args.seed)
     outcomes: dict[tuple[str, str], Counter] = {}
     failures = []

@@ -282,19 +282,19 @@ def test_killed_export_leaves_nothing_that_looks_finished_and_the_next_one_clean
     write_drop_config(tmp_path / "drop.txt", DROPPED)
     out = tmp_path / f"out-{Path(checkpoint).name}"
     command = ["--model_name_or_path", checkpoint, "--drop_config", str(tmp_path / "drop.txt"), "--save_dir", str(out)]
-    partial = out.with_name(f".{out.name}.partial")
+    partial, written = out.with_name(f".{out.name}.partial"), tmp_path / "written"
 
-    def halted():
-        export.model_card = lambda *args: time.sleep(600)
+    def halted():                # killed while it sleeps: tqdm's lock, one for parent and fork, is locked by neither
+        export.model_card = lambda *args: (written.touch(), time.sleep(600))
         export.main(command)
 
     process = multiprocessing.get_context("fork").Process(target=halted)
     process.start()
-    while process.is_alive() and not (partial / "model.safetensors").exists():
+    while process.is_alive() and not written.exists():
         time.sleep(0.01)
     process.kill()
     process.join()
-    assert not out.exists() and partial.exists() and not (partial / "export.json").exists()
+    assert not out.exists() and (partial / "model.safetensors").exists() and not (partial / "export.json").exists()
     export.main(command)
     assert (out / "export.json").exists() and not partial.exists()
 

@@ -1,12 +1,17 @@
 """Killed, without room and fed damaged files: a few trials of each kind that benchmarks/reliability.py makes many
 of."""
+import os
 import random
+import signal
+import time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tqdm import tqdm
 
 from benchmarks import damage, reliability
+from benchmarks.damage import Failure
 from benchmarks.reliability import PROGRAMS
 
 ONE_OF_EACH_KIND = ["evo_unstructured.py", "database.gptq", "baselines.drop_scores", "eval_config.py", "export.py"]
@@ -24,6 +29,29 @@ def place(tmp_path_factory):
 @pytest.mark.parametrize("program", ONE_OF_EACH_KIND)
 def test_killed_three_times_it_ends_in_the_same_files_with_nothing_half_written(place, program):
     assert reliability.killed(place, program, 3, random.Random(program)) == {"same files": 3}
+
+
+def test_progress_bar_of_a_killed_program_holds_up_no_other(place):
+    """tqdm's lock is shared by all processes forked from one, and nobody opens it for a process that is killed."""
+    def killed_while_it_prints():
+        tqdm.get_lock().acquire()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    place.fill()
+    status, _ = place.finish(*place.start("export.py", killed_while_it_prints))
+    assert status == -signal.SIGKILL
+    place.run("export.py")
+
+
+def test_program_that_hangs_is_ended_and_tells_where(place, monkeypatch):
+    monkeypatch.setattr(place, "patience", 0.5)
+    place.fill()
+    with pytest.raises(Failure, match=rf"(?s)export\.py ended with -{signal.SIGALRM:d}: .*in hang_on_purpose"):
+        place.run("export.py", hang_on_purpose)
+
+
+def hang_on_purpose():
+    time.sleep(600)
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
