@@ -29,7 +29,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -77,6 +77,13 @@ def command(parser_of: Callable, main: Callable) -> Callable[[list[str]], None]:
         sys.argv[1:] = argv
         build.run(parser_of(), main)
     return run
+
+
+def kinds_of(kind: type) -> Iterator[type]:
+    """A class and all that are derived from it."""
+    yield kind
+    for derived in kind.__subclasses__():
+        yield from kinds_of(derived)
 
 
 # program -> (its main, its arguments)
@@ -157,7 +164,8 @@ class Workplace:
             os.dup2(write, 1)
             os.dup2(write, 2)
             sys.stdout, sys.stderr = (open(stream, "w", buffering=1, closefd=False) for stream in (1, 2))
-            tqdm.set_lock(threading.RLock())                 # its own is one for all: who is killed keeps it locked
+            for kind in kinds_of(tqdm):                      # theirs is one for all: who is killed keeps it locked
+                kind.set_lock(threading.RLock())
             faulthandler.register(signal.SIGALRM, chain=True)
             signal.setitimer(signal.ITIMER_REAL, self.patience)
             prepare()
