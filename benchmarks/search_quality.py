@@ -1,14 +1,14 @@
-"""Held-out KL divergence over the tokens a search has spent: the paper's way against --init measured, --screen and
---refine.
+"""Held-out KL divergence over the tokens a search has spent: the paper's way against --init measured, --screen,
+--refine and --confirm.
 
     python benchmarks/search_quality.py --out results/search_quality --jobs 2 --write_readme
 
 Three tasks at two budgets each, the demo model by default: 16 offspring, 4 of them on 1,024 tokens after 256, 2 and the
-parent on 4,096. Every seed draws other calibration text; all are evaluated on the same held-out text, in float32 on a
-CPU whatever the --dtype of the searches, at shares of the tokens that the paper's way spends in all. Its tokens are
-counted as in the paper, candidates times tokens; of the others all that are run, with the measurements that a start
-needs and without what is looked up. Finished runs are not run again, and --report makes table and picture from those
-there are.
+parent on 4,096. Every seed draws other calibration text; all are evaluated on the same held-out text, at shares of the
+tokens that the paper's way spends in all. Its tokens are counted as in the paper, candidates times tokens; of the others
+all that are run, with the measurements that a start needs and without what is looked up. Those end after half of the
+generations, and stay as they are from there on. Finished runs are not run again, and --report makes table and picture
+from those there are.
 """
 import argparse
 import json
@@ -44,14 +44,18 @@ SEARCH = ["--offspring", OFFSPRING, "--survivors_per_selection", *SURVIVORS, "--
 # candidates times tokens of one generation; the parent competes in the last step
 GENERATION_TOKENS = sum(map(math.prod, zip((OFFSPRING, *SURVIVORS[:-1]), TOKENS))) + SURVIVORS[-1] * TOKENS[-1]
 PAPER, OURS = "paper's way", "ours"
-VARIANTS = {PAPER: ["--initially_generated", 32, "--initial_tokens", 1024],
-            OURS: ["--init", "measured", "--screen", 4],                # for sparsity with REFINE
-            "ours without refining": ["--init", "measured", "--screen", 4],
+RANDOM = ["--initially_generated", 32, "--initial_tokens", 1024]
+SCREEN, REFINE, CONFIRM = ["--screen", 4], ["--refine", 2], ["--confirm", 32768]
+LEVELS = {"depth": [], "sparsity": [*SCREEN, *REFINE], "bits": SCREEN}     # what helps beside a start and confirming
+VARIANTS = {PAPER: RANDOM,
+            OURS: ["--init", "measured", *CONFIRM],                        # and LEVELS
+            "ours without confirming": ["--init", "measured"],             # and LEVELS
+            "start and screening": ["--init", "measured", *SCREEN],
             "measured start alone": ["--init", "measured"],
-            "screening alone": ["--initially_generated", 32, "--initial_tokens", 1024, "--screen", 4]}
-REFINE = ["--refine", 2]
+            "screening alone": [*RANDOM, *SCREEN],
+            "confirming alone": [*RANDOM, *CONFIRM]}
 SHARES = (0.05, 0.1, 0.25, 0.5, 1.0)                # columns of the table
-CURVE = (0.05, 0.075, 0.1, 0.15, 0.2, 0.25, 0.375, 0.5, 0.75, 1.0)
+CURVE = (0.05, 0.1, 0.15, 0.2, 0.25, 0.5, 1.0)
 
 
 @dataclass
@@ -82,12 +86,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--calibration_tokens", type=int, nargs=2, default=[131072, 32768], metavar=("DEPTH", "LEVELS"),
                         help="for depth evo_drop.py's own: the best on fewer is not the best on other text")
     parser.add_argument("--sequence_length", type=int, default=256)
-    parser.add_argument("--eval_tokens", type=int, default=16384)
-    parser.add_argument("--generations", type=int, default=60)
+    parser.add_argument("--eval_tokens", type=int, default=49152,
+                        help="a third of that misleads: a few documents decide (default: 49152)")
+    parser.add_argument("--generations", type=int, nargs=2, default=[60, 30], metavar=("PAPER", "OTHERS"))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("results/search_quality"))
     parser.add_argument("--jobs", type=int, default=1, help="searches at once, and evaluations, one thread each")
-    parser.add_argument("--dtype", default="auto", help="of the searches")
+    parser.add_argument("--dtype", default="auto", help="of searches and evaluation")
     parser.add_argument("--compile", action="store_true", help="run searches with --compile")
     parser.add_argument("--report", action="store_true", help="run nothing")
     parser.add_argument("--write_readme", nargs="?", const="better", metavar="NAME",
@@ -130,11 +135,12 @@ def search(setting: Setting, variant: str, seed: int, args: argparse.Namespace) 
     flags = ["--model_name_or_path", args.model_name_or_path, "--calibration_data", args.data,
              "--calibration_sequence_length", args.sequence_length,
              "--calibration_tokens", args.calibration_tokens[levels], "--dtype", args.dtype,
-             *SEARCH, *VARIANTS[variant], "--generations", args.generations, "--seed", seed, "--output_dir", folder]
+             *SEARCH, *VARIANTS[variant], "--generations", args.generations[variant != PAPER], "--seed", seed,
+             "--output_dir", folder]
     if args.compile:
         flags += ["--compile"]
-    if variant == OURS and setting.task == "sparsity":
-        flags += REFINE
+    if variant.startswith(OURS):
+        flags += LEVELS[setting.task]
     if "measured" in VARIANTS[variant]:
         flags += ["--initial_tokens", args.measure_tokens[levels]]
     if setting.task == "depth":
@@ -172,7 +178,7 @@ def heldout(setting: Setting, candidates: list[str], args: argparse.Namespace) -
     """KL divergence, in nats a token, of candidates as the log writes them. Those evaluated before are kept in a
     file."""
     path = args.out / f"KL-{setting.task}-{setting.budget:g}.json"
-    text = [args.model_name_or_path, args.data, args.eval_tokens, args.sequence_length]
+    text = [args.model_name_or_path, args.data, args.eval_tokens, args.sequence_length, args.dtype]
     kept = json.loads(path.read_text()) if path.exists() else {}
     values = kept["KL"] if kept.get("text") == text else {}
     missing = sorted({candidate for candidate in candidates if candidate not in values})
@@ -180,7 +186,7 @@ def heldout(setting: Setting, candidates: list[str], args: argparse.Namespace) -
         torch.set_num_threads(1)
         tokenizer = load_tokenizer(args.model_name_or_path, True, False)
         documents = evaluation_documents(args.data, tokenizer, args.eval_tokens, args.sequence_length)
-        decoder = load_decoder(args.model_name_or_path, "auto", "cpu", None, False)
+        decoder = load_decoder(args.model_name_or_path, args.dtype, "cpu", None, False)
         if setting.task == "depth":
             def set_block(index: int, state: tuple[bool, bool]) -> None:
                 decoder.blocks[index].drop(*state)

@@ -424,7 +424,8 @@ def kill_at(monkeypatch, owner, name: str, call: int) -> None:
         (Run, "checkpoint", 1), (Run, "checkpoint", 5), (evo_drop, "write_drop_config", 1), (Run, "summarize", 1)]],
     *[({"sparsity": None, "drop_params": 0.3, "generations": None, **TWO_PARENTS}, *place) for place in [
         (Measurements, "measure", 4), (Run, "checkpoint", 3)]],
-    *[({"init": "measured", "screen": 3}, *place) for place in [(Measurements, "measure", 3), (Run, "checkpoint", 4)]]])
+    *[({"init": "measured", "screen": 3, "confirm": 256}, *place) for place in [
+        (Measurements, "measure", 3), (Run, "checkpoint", 4)]]])
 def test_killed_anywhere_and_resumed_gives_the_same_files(options, owner, name, call, command, tmp_path, monkeypatch):
     evo_drop.main(command("whole", **options))
     with monkeypatch.context() as patch:
