@@ -660,6 +660,11 @@ def test_budget_that_makes_no_sense_is_refused(changes, message, refused):
     ({"fixed_mutations": 0}, "--fixed_mutations 0: must be at least 1"),
     ({"generations": -1}, "--generations -1: must be 0 or more"),
     ({"microbatch_tokens": 0}, "--microbatch_tokens 0: must be at least 1"),
+    ({"confirm": -1}, "--confirm -1: must be 0 or more"),
+    ({"confirm": 128}, "--confirm 128: must be more than the 128 tokens of the last --tokens_per_selection"),
+    ({"confirm": 257}, "--confirm 257: .* and at most the 256 --calibration_tokens"),
+    ({"confirm": 256, "strategy": "comma"}, "--confirm 256: .* --strategy comma rules out; leave out one of them"),
+    ({"confirm": 256, "no_reuse": True}, "--confirm 256: .* --no_reuse forgets; leave out one of them"),
 ])
 def test_selection_that_makes_no_sense_is_refused(changes, message, refused):
     refused(message, **changes)

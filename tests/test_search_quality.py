@@ -36,6 +36,7 @@ def test_share_to_reach_is_the_first_at_which_the_median_is_as_low():
 def test_curves_compare_each_search_with_the_papers_way_on_the_seeds_that_both_have(tmp_path, monkeypatch):
     setting = quality.Setting("bits", 2.5)
     monkeypatch.setattr(quality, "GENERATION_TOKENS", 495)
+    monkeypatch.setattr(quality, "CURVE", (0.05, 0.2, 0.25, 0.5, 0.75, 1.0))
     for seed in range(3):
         write_run(tmp_path, setting, quality.PAPER, seed, [10, 400, 700])           # without what is looked up
     for seed in (0, 2, 4):
@@ -64,7 +65,7 @@ def test_heldout_values_are_kept_for_one_text_and_measured_anew_for_another(tmp_
 
     monkeypatch.setattr(quality.Fitness, "measure", counting)
     args = SimpleNamespace(out=tmp_path, model_name_or_path=str(checkpoint), data="stdlib", eval_tokens=128,
-                           sequence_length=32)
+                           sequence_length=32, dtype="auto")
     setting, candidates = quality.Setting("depth", 0.5), [json.dumps(" ".join(words)) for words in (
         ["none"] * 6, ["attn", *["none"] * 5], ["mlp", *["none"] * 5])]
     values = quality.heldout(setting, candidates[:2], args)
@@ -74,6 +75,9 @@ def test_heldout_values_are_kept_for_one_text_and_measured_anew_for_another(tmp_
     args.eval_tokens = 256
     assert quality.heldout(setting, candidates[1:2], args)[candidates[1]] != values[candidates[1]]
     assert measured == [2, 1, 1]
+    args.dtype = "bfloat16"
+    assert quality.heldout(setting, candidates[1:2], args)[candidates[1]] != values[candidates[1]]
+    assert measured == [2, 1, 1, 1]
 
 
 def test_folder_with_results_of_other_flags_is_refused(tmp_path):
