@@ -201,12 +201,17 @@ def test_a_tie_is_decided_by_the_mean_once_the_limit_or_the_text_is_at_its_end()
             assert table.spent == run and measurements.difference(("c",), ("p",))[2] == 40 + run / 2
 
 
+def test_text_is_added_bit_by_bit():
+    table, measurements = search_of(c=[3.0, 1.0] * 2 + [1.0] * 16, p=[2.0] * 20)
+    assert select(measurements, "c", "p", 10**6)[0] == "c" and table.spent == 2 * 40
+
+
 def test_with_several_parents_each_is_displaced_only_by_one_that_is_better():
     table, measurements = search_of(a=[1.0] * 20, b=[2.0] * 20, c=[1.5] * 20, d=[3.0] * 20)
     assert select(measurements, "ac", "bd", 200)[0] == "ac"
     assert select(measurements, "ad", "bc", 200)[0] == "ab"
-    assert select(measurements, "db", "cb", 200)[0] == "cb"
-    assert select(measurements, "ba", "ba", 200)[0] == "ba" and table.spent == 0
+    assert select(measurements, "bd", "ac", 200)[0] == "ac"
+    assert select(measurements, "ab", "ab", 200)[0] == "ab" and table.spent == 0
 
 
 def test_searching_for_the_worst_the_higher_is_confirmed():
@@ -219,14 +224,17 @@ def test_what_is_not_finite_displaces_nothing():
     _, measurements = search_of(a=[1.0] * 20, b=[2.0] * 4 + [math.nan] * 16, c=[0.5, 1.6, 0.4, 1.5] + [math.inf] * 16)
     assert select(measurements, "c", "a", 10**6)[0] == "a"
     assert select(measurements, "a", "b", 10**6)[0] == "a"
+    _, measurements = search_of(a=[1.0] * 20, b=[0.5, 1.6, 0.4, 1.5] + [math.nan] * 16)
+    assert select(measurements, "b", "a", 10**6)[0] == "a"
 
 
 @pytest.mark.parametrize("module, own", [
-    (evo_drop, ["--sparsity", "0.34"]), (evo_unstructured, ["--sparse_weights_path", "sparse"]),
+    (evo_drop, ["--sparsity", "0.34"]), (evo_drop, ["--sparsity", "0.34", "--invert_fitness"]),
+    (evo_unstructured, ["--sparse_weights_path", "sparse"]),
     (evo_quant, ["--quant_weights_path", "quant", "--target_bitwidth", "2.5"])])
 def test_in_a_search_parents_are_displaced_by_what_is_clearly_better_or_better_on_all_text(
         checkpoint, databases, tmp_path, monkeypatch, module, own):
-    outcomes, confirm = [], module.confirmed
+    outcomes, confirm, sign = [], module.confirmed, -1 if "--invert_fitness" in own else 1
 
     def recording(survivors, parents, measurements, *rest):
         found = confirm(survivors, parents, measurements, *rest)
@@ -234,7 +242,7 @@ def test_in_a_search_parents_are_displaced_by_what_is_clearly_better_or_better_o
         if asked != parents[0]:
             difference, error, seen = measurements.difference(asked, parents[0])
             assert abs(difference) > error or seen == 512
-            assert after == (asked if difference < 0 else parents[0])
+            assert after == (asked if sign * difference < 0 else parents[0])
             outcomes.append((after == asked, seen))
         return found
 

@@ -3,6 +3,9 @@
 A parent competes in the last selection step of every generation, on another minibatch of the same calibration text.
 Fitness is a mean over documents, each of which gives the same value whatever it is measured together with; so what a
 parent has seen in earlier generations is looked up, and only the rest is run. The search is the same, for fewer tokens.
+
+Minibatches are small, and where candidates are nearly equal, the last step's is a lottery that some offspring wins in
+every generation. `confirmed` has it show that it is better than its parent on more of what the parent has seen.
 """
 import math
 import random
@@ -93,8 +96,8 @@ class Measurements:
 def confirmed(survivors: Sequence[tuple[float, Candidate]], parents: Sequence[Candidate], measurements: Measurements,
               measure: Callable[[Row, list[Candidate]], object], num_tokens: int, limit: int, rng: random.Random,
               sign: int = 1) -> list[tuple[float, Candidate]]:
-    """(fitness, candidate) of the survivors of a last selection step, parents back in the places of those that are not
-    seen to be better; fitness is the mean over all that a candidate has seen.
+    """(fitness, candidate) of the survivors of a last selection step, best first, with parents back in the places of
+    those that are not seen to be better; fitness is the mean over all that a candidate has seen.
 
     A survivor and the parent that it displaces are compared on all documents that both have seen. While the difference
     is within its standard error, `measure` runs both on `num_tokens` more, up to `limit` tokens in all; then the mean
@@ -112,4 +115,4 @@ def confirmed(survivors: Sequence[tuple[float, Candidate]], parents: Sequence[Ca
                 break
             measure(further, [candidate, displaced[0]])
         kept.append((sign * measurements.estimate(candidate), candidate))
-    return kept[::-1]
+    return sorted(kept, key=lambda pair: pair[0])
