@@ -7,8 +7,8 @@ Three tasks at two budgets each, the demo model by default: 16 offspring, 4 of t
 parent on 4,096. Every seed draws other calibration text; all are evaluated on the same held-out text, at shares of the
 tokens that the paper's way spends in all. Its tokens are counted as in the paper, candidates times tokens; of the others
 all that are run, with the measurements that a start needs and without what is looked up. Those end after half of the
-generations, and stay as they are from there on. Finished runs are not run again, and --report makes table and picture
-from those there are.
+generations, and stay as they are from there on; of a longer run, the first ones are the same. Finished runs are not run
+again, and --report makes table and picture from those there are.
 """
 import argparse
 import json
@@ -17,6 +17,7 @@ import multiprocessing
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -46,16 +47,17 @@ GENERATION_TOKENS = sum(map(math.prod, zip((OFFSPRING, *SURVIVORS[:-1]), TOKENS)
 PAPER, OURS = "paper's way", "ours"
 RANDOM = ["--initially_generated", 32, "--initial_tokens", 1024]
 SCREEN, REFINE, CONFIRM = ["--screen", 4], ["--refine", 2], ["--confirm", 32768]
-LEVELS = {"depth": [], "sparsity": [*SCREEN, *REFINE], "bits": SCREEN}     # what helps beside a start and confirming
+OWN = {"depth": CONFIRM, "sparsity": [*SCREEN, *REFINE], "bits": SCREEN}   # what helps beside a measured start
 VARIANTS = {PAPER: RANDOM,
-            OURS: ["--init", "measured", *CONFIRM],                        # and LEVELS
-            "ours without confirming": ["--init", "measured"],             # and LEVELS
+            OURS: ["--init", "measured"],                                  # and OWN
+            "ours and confirming": ["--init", "measured", *CONFIRM],       # and OWN
             "start and screening": ["--init", "measured", *SCREEN],
             "measured start alone": ["--init", "measured"],
             "screening alone": [*RANDOM, *SCREEN],
             "confirming alone": [*RANDOM, *CONFIRM]}
 SHARES = (0.05, 0.1, 0.25, 0.5, 1.0)                # columns of the table
 CURVE = (0.05, 0.1, 0.15, 0.2, 0.25, 0.5, 1.0)
+ENDS = (0.25, 0.5, 1.0)                             # of what the two are compared with
 
 
 @dataclass
@@ -79,7 +81,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--bitwidths", type=float, nargs="+", default=[2.25, 2.5], help="averages, for bits")
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.7])
     parser.add_argument("--variants", nargs="+", default=[PAPER, OURS], choices=list(VARIANTS),
-                        help="to run; the table has all that there are")
+                        help="to run and to show beside the paper's way")
     parser.add_argument("--measure_tokens", type=int, nargs=2, default=[512, 256], metavar=("DEPTH", "LEVELS"),
                         help="--initial_tokens of measured starts (default: such that one takes at most 5%% of what the "
                              "paper's way spends)")
@@ -140,7 +142,7 @@ def search(setting: Setting, variant: str, seed: int, args: argparse.Namespace) 
     if args.compile:
         flags += ["--compile"]
     if variant.startswith(OURS):
-        flags += LEVELS[setting.task]
+        flags += OWN[setting.task]
     if "measured" in VARIANTS[variant]:
         flags += ["--initial_tokens", args.measure_tokens[levels]]
     if setting.task == "depth":
@@ -159,9 +161,11 @@ def search(setting: Setting, variant: str, seed: int, args: argparse.Namespace) 
 # ---- held-out evaluation ---------------------------------------------------------------------------------------------
 
 
-def records(folder: Path, variant: str) -> list[dict]:
-    """A run's log; of the paper's way with the tokens that it asks for, whether they were looked up or run."""
-    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+def records(folder: Path, variant: str, generations: Sequence[int]) -> list[dict]:
+    """A run's log, up to the last of its generations; of the paper's way with the tokens that it asks for, whether they
+    were looked up or run."""
+    log = [record for line in (folder / "log.jsonl").read_text().splitlines()
+           if (record := json.loads(line))["generation"] <= generations[variant != PAPER]]
     if variant == PAPER:
         for record in log:
             record["tokens"] = log[0]["tokens"] + record["generation"] * GENERATION_TOKENS
@@ -205,16 +209,17 @@ def curves(setting: Setting, args: argparse.Namespace) -> dict[str, list[dict[fl
     """Variant -> of every seed that it and the paper's way have finished: share of the paper's tokens -> held-out KL.
 
     A curve begins with the share that its first candidate took."""
-    logs = {variant: {seed: records(folder, variant) for seed in range(args.seeds)
+    logs = {variant: {seed: records(folder, variant, args.generations) for seed in range(args.seeds)
                       if ((folder := folder_of(setting, variant, seed, args.out)) / "summary.json").exists()}
-            for variant in VARIANTS}
+            for variant in dict.fromkeys([PAPER, *args.variants])}
     found: dict[str, list[dict[float, str]]] = {}
     for variant, runs in logs.items():
         for seed in sorted(set(runs) & set(logs[PAPER])):
             total = logs[PAPER][seed][-1]["tokens"]
             first = runs[seed][0]["tokens"]
             points = {first / total: candidate_at(runs[seed], first)} | {
-                share: candidate_at(runs[seed], share * total) for share in CURVE if share * total > first}
+                share: candidate_at(runs[seed], share * total) for share in (CURVE if variant in (PAPER, OURS) else ENDS)
+                if share * total > first}
             found.setdefault(variant, []).append(points)
     values = heldout(setting, [c for runs in found.values() for points in runs for c in points.values()], args)
     return {variant: [{share: values[candidate] for share, candidate in points.items()} for points in runs]

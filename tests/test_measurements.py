@@ -211,6 +211,8 @@ def test_with_several_parents_each_is_displaced_only_by_one_that_is_better():
     assert select(measurements, "ac", "bd", 200)[0] == "ac"
     assert select(measurements, "ad", "bc", 200)[0] == "ab"
     assert select(measurements, "bd", "ac", 200)[0] == "ac"
+    _, measurements = search_of(a=[1.0] * 20, b=[1.2] * 20, c=[2.5] * 20, d=[3.0] * 20)
+    assert select(measurements, "bd", "ac", 200)[0] == "ab"
     assert select(measurements, "ab", "ab", 200)[0] == "ab" and table.spent == 0
 
 

@@ -40,11 +40,12 @@ def test_curves_compare_each_search_with_the_papers_way_on_the_seeds_that_both_h
     for seed in range(3):
         write_run(tmp_path, setting, quality.PAPER, seed, [10, 400, 700])           # without what is looked up
     for seed in (0, 2, 4):
-        write_run(tmp_path, setting, quality.OURS, seed, [50, 250, 2000])
+        write_run(tmp_path, setting, quality.OURS, seed, [50, 250, 900])             # the last generation is too many
     quality.folder_of(setting, "screening alone", 0, tmp_path).mkdir()           # unfinished
     monkeypatch.setattr(quality, "heldout", lambda _, candidates, __: {
         c: sum(x * y for x, y in zip(json.loads(c), (100, 1))) for c in candidates})
-    found = quality.curves(setting, SimpleNamespace(seeds=5, out=tmp_path, variants=list(quality.VARIANTS)))
+    found = quality.curves(setting, SimpleNamespace(seeds=5, out=tmp_path, generations=[60, 1],
+                                                    variants=[quality.OURS, "screening alone"]))
     assert list(found) == [quality.PAPER, quality.OURS] and [len(runs) for runs in found.values()] == [3, 2]
     second = found[quality.OURS][1]
     assert min(second) == 0.05 and second[0.2] == 200 and second[0.25] == second[1.0] == 201
