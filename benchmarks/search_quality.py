@@ -5,8 +5,8 @@
 
 Three tasks at two budgets each, the demo model by default: 16 offspring, 4 of them on 1,024 tokens after 256, 2 and the
 parent on 4,096. Every seed draws other calibration text; all are evaluated on the same held-out text, at shares of the
-tokens that the paper's way spends in all. Its tokens are counted as in the paper, candidates times tokens; of the others
-all that are run, with the measurements that a start needs and without what is looked up. Those end after half of the
+tokens that the paper's way spends in all. Those are counted as in the paper, candidates times tokens; of the others all
+that are run, with the measurements that a start needs and without what is looked up. The others end after half of the
 generations, and stay as they are from there on; of a longer run, the first ones are the same. Finished runs are not run
 again, and --report makes table and picture from those there are.
 """
@@ -83,8 +83,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--variants", nargs="+", default=[PAPER, OURS], choices=list(VARIANTS),
                         help="to run and to show beside the paper's way")
     parser.add_argument("--measure_tokens", type=int, nargs=2, default=[512, 256], metavar=("DEPTH", "LEVELS"),
-                        help="--initial_tokens of measured starts (default: such that one takes at most 5%% of what the "
-                             "paper's way spends)")
+                        help="--initial_tokens of measured starts (default: such that one takes at most 5%% of what "
+                             "the paper's way spends)")
     parser.add_argument("--calibration_tokens", type=int, nargs=2, default=[131072, 32768], metavar=("DEPTH", "LEVELS"),
                         help="for depth evo_drop.py's own: the best on fewer is not the best on other text")
     parser.add_argument("--sequence_length", type=int, default=256)
@@ -217,9 +217,9 @@ def curves(setting: Setting, args: argparse.Namespace) -> dict[str, list[dict[fl
         for seed in sorted(set(runs) & set(logs[PAPER])):
             total = logs[PAPER][seed][-1]["tokens"]
             first = runs[seed][0]["tokens"]
+            shares = CURVE if variant in (PAPER, OURS) else ENDS
             points = {first / total: candidate_at(runs[seed], first)} | {
-                share: candidate_at(runs[seed], share * total) for share in (CURVE if variant in (PAPER, OURS) else ENDS)
-                if share * total > first}
+                share: candidate_at(runs[seed], share * total) for share in shares if share * total > first}
             found.setdefault(variant, []).append(points)
     values = heldout(setting, [c for runs in found.values() for points in runs for c in points.values()], args)
     return {variant: [{share: values[candidate] for share, candidate in points.items()} for points in runs]
