@@ -1,5 +1,6 @@
 """Killed, without room and fed damaged files: a few trials of each kind that benchmarks/reliability.py makes many
 of."""
+import multiprocessing
 import os
 import random
 import signal
@@ -38,6 +39,7 @@ def test_progress_bar_of_a_killed_program_holds_up_no_other(place, monkeypatch):
         lock.acquire()
         os.kill(os.getpid(), signal.SIGKILL)
 
+    monkeypatch.setattr(TqdmDefaultWriteLock, "mp_lock", multiprocessing.RLock(), raising=False)    # stays locked
     lock = TqdmDefaultWriteLock()
     for kind in (tqdm.std.tqdm, tqdm.auto.tqdm):             # of either kind, this one may have been the first
         monkeypatch.setattr(kind, "_lock", lock, raising=False)
