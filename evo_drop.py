@@ -20,10 +20,10 @@ from utils.configs import DROP_WORDS, read_drop_config, write_drop_config
 from utils.data import calibration_documents, check_minibatches, draw_minibatch, sequence_length
 from utils.evaluation import Evaluation, load_evaluation_documents
 from utils.files import check_writable
-from utils.fitness import Fitness, Row
+from utils.fitness import Fitness
 from utils.flags import (add_calibration_flags, add_evaluation_flags, add_model_flags, add_search_flags,
                          check_search_flags, flag_defaults)
-from utils.measurements import Measurements, confirmed
+from utils.measurements import Measurements
 from utils.model import load_config, load_decoder, load_tokenizer, save_dropped
 from utils.runs import (Run, RunError, default_folder, evaluation_rows, format_table, open_wandb, plot_search,
                         rng_state, set_rng_state, user_errors)
@@ -361,20 +361,17 @@ def main(argv: list[str] | None = None) -> dict:
                                 not args.no_reuse)
     model = AdditiveModel([(False, True) for _ in space.units]) if args.screen > 1 else None
 
-    sign = -1 if args.invert_fitness else 1
-
-    def measure(candidates: list[Candidate], num_tokens: int) -> list[tuple[float, Candidate]]:
-        return measure_on(draw_minibatch(documents, num_tokens, rng), candidates)
-
-    def measure_on(minibatch: Row, candidates: list[Candidate]) -> list[tuple[float, Candidate]]:
+    def measure(candidates: list[Candidate], num_tokens: int, minibatch: list[tuple[int, int]] | None = None
+                ) -> list[tuple[float, Candidate]]:
         """(fitness, candidate), best first; what is not finite is last whatever is searched for."""
         nonlocal tokens_spent
-        values, spent = measurements.measure(candidates, minibatch)
+        values, spent = measurements.measure(candidates, minibatch or draw_minibatch(documents, num_tokens, rng))
         tokens_spent += spent
+        sign = -1 if args.invert_fitness else 1
         ranked = sorted(((sign * value if math.isfinite(value) else math.inf, candidate)
                          for value, candidate in zip(values, candidates)), key=lambda pair: pair[0])
         if model:
-            model.observe(ranked, sum(length for _, length in minibatch))
+            model.observe(ranked, num_tokens)
         return ranked
 
     def checkpoint(generation: int) -> None:
@@ -399,7 +396,7 @@ def main(argv: list[str] | None = None) -> dict:
         if args.init == "measured":
             minibatch = draw_minibatch(documents, args.initial_tokens, rng)
             candidate, errors = measured_candidate(space, lambda candidates: {
-                c: value for value, c in measure_on(minibatch, candidates)}, rng)
+                c: value for value, c in measure(candidates, args.initial_tokens, minibatch=minibatch)}, rng)
             initial = [candidate] if candidate else initial
             if model:
                 model.expect(errors)
@@ -428,9 +425,6 @@ def main(argv: list[str] | None = None) -> dict:
         if model:
             offspring = model.screen(offspring, args.offspring, rng)
         survivors = select(offspring, population, steps, measure, args.strategy)
-        if args.confirm:
-            survivors = confirmed(survivors, population, measurements, measure_on, steps[-1][1], args.confirm, rng,
-                                  sign)
         population, best = [candidate for _, candidate in survivors], survivors[0][0]
         measurements.keep(population)
 

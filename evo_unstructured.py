@@ -26,10 +26,10 @@ from utils.configs import check_configuration_name, write_level_config
 from utils.data import calibration_documents, check_minibatches, draw_minibatch, sequence_length
 from utils.evaluation import Evaluation, load_evaluation_documents
 from utils.files import check_writable
-from utils.fitness import Fitness, Row
+from utils.fitness import Fitness
 from utils.flags import (add_calibration_flags, add_evaluation_flags, add_model_flags, add_search_flags,
                          check_search_flags, flag_defaults)
-from utils.measurements import Measurements, confirmed
+from utils.measurements import Measurements
 from utils.model import load_config, load_decoder, load_tokenizer
 from utils.runs import (Run, RunError, default_folder, evaluation_rows, format_table, open_wandb, plot_search,
                         rng_state, set_rng_state, user_errors)
@@ -273,16 +273,13 @@ def main(argv: list[str] | None = None) -> dict:
     measurements = Measurements(fitness, states, args.fitness_fn, not args.no_reuse)
 
     def measure(candidates: list[Candidate], num_tokens: int) -> list[tuple[float, Candidate]]:
-        return measure_on(draw_minibatch(documents, num_tokens, rng), candidates)
-
-    def measure_on(minibatch: Row, candidates: list[Candidate]) -> list[tuple[float, Candidate]]:
         """(fitness, candidate), best first."""
         nonlocal tokens_spent
-        values, spent = measurements.measure(candidates, minibatch)
+        values, spent = measurements.measure(candidates, draw_minibatch(documents, num_tokens, rng))
         tokens_spent += spent
         ranked = sorted(zip(values, candidates), key=lambda pair: pair[0])
         if model:
-            model.observe(ranked, sum(length for _, length in minibatch))
+            model.observe(ranked, num_tokens)
         return ranked
 
     def checkpoint(generation: int) -> None:
@@ -346,8 +343,6 @@ def main(argv: list[str] | None = None) -> dict:
             print("no other candidate meets the budget: nothing to search")
             break
         survivors = select(offspring, population, steps, measure, args.strategy)
-        if args.confirm:
-            survivors = confirmed(survivors, population, measurements, measure_on, steps[-1][1], args.confirm, rng)
         population, best = [candidate for _, candidate in survivors], survivors[0][0]
         measurements.keep(population)
 

@@ -424,8 +424,7 @@ def kill_at(monkeypatch, owner, name: str, call: int) -> None:
         (Run, "checkpoint", 1), (Run, "checkpoint", 5), (evo_drop, "write_drop_config", 1), (Run, "summarize", 1)]],
     *[({"sparsity": None, "drop_params": 0.3, "generations": None, **TWO_PARENTS}, *place) for place in [
         (Measurements, "measure", 4), (Run, "checkpoint", 3)]],
-    *[({"init": "measured", "screen": 3, "confirm": 256}, *place) for place in [
-        (Measurements, "measure", 3), (Run, "checkpoint", 4)]]])
+    *[({"init": "measured", "screen": 3}, *place) for place in [(Measurements, "measure", 3), (Run, "checkpoint", 4)]]])
 def test_killed_anywhere_and_resumed_gives_the_same_files(options, owner, name, call, command, tmp_path, monkeypatch):
     evo_drop.main(command("whole", **options))
     with monkeypatch.context() as patch:
@@ -660,11 +659,6 @@ def test_budget_that_makes_no_sense_is_refused(changes, message, refused):
     ({"fixed_mutations": 0}, "--fixed_mutations 0: must be at least 1"),
     ({"generations": -1}, "--generations -1: must be 0 or more"),
     ({"microbatch_tokens": 0}, "--microbatch_tokens 0: must be at least 1"),
-    ({"confirm": -1}, "--confirm -1: must be 0 or more"),
-    ({"confirm": 128}, "--confirm 128: must be more than the 128 tokens of the last --tokens_per_selection"),
-    ({"confirm": 257}, "--confirm 257: .* and at most the 256 --calibration_tokens"),
-    ({"confirm": 256, "strategy": "comma"}, "--confirm 256: .* --strategy comma rules out; leave out one of them"),
-    ({"confirm": 256, "no_reuse": True}, "--confirm 256: .* --no_reuse forgets; leave out one of them"),
 ])
 def test_selection_that_makes_no_sense_is_refused(changes, message, refused):
     refused(message, **changes)

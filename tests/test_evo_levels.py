@@ -249,7 +249,7 @@ def test_tied_blocks_and_max_level_hold_in_every_candidate(checkpoint, databases
             assert sum(abs(level) for block in candidate for level in block) <= 28
 
 
-MEASURED = ["--init", "measured", "--screen", "3", "--confirm", "512"]
+MEASURED = ["--init", "measured", "--screen", "3"]
 
 
 @pytest.mark.parametrize("task, more, call", [("sparse", [], 4), ("quant", [], 4), ("sparse", MEASURED, 12),

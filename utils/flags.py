@@ -85,11 +85,6 @@ def add_search_flags(parser: argparse.ArgumentParser, generations: int | None, o
     group.add_argument("--strategy", choices=["plus", "comma"], default="plus",
                        help="plus: the parents compete in the last selection step; comma: offspring alone survive "
                             "(default: plus)")
-    group.add_argument("--confirm", type=int, default=0, metavar="TOKENS",
-                       help="an offspring takes a parent's place only if it is better on all text that both have seen, "
-                            "by more than the standard error of the difference, or on up to this many tokens, which "
-                            "are run where need be, e.g. 8 times those of the last step (default: 0, the last step "
-                            "decides)")
     group.add_argument("--no_reuse", action="store_true",
                        help="run parents again on documents that they have seen, as the paper's count of tokens has "
                             "it; by default that is looked up, which gives the same")
@@ -125,7 +120,7 @@ def check_search_flags(args: argparse.Namespace) -> None:
         value = getattr(args, flag, None)
         if value is not None and value < 1:
             raise ValueError(f"--{flag} {value}: must be at least 1")
-    for flag in ("generations", "eval_every", "refine", "confirm"):
+    for flag in ("generations", "eval_every", "refine"):
         value = getattr(args, flag, None)
         if value is not None and value < 0:
             raise ValueError(f"--{flag} {value}: must be 0 or more")
@@ -150,16 +145,6 @@ def check_search_flags(args: argparse.Namespace) -> None:
         if value > args.calibration_tokens:
             raise ValueError(f"{flag} {value}: more than the {args.calibration_tokens} --calibration_tokens; raise "
                              f"those or lower it")
-    if args.confirm:
-        if args.strategy == "comma":
-            raise ValueError(f"--confirm {args.confirm}: has offspring compete with parents, which --strategy comma "
-                             f"rules out; leave out one of them")
-        if args.no_reuse:
-            raise ValueError(f"--confirm {args.confirm}: compares on what was measured before, which --no_reuse "
-                             f"forgets; leave out one of them")
-        if not max(tokens) < args.confirm <= args.calibration_tokens:
-            raise ValueError(f"--confirm {args.confirm}: must be more than the {max(tokens)} tokens of the last "
-                             f"--tokens_per_selection and at most the {args.calibration_tokens} --calibration_tokens")
     check_dataset(args.calibration_data, "--calibration_data")
     if not args.no_eval:
         for name in args.eval_datasets:
