@@ -2,9 +2,12 @@
 import argparse
 import json
 import os
+import runpy
 import subprocess
 import sys
+import traceback
 from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 from utils.files import write_atomic
@@ -22,6 +25,25 @@ def run(arguments: list[object], log: Path) -> None:
                               env=environment)
     if done.returncode:
         raise SystemExit(f"{' '.join(map(str, arguments))}\nfailed, see {log}")
+
+
+def run_here(arguments: list[object], log: Path) -> None:
+    """Run one of the scripts with these arguments in this process, where what a script imports has to be imported only
+    once; what it prints goes to `log`. Raises SystemExit where it fails."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    sys.argv = list(map(str, arguments))
+    with log.open("w") as stream, redirect_stdout(stream), redirect_stderr(stream):
+        try:
+            runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")
+            return
+        except SystemExit as error:
+            if error.code in (None, 0):
+                return
+            if isinstance(error.code, str):
+                print(error.code)
+        except Exception:
+            traceback.print_exc()
+    raise SystemExit(f"{' '.join(sys.argv)}\nfailed, see {log}")
 
 
 def claim(folder: Path, args: argparse.Namespace, names: Sequence[str]) -> None:

@@ -6,7 +6,7 @@
 Three tasks at two budgets each, the demo model by default: 16 offspring, 4 of them on 1,024 tokens after 256, 2 and the
 parent on 4,096. Every seed draws other calibration text; all are evaluated on the same held-out text, at shares of the
 tokens that the paper's way spends in all. Those are counted as in the paper, candidates times tokens; of the others all
-that are run, with the measurements that a start needs and without what is looked up. The others end after half of the
+that are run, with the measurements that a start needs and without what is looked up. The others end after fewer
 generations, and stay as they are from there on; of a longer run, the first ones are the same. Finished runs are not run
 again, and --report makes table and picture from those there are.
 """
@@ -14,10 +14,10 @@ import argparse
 import json
 import math
 import multiprocessing
+import os
 import statistics
 import sys
 import time
-from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +29,7 @@ import matplotlib
 import torch
 from matplotlib import pyplot
 
-from benchmarks.programs import claim, run, sparsity_step, write_readme
+from benchmarks.programs import claim, run, run_here, sparsity_step, write_readme
 from database.levels import LevelSwitcher
 from database.store import Database
 from utils.configs import DROP_WORDS
@@ -86,9 +86,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--calibration_tokens", type=int, nargs=2, default=[131072, 32768], metavar=("DEPTH", "LEVELS"),
                         help="for depth evo_drop.py's own: the best on fewer is not the best on other text")
     parser.add_argument("--sequence_length", type=int, default=256)
-    parser.add_argument("--eval_tokens", type=int, default=49152,
-                        help="a third of that misleads: a few documents decide (default: 49152)")
-    parser.add_argument("--generations", type=int, nargs=2, default=[60, 30], metavar=("PAPER", "OTHERS"))
+    parser.add_argument("--eval_tokens", type=int, nargs=2, default=[49152, 32768], metavar=("DEPTH", "LEVELS"),
+                        help="for depth, where candidates differ little, a third of that misleads: a few documents "
+                             "decide")
+    parser.add_argument("--generations", type=int, nargs=3, default=[60, 30, 12], metavar=("PAPER", "DEPTH", "LEVELS"),
+                        help="of the paper's way, and of the others")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("results/search_quality"))
     parser.add_argument("--jobs", type=int, default=1, help="searches at once, and evaluations, one thread each")
@@ -102,6 +104,12 @@ def parse_arguments() -> argparse.Namespace:
 
 
 # ---- runs ------------------------------------------------------------------------------------------------------------
+
+
+def workers(count: int) -> ProcessPoolExecutor:
+    """Processes of one thread each, offline as programs.run's are, and where those are."""
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}      # which they inherit
+    return ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), os.chdir, (ROOT,))
 
 
 def database_of(setting: Setting, out: Path) -> Path:
@@ -127,6 +135,11 @@ def folder_of(setting: Setting, variant: str, seed: int, out: Path) -> Path:
     return out / f"{setting.task}-{setting.budget:g}-{variant.replace(' ', '-').replace(chr(39), '')}-{seed}"
 
 
+def generations_of(setting: Setting, variant: str, args: argparse.Namespace) -> int:
+    paper, depth, levels = args.generations
+    return paper if variant == PAPER else depth if setting.task == "depth" else levels
+
+
 def search(setting: Setting, variant: str, seed: int, args: argparse.Namespace) -> None:
     folder = folder_of(setting, variant, seed, args.out)
     if (folder / "summary.json").exists():
@@ -135,7 +148,7 @@ def search(setting: Setting, variant: str, seed: int, args: argparse.Namespace) 
     flags = ["--model_name_or_path", args.model_name_or_path, "--calibration_data", args.data,
              "--calibration_sequence_length", args.sequence_length,
              "--calibration_tokens", args.calibration_tokens[levels], "--dtype", args.dtype,
-             *SEARCH, *VARIANTS[variant], "--generations", args.generations[variant != PAPER], "--seed", seed,
+             *SEARCH, *VARIANTS[variant], "--generations", generations_of(setting, variant, args), "--seed", seed,
              "--output_dir", folder]
     if args.compile:
         flags += ["--compile"]
@@ -152,18 +165,18 @@ def search(setting: Setting, variant: str, seed: int, args: argparse.Namespace) 
                                             "--target_bitwidth", setting.budget]
         else:
             program, own = "evo_unstructured.py", [*own, "--sparse_weights_path", database_of(setting, args.out)]
-    run([program, *own, *flags], args.out / "logs" / f"{folder.name}.log")
+    run_here([program, *own, *flags], args.out / "logs" / f"{folder.name}.log")
     print(f"{folder.name} done", flush=True)
 
 
 # ---- held-out evaluation ---------------------------------------------------------------------------------------------
 
 
-def records(folder: Path, variant: str, generations: Sequence[int]) -> list[dict]:
+def records(folder: Path, variant: str, generations: int) -> list[dict]:
     """A run's log, up to the last of its generations; of the paper's way with the tokens that it asks for, whether they
     were looked up or run."""
     log = [record for line in (folder / "log.jsonl").read_text().splitlines()
-           if (record := json.loads(line))["generation"] <= generations[variant != PAPER]]
+           if (record := json.loads(line))["generation"] <= generations]
     if variant == PAPER:
         for record in log:
             record["tokens"] = log[0]["tokens"] + record["generation"] * GENERATION_TOKENS
@@ -180,14 +193,15 @@ def heldout(setting: Setting, candidates: list[str], args: argparse.Namespace) -
     """KL divergence, in nats a token, of candidates as the log writes them. Those evaluated before are kept in a
     file."""
     path = args.out / f"KL-{setting.task}-{setting.budget:g}.json"
-    text = [args.model_name_or_path, args.data, args.eval_tokens, args.sequence_length, args.dtype]
+    tokens = args.eval_tokens[setting.task != "depth"]
+    text = [args.model_name_or_path, args.data, tokens, args.sequence_length, args.dtype]
     kept = json.loads(path.read_text()) if path.exists() else {}
     values = kept["KL"] if kept.get("text") == text else {}
     missing = sorted({candidate for candidate in candidates if candidate not in values})
     if missing:
         torch.set_num_threads(1)
         tokenizer = load_tokenizer(args.model_name_or_path, True, False)
-        documents = evaluation_documents(args.data, tokenizer, args.eval_tokens, args.sequence_length)
+        documents = evaluation_documents(args.data, tokenizer, tokens, args.sequence_length)
         decoder = load_decoder(args.model_name_or_path, args.dtype, "cpu", None, False)
         if setting.task == "depth":
             def set_block(index: int, state: tuple[bool, bool]) -> None:
@@ -207,7 +221,8 @@ def curves(setting: Setting, args: argparse.Namespace) -> dict[str, list[dict[fl
     """Variant -> of every seed that it and the paper's way have finished: share of the paper's tokens -> held-out KL.
 
     A curve begins with the share that its first candidate took."""
-    logs = {variant: {seed: records(folder, variant, args.generations) for seed in range(args.seeds)
+    logs = {variant: {seed: records(folder, variant, generations_of(setting, variant, args))
+                      for seed in range(args.seeds)
                       if ((folder := folder_of(setting, variant, seed, args.out)) / "summary.json").exists()}
             for variant in dict.fromkeys([PAPER, *args.variants])}
     found: dict[str, list[dict[float, str]]] = {}
@@ -215,7 +230,7 @@ def curves(setting: Setting, args: argparse.Namespace) -> dict[str, list[dict[fl
         for seed in sorted(set(runs) & set(logs[PAPER])):
             total = logs[PAPER][seed][-1]["tokens"]
             first = runs[seed][0]["tokens"]
-            shares = CURVE if variant in (PAPER, OURS) else ENDS
+            shares = {PAPER: SHARES, OURS: CURVE}.get(variant, ENDS)
             points = {first / total: candidate_at(runs[seed], first)} | {
                 share: candidate_at(runs[seed], share * total) for share in shares if share * total > first}
             found.setdefault(variant, []).append(points)
@@ -286,13 +301,14 @@ def main() -> None:
     settings = [Setting(task, budget) for task in args.tasks for budget in budgets[task]]
     began = time.time()
     if not args.report:
+        databases = {database_of(setting, args.out): setting for setting in settings if setting.task != "depth"}
         with ThreadPoolExecutor(args.jobs) as pool:
-            databases = {database_of(setting, args.out): setting for setting in settings if setting.task != "depth"}
-            list(pool.map(lambda setting: build(setting, args), databases.values()))
-            list(pool.map(lambda job: search(*job, args), [(setting, variant, seed) for seed in range(args.seeds)
-                                                           for variant in args.variants for setting in settings]))
+            list(pool.map(partial(build, args=args), databases.values()))
+        with workers(args.jobs) as pool:
+            list(pool.map(partial(search, args=args), *zip(*((setting, variant, seed) for seed in range(args.seeds)
+                                                             for variant in args.variants for setting in settings))))
         print(f"databases and searches took {(time.time() - began) / 60:.1f} min", flush=True)
-    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
+    with workers(args.jobs) as pool:
         found = pool.map(partial(curves, args=args), settings)
         results = {setting.name: of_variants for setting, of_variants in zip(settings, found) if of_variants}
     print(f"all took {(time.time() - began) / 60:.1f} min", flush=True)

@@ -5,8 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from benchmarks import programs
 from benchmarks import search_quality as quality
-from benchmarks.programs import claim, write_readme
+from benchmarks.programs import claim, run_here, write_readme
 
 
 def write_run(out: Path, setting, variant: str, seed: int, tokens: list[int]) -> None:
@@ -37,6 +38,7 @@ def test_curves_compare_each_search_with_the_papers_way_on_the_seeds_that_both_h
     setting = quality.Setting("bits", 2.5)
     monkeypatch.setattr(quality, "GENERATION_TOKENS", 495)
     monkeypatch.setattr(quality, "CURVE", (0.05, 0.2, 0.25, 0.5, 0.75, 1.0))
+    monkeypatch.setattr(quality, "SHARES", (0.05, 0.5, 0.75, 1.0))
     for seed in range(3):
         write_run(tmp_path, setting, quality.PAPER, seed, [10, 400, 700])           # without what is looked up
     for seed in (0, 2, 4):
@@ -44,10 +46,11 @@ def test_curves_compare_each_search_with_the_papers_way_on_the_seeds_that_both_h
     quality.folder_of(setting, "screening alone", 0, tmp_path).mkdir()           # unfinished
     monkeypatch.setattr(quality, "heldout", lambda _, candidates, __: {
         c: sum(x * y for x, y in zip(json.loads(c), (100, 1))) for c in candidates})
-    found = quality.curves(setting, SimpleNamespace(seeds=5, out=tmp_path, generations=[60, 1],
+    found = quality.curves(setting, SimpleNamespace(seeds=5, out=tmp_path, generations=[60, 2, 1],
                                                     variants=[quality.OURS, "screening alone"]))
     assert list(found) == [quality.PAPER, quality.OURS] and [len(runs) for runs in found.values()] == [3, 2]
     second = found[quality.OURS][1]
+    assert sorted(found[quality.PAPER][1]) == [0.01, 0.05, 0.5, 0.75, 1.0]
     assert min(second) == 0.05 and second[0.2] == 200 and second[0.25] == second[1.0] == 201
     assert [found[quality.PAPER][1][share] for share in (0.01, 0.05, 0.5, 0.75, 1.0)] == [100, 100, 100, 101, 102]
     table = quality.table({setting.name: found})
@@ -65,7 +68,7 @@ def test_heldout_values_are_kept_for_one_text_and_measured_anew_for_another(tmp_
         return measure(self, candidates, *rest)
 
     monkeypatch.setattr(quality.Fitness, "measure", counting)
-    args = SimpleNamespace(out=tmp_path, model_name_or_path=str(checkpoint), data="stdlib", eval_tokens=128,
+    args = SimpleNamespace(out=tmp_path, model_name_or_path=str(checkpoint), data="stdlib", eval_tokens=[128, 2],
                            sequence_length=32, dtype="auto")
     setting, candidates = quality.Setting("depth", 0.5), [json.dumps(" ".join(words)) for words in (
         ["none"] * 6, ["attn", *["none"] * 5], ["mlp", *["none"] * 5])]
@@ -73,7 +76,7 @@ def test_heldout_values_are_kept_for_one_text_and_measured_anew_for_another(tmp_
     assert values[candidates[0]] == pytest.approx(0, abs=1e-6) and values[candidates[1]] > 1e-4
     again = quality.heldout(setting, candidates, args)
     assert measured == [2, 1] and again[candidates[1]] == values[candidates[1]]
-    args.eval_tokens = 256
+    args.eval_tokens = [256, 2]
     assert quality.heldout(setting, candidates[1:2], args)[candidates[1]] != values[candidates[1]]
     assert measured == [2, 1, 1]
     args.dtype = "bfloat16"
@@ -100,3 +103,22 @@ def test_readme_gets_the_text_between_its_marks_and_none_without_them(tmp_path):
         with pytest.raises(SystemExit, match=f"--write_readme {name}: README.md has no marks <!-- {name} -->"):
             write_readme(name, "text", readme)
     assert "text" not in readme.read_text()
+
+
+def test_script_run_in_this_process_writes_to_its_log_and_fails_as_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(programs, "ROOT", tmp_path)
+    monkeypatch.setattr("sys.argv", ["pytest"])
+    script, log = tmp_path / "script.py", tmp_path / "logs" / "script.log"
+    for body, printed in [("print(*sys.argv[1:])", "--seed 3\n"),
+                          ("print('to stderr', file=sys.stderr)", "to stderr\n"),
+                          ("print('done'); sys.exit(0)", "done\n"), ("if __name__ == '__main__': print(1)", "1\n")]:
+        script.write_text(f"import sys\n{body}\n")
+        run_here(["script.py", "--seed", 3], log)
+        assert log.read_text() == printed
+    for body, printed in [("sys.exit('error: --seed 3: no')", "error: --seed 3: no"), ("sys.exit(2)", ""),
+                          ("raise ValueError('why')", "ValueError: why")]:
+        script.write_text(f"import sys\n{body}\n")
+        with pytest.raises(SystemExit, match=f"script.py --seed 3\nfailed, see {log}"):
+            run_here(["script.py", "--seed", 3], log)
+        assert printed in log.read_text()
+    assert capsys.readouterr() == ("", "")
