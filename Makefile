@@ -20,9 +20,9 @@ test: setup
 	    -o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true
 
 clean:
-	rm -rf .venv results runs
+	rm -rf .venv
 
 # every table script on the demo model, scaled down: for a nightly run
 tables-small: setup
 	for script in scripts/table_*.sh scripts/ablation_mutation.sh scripts/superfast.sh scripts/nonmonotonicity.sh \
-	    scripts/convergence.sh; do SMALL=1 bash $$script || exit 1; done
+	    scripts/convergence.sh; do PYTHON=.venv/bin/python SMALL=1 bash $$script || exit 1; done

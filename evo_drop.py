@@ -17,7 +17,8 @@ from pathlib import Path
 
 from utils import distributed
 from utils.configs import DROP_WORDS, read_drop_config, write_drop_config
-from utils.data import calibration_documents, check_minibatches, draw_minibatch, sequence_length
+from utils.data import (calibration_documents, check_minibatches, documents_sha256, draw_minibatch,
+                        sequence_length)
 from utils.evaluation import Evaluation, load_evaluation_documents
 from utils.files import check_writable
 from utils.fitness import Fitness
@@ -327,7 +328,9 @@ def main(argv: list[str] | None = None) -> dict:
                   defaults=flag_defaults(make_parser()))
         if run.state and num_blocks:
             run.default_to(default_generations(space, run.state["start"][0], num_blocks))
-        if run.finished:
+        results = ((args.drop_config_dir, "layer_drop_config.txt"), (args.save_dir, "config.json"))
+        missing = [file for folder, file in results if folder and not Path(folder, file).exists()]
+        if run.finished and not missing:
             print(f"{run.folder}: this search is finished; raise --generations to go on, or give another --output_dir")
             return run.summary()
         for folder in filter(None, (args.drop_config_dir, args.save_dir)):
@@ -339,9 +342,10 @@ def main(argv: list[str] | None = None) -> dict:
                                           sequence_length(args.calibration_sequence_length, config,
                                                           "--calibration_sequence_length"), args.seed)
         check_minibatches(documents, [args.initial_tokens, *args.tokens_per_selection])
+        run.check_inputs(calibration_data=documents_sha256(documents))
         evaluation_sets = {} if args.no_eval else load_evaluation_documents(
             args.eval_datasets, tokenizer, args.eval_tokens,
-            sequence_length(args.eval_sequence_length, config, "--eval_sequence_length"))
+            sequence_length(args.eval_sequence_length, config, "--eval_sequence_length"), args.eval_every)
         decoder = load_decoder(args.model_name_or_path, args.dtype, args.device, args.attn_implementation,
                                args.trust_remote_code, args.cpu_offload_modules, args.compile)
         blocks = decoder.blocks
@@ -415,8 +419,9 @@ def main(argv: list[str] | None = None) -> dict:
     print(f"budget: {describe(space, population[0], blocks)}")
 
     steps = list(zip(args.survivors_per_selection, args.tokens_per_selection))
-    began, tokens_before = time.time(), tokens_spent
+    began, searching, tokens_before = time.time(), 0.0, tokens_spent
     for generation in range(first_generation, args.generations + 1):
+        started = time.time()
         offspring = draw_distinct(lambda: mutate(space, population, args.max_mutations, rng, args.fixed_mutations),
                                   args.offspring * args.screen, set(population))
         if not offspring:
@@ -427,13 +432,14 @@ def main(argv: list[str] | None = None) -> dict:
         survivors = select(offspring, population, steps, measure, args.strategy)
         population, best = [candidate for _, candidate in survivors], survivors[0][0]
         measurements.keep(population)
+        searching += time.time() - started
 
         record = {"generation": generation, "fitness": best, "tokens": tokens_spent,
                   "dropped": config_line(space, population[0], len(blocks))}
         if evaluation_sets and args.eval_every and generation % args.eval_every == 0:
             record["evaluation"] = evaluation(space.states(population[0], len(blocks)))
         seconds = time.time() - began
-        rate = (tokens_spent - tokens_before) / seconds
+        rate = (tokens_spent - tokens_before) / searching
         left = seconds / (generation - first_generation + 1) * (args.generations - generation)
         run.log(record, generation=generation, seconds=seconds, tokens_per_second=rate)
         checkpoint(generation)

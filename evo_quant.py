@@ -1,6 +1,6 @@
 """EvoPress, quantization: search the bitwidth of each linear layer (arXiv 2410.14649, Algorithm 1, section 4.3).
 
-    python -m database.gptq --model_name_or_path meta-llama/Meta-Llama-3-8B --bitwidth_options 2 3 4 5 6 --save_dir db
+    python -m database.gptq --model_name_or_path meta-llama/Meta-Llama-3-8B --group_size 128 --perchannel --save_dir db
     python evo_quant.py --model_name_or_path meta-llama/Meta-Llama-3-8B --quant_weights_path db --target_bitwidth 2.5
 
 A candidate is a bitwidth for every layer. Raising one layer and lowering others of the same group keeps the model's
@@ -22,7 +22,8 @@ from database.store import Database
 from utils import distributed
 from utils.allocation import allocate
 from utils.configs import check_configuration_name, write_level_config
-from utils.data import calibration_documents, check_minibatches, draw_minibatch, sequence_length
+from utils.data import (calibration_documents, check_minibatches, documents_sha256, draw_minibatch,
+                        sequence_length)
 from utils.evaluation import Evaluation, load_evaluation_documents
 from utils.files import check_writable
 from utils.fitness import Fitness
@@ -186,18 +187,20 @@ def switch(space: Space, candidate: Candidate, rng: random.Random) -> Candidate 
 
     A group is chosen in proportion to its number of units. None where no group can give what a step up needs.
     """
-    raisable = space.raisable(candidate, math.inf)
-    for raised in rng.sample(raisable, len(raisable)):
-        child = moved(candidate, raised, space.up[raised][candidate[raised]])
-        givers = [i for i, group in enumerate(space.groups) if group == space.groups[raised] and i != raised]
-        while space.slack(child) < 0:
-            lowered = [i for i in givers if space.down[i][child[i]] is not None]
-            if not lowered:
-                break
-            i = rng.choice(lowered)
-            child = moved(child, i, space.down[i][child[i]])
-        else:
-            return fill_budget(space, child, rng)
+    raisable = set(space.raisable(candidate, math.inf))
+    units = rng.sample(range(len(space.units)), len(space.units))
+    for group in dict.fromkeys(space.groups[i] for i in units):
+        for raised in (i for i in units if i in raisable and space.groups[i] == group):
+            child = moved(candidate, raised, space.up[raised][candidate[raised]])
+            givers = [i for i, own in enumerate(space.groups) if own == group and i != raised]
+            while space.slack(child) < 0:
+                lowered = [i for i in givers if space.down[i][child[i]] is not None]
+                if not lowered:
+                    break
+                i = rng.choice(lowered)
+                child = moved(child, i, space.down[i][child[i]])
+            else:
+                return fill_budget(space, child, rng)
     return None
 
 
@@ -289,9 +292,10 @@ def main(argv: list[str] | None = None) -> dict:
                                           sequence_length(args.calibration_sequence_length, config,
                                                           "--calibration_sequence_length"), args.seed)
         check_minibatches(documents, [args.initial_tokens, *args.tokens_per_selection])
+        run.check_inputs(calibration_data=documents_sha256(documents), quant_weights_path=database.sha256)
         evaluation_sets = {} if args.no_eval else load_evaluation_documents(
             args.eval_datasets, tokenizer, args.eval_tokens,
-            sequence_length(args.eval_sequence_length, config, "--eval_sequence_length"))
+            sequence_length(args.eval_sequence_length, config, "--eval_sequence_length"), args.eval_every)
         decoder = load_decoder(args.model_name_or_path, args.dtype, args.device, args.attn_implementation,
                                args.trust_remote_code, args.cpu_offload_modules, args.compile)
         switcher = LevelSwitcher(decoder, database, args.level_cache_gb)
@@ -366,8 +370,9 @@ def main(argv: list[str] | None = None) -> dict:
     print(f"budget: {describe(space, population[0], database)}")
 
     steps = list(zip(args.survivors_per_selection, args.tokens_per_selection))
-    began, tokens_before = time.time(), tokens_spent
+    began, searching, tokens_before = time.time(), 0.0, tokens_spent
     for generation in range(first_generation, args.generations + 1):
+        started = time.time()
         offspring = draw_distinct(lambda: mutate(space, population, args.max_mutations, rng, args.fixed_mutations),
                                   args.offspring * args.screen, set(population))
         if not offspring:
@@ -378,12 +383,13 @@ def main(argv: list[str] | None = None) -> dict:
         survivors = select(offspring, population, steps, measure, args.strategy)
         population, best = [candidate for _, candidate in survivors], survivors[0][0]
         measurements.keep(population)
+        searching += time.time() - started
 
         record = {"generation": generation, "fitness": best, "tokens": tokens_spent, "levels": population[0]}
         if evaluation_sets and args.eval_every and generation % args.eval_every == 0:
             record["evaluation"] = evaluation(states(population[0]))
         seconds = time.time() - began
-        rate = (tokens_spent - tokens_before) / seconds
+        rate = (tokens_spent - tokens_before) / searching
         left = seconds / (generation - first_generation + 1) * (args.generations - generation)
         run.log(record, generation=generation, seconds=seconds, tokens_per_second=rate)
         checkpoint(generation)

@@ -23,7 +23,8 @@ from database.store import Database
 from utils import distributed
 from utils.allocation import allocate
 from utils.configs import check_configuration_name, write_level_config
-from utils.data import calibration_documents, check_minibatches, draw_minibatch, sequence_length
+from utils.data import (calibration_documents, check_minibatches, documents_sha256, draw_minibatch,
+                        sequence_length)
 from utils.evaluation import Evaluation, load_evaluation_documents
 from utils.files import check_writable
 from utils.fitness import Fitness
@@ -123,9 +124,11 @@ def start_candidate(space: Space, rng: random.Random) -> Candidate | None:
 
 
 def random_candidate(space: Space, rng: random.Random) -> Candidate | None:
-    """As many random switches from the start as there are units. None where one of them is not drawn."""
-    start = start_candidate(space, rng)
-    return start and mutate(space, [start], 1, rng, fixed_mutations=len(space.units))
+    """As many random switches from the start as there are units, without those that are not drawn."""
+    candidate = start_candidate(space, rng)
+    for _ in range(len(space.units) if candidate else 0):
+        candidate = switch(space, candidate, rng) or candidate
+    return candidate
 
 
 def allocated_candidates(space: Space, estimates: list[list[dict[int, float]]]) -> list[Candidate]:
@@ -246,9 +249,10 @@ def main(argv: list[str] | None = None) -> dict:
                                           sequence_length(args.calibration_sequence_length, config,
                                                           "--calibration_sequence_length"), args.seed)
         check_minibatches(documents, [args.initial_tokens, *args.tokens_per_selection])
+        run.check_inputs(calibration_data=documents_sha256(documents), sparse_weights_path=database.sha256)
         evaluation_sets = {} if args.no_eval else load_evaluation_documents(
             args.eval_datasets, tokenizer, args.eval_tokens,
-            sequence_length(args.eval_sequence_length, config, "--eval_sequence_length"))
+            sequence_length(args.eval_sequence_length, config, "--eval_sequence_length"), args.eval_every)
         decoder = load_decoder(args.model_name_or_path, args.dtype, args.device, args.attn_implementation,
                                args.trust_remote_code, args.cpu_offload_modules, args.compile)
         switcher = LevelSwitcher(decoder, database, args.level_cache_gb)
@@ -323,8 +327,9 @@ def main(argv: list[str] | None = None) -> dict:
     print(f"budget: {describe(space, population[0], database)}")
 
     steps = list(zip(args.survivors_per_selection, args.tokens_per_selection))
-    began, tokens_before = time.time(), tokens_spent
+    began, searching, tokens_before = time.time(), 0.0, tokens_spent
     for generation in range(first_generation, args.generations + 1):
+        started = time.time()
         offspring = []
         if generation <= args.refine:
             num_tokens = min(args.calibration_tokens, REFINE_TOKENS * args.initial_tokens)
@@ -345,12 +350,13 @@ def main(argv: list[str] | None = None) -> dict:
         survivors = select(offspring, population, steps, measure, args.strategy)
         population, best = [candidate for _, candidate in survivors], survivors[0][0]
         measurements.keep(population)
+        searching += time.time() - started
 
         record = {"generation": generation, "fitness": best, "tokens": tokens_spent, "levels": population[0]}
         if evaluation_sets and args.eval_every and generation % args.eval_every == 0:
             record["evaluation"] = evaluation(states(population[0]))
         seconds = time.time() - began
-        rate = (tokens_spent - tokens_before) / seconds
+        rate = (tokens_spent - tokens_before) / searching
         left = seconds / (generation - first_generation + 1) * (args.generations - generation)
         run.log(record, generation=generation, seconds=seconds, tokens_per_second=rate)
         checkpoint(generation)

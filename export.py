@@ -229,6 +229,8 @@ def write_checkpoint(folder: Path, model: nn.Module, tokenizer, quantized: Mappi
     odd = [name for name, layer in quantized.items() if layer.codes.shape[0] % 32]
     notes = [f"vLLM's kernels take output sizes that are multiples of 32; {len(odd)} quantized layers (first {odd[0]}) "
              f"are not."] if odd else []
+    notes.append("Written for compressed-tensors 0.18 and read back with transformers 5.20. transformers 5.23 does not "
+                 "load layers of different bitwidths, or gives all of them the first one's.")
     if model.dtype == torch.bfloat16:
         notes.append("Scales are float16, and loading in bfloat16, this file's default, rounds them; load it in "
                      "float16 or float32, or export with that --dtype, for the weights to the bit.")

@@ -22,7 +22,7 @@ from database.store import Database
 from utils.allocation import allocate
 from utils.configs import write_level_config
 from utils.files import check_writable, write_atomic
-from utils.fitness import Fitness
+from utils.fitness import Fitness, default_microbatch_tokens
 from utils.flags import add_calibration_flags, add_model_flags
 from utils.model import load_config
 from utils.runs import RunError, format_table, user_errors
@@ -133,8 +133,9 @@ def main(argv: list[str] | None = None) -> dict:
         switcher = LevelSwitcher(decoder, database, args.level_cache_gb)
 
     layers = {name: decoder.layers[name] for name in database.layers}
+    tokens = args.microbatch_tokens or default_microbatch_tokens(decoder)    # which may try the model out
     with input_norms(layers) as norms:       # the uncompressed model's pass over all documents
-        fitness = Fitness(decoder, documents, switcher.set_block, microbatch_tokens=args.microbatch_tokens,
+        fitness = Fitness(decoder, documents, switcher.set_block, microbatch_tokens=tokens,
                           progress="uncompressed model on calibration data")
     blocks = [names for names in switcher.names if names]
     shares = [outlier_shares([layers[name].weight for name in names], [norms[name] for name in names], args.owl_m)
@@ -158,9 +159,8 @@ def main(argv: list[str] | None = None) -> dict:
     result = {"model": args.model_name_or_path, "database": str(database.path), "sparsity": sparsity,
               "outliers": {f"{m:g}": of_blocks for m, of_blocks in zip(args.owl_m, zip(*shares))}, "grid": grid}
     if args.select_by:
-        for point, (value,) in zip(grid, fitness.measure([switcher.states(c) for c in configurations],
-                                                         kinds=(args.select_by,))):
-            point[args.select_by] = value
+        for point, levels in zip(grid, configurations):    # one by one: each takes other levels of nearly all layers
+            [(point[args.select_by],)] = fitness.measure([switcher.states(levels)], kinds=(args.select_by,))
         best = min(range(len(grid)), key=lambda i: grid[i][args.select_by])
         write_level_config(f"{args.save_dir}/owl.txt", configurations[best])
         result["best"] = grid[best]["file"]

@@ -1,4 +1,4 @@
-"""What benchmarks share: running whole programs, and putting what they print into README.md."""
+"""What benchmarks share: running whole programs, and putting what they print into benchmarks/README.md."""
 import argparse
 import json
 import os
@@ -64,7 +64,7 @@ def sparsity_step(model: str) -> int:
     return json.loads((Path(model) / "config.json").read_text())["hidden_size"]**2 // 16
 
 
-def write_readme(name: str, text: str, readme: Path = ROOT / "README.md") -> None:
+def write_readme(name: str, text: str, readme: Path = ROOT / "benchmarks" / "README.md") -> None:
     """Put `text` between the marks <!-- NAME --> and <!-- /NAME -->. Raises SystemExit where they are not there."""
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     before, found, rest = readme.read_text().partition(begin)

@@ -1,5 +1,4 @@
-"""Quality at equal budget on the demo model, several seeds: each search against what it must beat. Makes README's
-table.
+"""Quality at equal budget on the demo model, several seeds: each search against what it must beat.
 
     python benchmarks/quality.py --out results/quality --jobs 2 --write_readme
 
@@ -48,7 +47,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--jobs", type=int, default=1, help="searches at once, one thread each")
     parser.add_argument("--write_readme", nargs="?", const="quality", metavar="NAME",
-                        help="put the table into README.md, between <!-- NAME --> and <!-- /NAME --> (NAME: quality)")
+                        help="put the table between the <!-- NAME --> marks of benchmarks/README.md (default: quality)")
     return parser.parse_args()
 
 

@@ -330,7 +330,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--mutations", type=int, default=2500, metavar="TIMES",
                         help="over all files that are read (default: 2500)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--write_readme", action="store_true", help="put the table into README.md")
+    parser.add_argument("--write_readme", action="store_true", help="put the table into benchmarks/README.md")
     return parser.parse_args(argv)
 
 

@@ -3,7 +3,7 @@
     python benchmarks/search.py                             the demo model
     python benchmarks/search.py --model 100m                a Llama of 100 million random weights
     python benchmarks/search.py --model llama-3-8b --device cuda
-    python benchmarks/search.py --write_readme              after those: README's table, of the latest results in --out
+    python benchmarks/search.py --write_readme              the table, of the latest results in --out
     python benchmarks/search.py --plot benchmarks/cost.png  cost and memory over candidates and tokens
 
 Candidates, survivors and tokens are the scripts' defaults, which are the paper's; only the tokens are divided, so that
@@ -66,7 +66,8 @@ def parse_arguments() -> argparse.Namespace:
                         help="without utils.model.keep_freed_memory, for all ways; the results are printed alone")
     parser.add_argument("--out", type=Path, default=Path("results/speed"), metavar="FOLDER")
     action = parser.add_mutually_exclusive_group()
-    action.add_argument("--write_readme", action="store_true", help="only put the results in --out into README.md")
+    action.add_argument("--write_readme", action="store_true", help="only put the results in --out into "
+                                                                    "benchmarks/README.md")
     action.add_argument("--plot", type=Path, metavar="FILE", help="only measure evo_quant's cost, and plot it")
     return parser.parse_args()
 

@@ -98,8 +98,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="run searches with --compile")
     parser.add_argument("--report", action="store_true", help="run nothing")
     parser.add_argument("--write_readme", nargs="?", const="better", metavar="NAME",
-                        help="put the table, and as 'better' the picture, between README's <!-- NAME --> marks "
-                             "(default: better)")
+                        help="put the table, and as 'better' the picture, between the <!-- NAME --> marks of "
+                             "benchmarks/README.md (default: better)")
     return parser.parse_args()
 
 
@@ -322,7 +322,7 @@ def main() -> None:
     if args.write_readme:
         if args.write_readme == "better":
             plot(results, ROOT / "benchmarks" / "search_quality.png")
-            text += "\n\n![Held-out KL over tokens, median and range](benchmarks/search_quality.png)"
+            text += "\n\n![Held-out KL over tokens, median and range](search_quality.png)"
         write_readme(args.write_readme, text)
 
 

@@ -14,7 +14,7 @@ from database.hessian import Calibration
 from database.store import (FORMAT, Database, check_no_foreign_files, config_sha256, differences, intact,
                             layer_file, read_manifest, write_layer, write_manifest)
 from utils import distributed
-from utils.data import calibration_documents, check_dataset, sequence_length
+from utils.data import calibration_documents, check_dataset, documents_sha256, sequence_length
 from utils.files import check_writable
 from utils.fitness import out_of_memory
 from utils.flags import add_calibration_flags, add_model_flags
@@ -40,7 +40,8 @@ def add_build_flags(parser: argparse.ArgumentParser, layers_flag: str) -> None:
                        help="compressed before the columns after them are updated (default: 128)")
     group.add_argument("--seed", type=int, default=0, help="of the choice of documents (default: 0)")
     group.add_argument("--cpu_offload_activations", action="store_true",
-                       help="keep only the working microbatch's hidden states on the device")
+                       help="keep only the working microbatch's hidden states on the device, as is done anyway where "
+                            "they would take more than half of what is free there")
     group.add_argument("--verbose", action="store_true", help="print every layer's errors")
     ignored = parser.add_argument_group("accepted and ignored")
     ignored.add_argument("--low_cpu_mem_usage", action="store_true", help="always so")
@@ -112,7 +113,7 @@ def build(args: argparse.Namespace, method: str, layers_flag: str, solve_layer: 
                                args.trust_remote_code)
     documents = calibration_documents(args.calibration_data, tokenizer, args.calibration_tokens,
                                       args.calibration_sequence_length, args.seed)
-    header["calibration_sha256"] = hashlib.sha256(b"".join(d.numpy().tobytes() + b"|" for d in documents)).hexdigest()
+    header["calibration_sha256"] = documents_sha256(documents)
     check_same(manifest, header, args.save_dir)
     if manifest is not None:
         manifest = forget_damaged(args.save_dir, manifest)

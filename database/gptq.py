@@ -136,6 +136,9 @@ def main(args: argparse.Namespace) -> None:
     if args.group_size is not None and args.group_size < 1:
         raise ValueError(f"--group_size {args.group_size}: must be at least 1 column, e.g. 128; leave it out for one "
                          f"grid a row")
+    if not args.perchannel:
+        print("without --perchannel all rows of a layer share their grid, which loses much at few bits; the paper has "
+              "--group_size 128 --perchannel")
     build(args, "gptq", "quantizable_modules", solve_layer, resolve, args.calibration_bitwidth)
 
 

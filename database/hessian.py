@@ -7,7 +7,7 @@ from torch import nn
 
 from database.solver import spans
 from utils import distributed
-from utils.fitness import assemble, default_microbatch_tokens, microbatches, out_of_memory
+from utils.fitness import assemble, default_microbatch_tokens, microbatches, out_of_memory, storage_for
 from utils.model import BlockInputs, Decoder
 from utils.runs import RunError
 
@@ -27,16 +27,21 @@ class Calibration:
     def __init__(self, decoder: Decoder, documents: list[torch.Tensor], device: torch.device,
                  microbatch_tokens: int | None = None, offload_modules: bool = False,
                  offload_activations: bool = False):
-        """With `offload_modules` the decoder lives on the CPU and only the working block is on `device`; with
-        `offload_activations` only the working microbatch is."""
+        """With `offload_modules` the blocks live on the CPU and only the working one is on `device`; with
+        `offload_activations` only the working microbatch is, as where the device has no room for more."""
         self.decoder, self.documents, self.device = decoder, documents, device
         self.offload_modules = offload_modules
-        self.storage = torch.device("cpu") if offload_activations else device
+        if offload_modules:
+            decoder.move_surroundings(device)
         whole = [(i, len(document)) for i, document in enumerate(documents)]
-        self.microbatch_tokens = microbatch_tokens or default_microbatch_tokens(decoder)
+        with self.working(0):                        # which may be tried out
+            self.microbatch_tokens = microbatch_tokens or default_microbatch_tokens(decoder)
         self.rows = microbatches(whole, self.microbatch_tokens, decoder.packed_rows)
         owners = distributed.shares([sum(length for row in rows for _, length in row) for rows in self.rows], CHUNKS)
         self.chunks = [[i for i, owner in enumerate(owners) if owner == chunk] for chunk in sorted(set(owners))]
+        width = decoder.config.get_text_config(decoder=True).hidden_size * decoder.dtype.itemsize
+        own = sum(map(len, documents)) * width // min(distributed.world_size(), len(self.chunks))
+        self.storage = torch.device("cpu") if offload_activations else storage_for(own, device, 1 / 2)
         self.hidden_states: list[torch.Tensor | None] = [None] * len(self.rows)
         self.position = 0
 
@@ -134,12 +139,10 @@ class Calibration:
         return self.decoder.run_block(self.position, entering.to(self.device), inputs)
 
     def _block_inputs(self, rows: list) -> BlockInputs:
-        """What the block at `position` is given besides hidden states, on the device."""
+        """What the blocks are given, on the device."""
         input_ids, position_ids, _ = assemble(self.documents, rows)
-        home = self.decoder.device
-        inputs = self.decoder.block_inputs(input_ids.to(home), None if position_ids is None else position_ids.to(home))
-        inputs.calls[self.position] = _to(inputs.calls[self.position], self.device)
-        return inputs
+        return self.decoder.block_inputs(input_ids.to(self.device),
+                                         None if position_ids is None else position_ids.to(self.device))
 
 
 class InputHessians:
@@ -277,14 +280,3 @@ def _matmul_precision(precision: str) -> Iterator[None]:
         yield
     finally:
         matmul.fp32_precision = before
-
-
-def _to(value, device: torch.device):
-    """Tensors inside tuples, lists and dictionaries moved to `device`."""
-    if isinstance(value, torch.Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {key: _to(item, device) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(_to(item, device) for item in value)
-    return value

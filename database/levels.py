@@ -39,6 +39,7 @@ class LevelSwitcher:
         if decoder.offloaded:
             decoder.offloaded.on_leave = self._forget
         self.cache = LevelCache(database, decoder.device, decoder.dtype, int(cache_gb * GIGABYTE))
+        decoder.give_back = self.cache.give_back
 
     def set_block(self, index: int, levels: Hashable) -> None:
         """Put the layers of block `index` at `levels`, a tuple in the order of `names[index]`."""

@@ -67,6 +67,11 @@ class Database:
     def open(cls, path: str | Path) -> "Database":
         return cls(path)
 
+    @property
+    def sha256(self) -> str:
+        """Tells databases apart: of the manifest, which has the checksum of every file."""
+        return hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest()
+
     def shape(self, name: str) -> tuple[int, int]:
         """(out, in) of a layer's weight."""
         return tuple(self.manifest["layers"][name]["shape"])
@@ -144,6 +149,14 @@ class LevelCache:
         """Unpack a level into `parameter.data` ([out, in], on the cache's device), rounded to the cache's dtype."""
         weight = self.database.unpack(name, level, self._packed(name, level))
         parameter.data.copy_(weight.to(self.dtype))
+
+    def give_back(self) -> int:
+        """Drop all levels and from now on keep half as many bytes as they took; returns those. For when memory does not
+        suffice."""
+        freed, self.bytes = self.bytes, 0
+        self._levels.clear()
+        self.max_bytes = min(self.max_bytes, freed // 2)
+        return freed
 
     def _packed(self, name: str, level: int) -> packing.Packed:
         key = (name, level)
@@ -233,9 +246,10 @@ def check_no_foreign_files(path: Path, names: list[str]) -> None:
 
 
 def config_sha256(config) -> str:
-    """Hash of a model's configuration: its architecture, not where it was loaded from or how it is run."""
+    """Hash of a decoder's configuration: its architecture, not where it was loaded from or how it is run."""
     ignored = ("transformers_version", "dtype", "torch_dtype", "use_cache")
-    values = {key: value for key, value in config.to_dict().items() if key[0] != "_" and key not in ignored}
+    values = {key: value for key, value in config.get_text_config(decoder=True).to_dict().items()
+              if key[0] != "_" and key not in ignored}
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
 
 

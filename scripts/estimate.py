@@ -178,19 +178,21 @@ def database(shape: Shape, args: argparse.Namespace) -> Need:
     activations = HALF * args.calibration_tokens * shape.hidden
     largest = max(out * columns for _, out, columns in shape.layers)
     size = level_bytes(shape, args)
+    on_device = not args.cpu_offload_activations and activations < (DEVICE - HALF * resident(shape, args)) / 2
     return Need({"bf16": passes * shape.forward(args.calibration_tokens, args.calibration_sequence_length),
                  "tf32": sum(2 * args.calibration_tokens * columns**2 for columns in inputs.values()),
                  "fp32": sum(levels * out * columns**2 + columns**3 for _, out, columns in shape.layers)},
                 HALF * shape.parameters + size, size,
                 HALF * resident(shape, args) + 8 * sum(c**2 for c in inputs.values()) / shape.blocks
-                + 8 * levels * largest + (0 if args.cpu_offload_activations else activations),
-                HALF * shape.parameters + (activations if args.cpu_offload_activations else 0))
+                + 8 * levels * largest + (activations if on_device else 0),
+                HALF * shape.parameters + (0 if on_device else activations))
 
 
 def evaluation(shape: Shape, args: argparse.Namespace, database_bytes: float) -> Need:
     tokens = 0 if args.no_perplexity else args.eval_tokens * len(args.eval_datasets)
     compressed = bool(args.drop_config or args.sparse_config_path or args.quant_config_path)
-    need = evaluations(shape, args, int(compressed), tokens, tokens, database_bytes / 10)    # one level of each layer
+    # files are read whole, for their checksums
+    need = evaluations(shape, args, int(compressed), tokens, tokens, database_bytes)
     asked = sum(TASK_TOKENS.get(task, 0) for task in split_names(args.tasks or ""))
     need.flop["bf16"] += shape.forward(asked, 128) + shape.head(asked)
     return need

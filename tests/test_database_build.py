@@ -18,10 +18,10 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma3Config
 
 from database import build, gptq, sparsegpt, store
-from database.store import Database, LevelCache, read_manifest, write_manifest
+from database.store import Database, LevelCache, config_sha256, read_manifest, write_manifest
 from utils.data import calibration_documents
 from utils.model import Decoder, load_tokenizer
 
@@ -444,6 +444,23 @@ def test_reference_command_lines_run_and_ignored_flags_are_told(model, tmp_path,
     for flag in ("--pre_block_modules", "--block_modules", "--post_block_modules", "--low_cpu_mem_usage"):
         assert f"{flag} is ignored" in output
     assert "left 0:00:00" in output and "model.layers.2.mlp.down_proj: error 2: " in output
+
+
+def test_one_grid_for_all_rows_is_told(model, tmp_path, capsys):
+    run("gptq", model, tmp_path / "rows")
+    assert "without --perchannel" not in capsys.readouterr().out
+    gptq.main(gptq.make_parser().parse_args([
+        "--model_name_or_path", str(model), "--calibration_data", f"{model}/text.jsonl", "--calibration_tokens", "512",
+        "--calibration_sequence_length", "32", "--save_dir", str(tmp_path / "one")]))
+    assert "without --perchannel all rows of a layer share their grid" in capsys.readouterr().out
+
+
+def test_a_composite_models_configuration_counts_by_its_decoder():
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2}
+    whole, loaded = (Gemma3Config(text_config=sizes) for _ in range(2))
+    loaded.text_config.dtype = torch.bfloat16                          # as from_pretrained writes it
+    assert config_sha256(whole) == config_sha256(loaded) == config_sha256(whole.text_config)
+    assert config_sha256(whole) != config_sha256(Gemma3Config(text_config=sizes | {"hidden_size": 64}))
 
 
 def test_a_layer_without_calibration_tokens_is_rounded_to_nearest(capsys):

@@ -512,6 +512,18 @@ def test_finished_run_says_so_and_computes_nothing(command, tmp_path, monkeypatc
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
 
 
+def test_finished_run_still_writes_where_it_is_asked_to_by_then(command, tmp_path, capsys):
+    evo_drop.main(command())
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    own = {"save_dir": str(tmp_path / "model"), "drop_config_dir": str(tmp_path / "config")}
+    again = evo_drop.main(command(**own))
+    assert (tmp_path / "model" / "config.json").exists() and again["dropped"] == summary["dropped"]
+    assert (tmp_path / "config" / "layer_drop_config.txt").read_bytes() == files(tmp_path / "run")["layer_drop_config.txt"]
+    capsys.readouterr()
+    evo_drop.main(command(**own))
+    assert "this search is finished" in capsys.readouterr().out
+
+
 def test_run_of_an_earlier_version_without_a_flag_is_resumed(command, tmp_path):
     evo_drop.main(command(generations=2))
     path = tmp_path / "run" / "checkpoint.json"

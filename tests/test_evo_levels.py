@@ -2,6 +2,7 @@
 import json
 import math
 import random
+import shutil
 from copy import deepcopy
 
 import pytest
@@ -16,6 +17,7 @@ import families
 from database.levels import LevelSwitcher
 from database.store import Database
 from utils.configs import read_level_config, write_level_config
+from utils.files import read_sealed, seal
 from utils.fitness import Fitness, microbatches, walk_order
 from utils.measurements import Measurements
 from utils.model import load_decoder
@@ -163,6 +165,18 @@ def test_bits_move_within_groups_of_equal_size():
         assert sum(candidate[:4]) == 12 and sum(candidate[4:]) == 12
 
 
+def test_groups_are_chosen_in_proportion_to_their_units_whatever_can_be_raised_in_them():
+    units = [Unit((f"layer{i}",), (2, 3, 4)) for i in range(8)]
+    space = evo_quant.Space(units, [{level: level * 8 for level in (2, 3, 4)}] * 8, [0] * 6 + [6] * 2, 25 * 8, 1)
+    rng = random.Random(0)
+    candidate = (4, 4, 4, 4, 2, 2, 3, 2)                 # two of six can be raised, and both of two
+    children = [evo_quant.switch(space, candidate, rng) for _ in range(4000)]
+    assert all(space.feasible(child) for child in children)
+    assert sum(child[6:] == candidate[6:] for child in children) / 4000 == pytest.approx(6 / 8, abs=0.03)
+    lower = {tuple(b - a for a, b in zip(candidate, child)).index(1) for child in children}
+    assert lower == {4, 5, 7}                              # the last but one could not be paid for
+
+
 def test_a_saturated_group_is_passed_over_and_a_full_space_has_no_switch():
     units = [Unit(("a",), (2, 3)), Unit(("b",), (2, 3, 4)), Unit(("c",), (2, 3, 4))]
     space = evo_quant.Space(units, [{level: level * 8 for level in unit.levels} for unit in units], [0, 1, 1], 72, 1)
@@ -189,6 +203,14 @@ def test_sparsity_switches_keep_the_number_of_weights(shapes, deviation, seed):
             assert all(level in unit.levels for unit, level in zip(units, child))
             assert deviation is None or sum(map(abs, levels.values())) <= deviation
             candidate = child
+
+
+@pytest.mark.parametrize("deviation", [0, 2, 8])
+def test_random_starts_hold_a_small_bound_on_the_total_deviation(deviation):
+    space = evo_unstructured.Space([Unit((f"layer{i}",), tuple(range(-4, 5))) for i in range(40)], deviation)
+    found = {evo_unstructured.random_candidate(space, random.Random(seed)) for seed in range(20)}
+    assert all(space.feasible(candidate) for candidate in found)
+    assert max(map(space.deviation, found)) == deviation and (len(found) > 10) == (deviation > 0)
 
 
 # ---- whole runs ------------------------------------------------------------------------------------------------------
@@ -242,6 +264,7 @@ def test_ties_pins_and_bounds_hold_in_every_candidate(checkpoint, databases, tmp
 def test_tied_blocks_and_max_level_hold_in_every_candidate(checkpoint, databases, tmp_path, evaluated):
     evo_unstructured.main(flags("sparse", checkpoint, databases, tmp_path / "run", "--tie", "block", "--max_level", "1",
                                 "--max_total_deviation", "28"))
+    assert len(evaluated) > 5
     for batch, _ in evaluated:
         for candidate in batch:
             assert all(len(set(block)) == 1 for block in candidate)
@@ -329,6 +352,35 @@ def test_the_saved_winner_is_the_candidate_of_the_last_log_line_and_is_what_is_e
             summary["evaluation"]["search"]["stdlib"][measure], rel=1e-5)
     assert json.loads((tmp_path / "results.json").read_text()) == results
     assert (tmp_path / "run" / "search.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("task", ["sparse", "quant"])
+def test_a_search_goes_on_with_another_cache_but_not_with_another_text_or_database(checkpoint, databases, tmp_path,
+                                                                                   task, text):
+    rows = tmp_path / "rows.jsonl"
+    shutil.copy(text, rows)
+    own = dict(databases) | {task: tmp_path / "db"}
+    shutil.copytree(databases[task], own[task])
+
+    def run(folder: str, generations: int, *more: str) -> dict:
+        return program(task).main(flags(task, checkpoint, own, tmp_path / folder, "--calibration_data", str(rows),
+                                        "--generations", str(generations), *more))
+
+    run("run", 1)
+    run("run", 2, "--level_cache_gb", "0")
+    whole = run("whole", 2)
+    assert (tmp_path / "run" / "log.jsonl").read_bytes() == (tmp_path / "whole" / "log.jsonl").read_bytes()
+    lines = rows.read_text().splitlines(keepends=True)
+    rows.write_text("".join(lines[::-1]))
+    with pytest.raises(SystemExit, match=f"error: --calibration_data: not what it was when the run in {tmp_path}/run"):
+        run("run", 3)
+    rows.write_text("".join(lines))
+    manifest = read_sealed(own[task] / "manifest.json")
+    manifest["flags"]["rel_damp"] = 0.5
+    (own[task] / "manifest.json").write_text(seal(manifest))
+    with pytest.raises(SystemExit, match=f"error: --{task}_weights_path: not what it was"):
+        run("run", 3)
+    assert run("run", 2)["levels"] == whole["levels"]                # finished: nothing is measured
 
 
 @pytest.mark.parametrize("fitness", ["ppl", "sparse_kl"])

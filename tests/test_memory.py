@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 import evo_drop
 import families
@@ -16,7 +17,7 @@ from database.hessian import Calibration
 from database.levels import LevelSwitcher
 from database.store import Database, LevelCache
 from test_fitness import documents, drop, random_candidates
-from utils.fitness import Fitness, out_of_memory
+from utils.fitness import Fitness, out_of_memory, storage_for
 from utils.model import Decoder, load_decoder
 from utils.runs import Run, RunError
 
@@ -58,6 +59,44 @@ def test_walk_that_does_not_fit_gives_the_same_values_in_smaller_microbatches(er
         for old, new in ((160, 80), (80, 40))]
     torch.testing.assert_close(torch.tensor(values), torch.tensor(expected), rtol=1e-6, atol=1e-8)
     assert fitness.measure(random_candidates(6), kinds=("kl", "ppl")) == values and memory.failures == 2
+
+
+def test_cached_levels_are_given_back_before_microbatches_are_halved(checkpoint, databases, monkeypatch, capsys):
+    decoder = load_decoder(str(checkpoint), dtype="float32", device="cpu")
+    database = Database.open(databases["quant"])
+    switcher = LevelSwitcher(decoder, database, 1.0)
+    fitness = Fitness(decoder, documents(), switcher.set_block, microbatch_tokens=160)
+    candidates = [switcher.states(dict.fromkeys(database.layers, level)) for level in (2, 3, 4)]
+    expected = fitness.measure(candidates)
+    held, run_block, failures = switcher.cache.bytes, Decoder.run_block, []
+
+    def limited(self, index, hidden_states, inputs):
+        if switcher.cache.bytes > held // 2:
+            failures.append(index)
+            raise GPU
+        return run_block(self, index, hidden_states, inputs)
+
+    monkeypatch.setattr(Decoder, "run_block", limited)
+    assert fitness.measure(candidates) == expected and fitness.sizes == [160, 160] and len(failures) == 1
+    assert 0 < switcher.cache.bytes <= switcher.cache.max_bytes == held // 2
+    assert capsys.readouterr().out == (f"out of memory: {held / 1e9:.1f} GB of cached levels given back, from now on "
+                                       f"half as many are kept\n")
+    monkeypatch.setattr(Decoder, "run_block", lambda *_: (_ for _ in ()).throw(GPU))
+    with pytest.raises(RunError, match="^out of memory with a single row"):      # nor does it go on for ever
+        fitness.measure(candidates)
+
+
+@pytest.mark.parametrize("free, kept", [(801, "cuda"), (800, "cpu")])
+def test_what_would_fill_a_device_is_kept_in_host_memory(free, kept, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10**9))
+    assert storage_for(100, torch.device("cuda"), 1 / 8) == torch.device(kept)
+    assert storage_for(10**18, torch.device("cpu"), 1 / 8) == torch.device("cpu")
+
+
+def test_model_too_large_for_the_device_names_what_helps(checkpoint, monkeypatch):
+    monkeypatch.setattr(PreTrainedModel, "to", lambda *_: (_ for _ in ()).throw(GPU))
+    with pytest.raises(ValueError, match="^--model_name_or_path .*too large for the device; add --cpu_offload_modules"):
+        load_decoder(str(checkpoint), device="cpu")
 
 
 def test_teacher_that_does_not_fit_is_run_again_from_its_beginning(memory):

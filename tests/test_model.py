@@ -167,6 +167,12 @@ def test_what_is_no_checkpoint_is_refused_naming_the_flag(load, flag, tmp_path):
         load(str(tmp_path))
 
 
+@pytest.mark.parametrize("offload", [False, True])
+def test_flash_attention_is_refused_where_the_model_is_loaded_into_host_memory(offload, checkpoint):
+    with pytest.raises(ValueError, match="--attn_implementation flash_attention_2: runs on a GPU only"):
+        load_decoder(str(checkpoint), device="cpu", attn_implementation="flash_attention_2", offload_blocks=offload)
+
+
 def test_device_that_is_not_there_is_refused():
     for device in ("cuda:99", "abacus"):
         with pytest.raises(ValueError, match=rf"--device {device}: not available here \(.*; use cpu, cuda or cuda:N"):

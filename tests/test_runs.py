@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from utils.files import check_writable, seal, write_atomic
+from utils.files import check_writable, read_sealed, seal, write_atomic
 from utils.runs import (Run, RunError, default_folder, evaluation_rows, format_table, open_wandb, plot_search,
                         rng_state, set_rng_state, user_errors)
 
@@ -121,6 +121,21 @@ def test_a_flag_that_an_earlier_version_did_not_know_had_its_default_there(tmp_p
         Run(tmp_path, FLAGS | {"share": 1.0}, defaults=defaults)
     with pytest.raises(ValueError, match=r"other flags \(--seed 0 there, 1 here\)"):
         Run(tmp_path, FLAGS | {"seed": 1}, defaults=defaults)
+
+
+def test_a_run_goes_on_only_with_the_inputs_that_it_was_begun_with(tmp_path):
+    run = Run(tmp_path, FLAGS)
+    run.check_inputs(calibration_data="a", sparse_weights_path="b")
+    run.log({"generation": 0})
+    run.checkpoint(generation=0)
+    Run(tmp_path, FLAGS).check_inputs(calibration_data="a", sparse_weights_path="b")
+    with pytest.raises(RunError, match=f"^--sparse_weights_path: not what it was when the run in {tmp_path} was begun"):
+        Run(tmp_path, FLAGS).check_inputs(calibration_data="a", sparse_weights_path="c")
+    saved = read_sealed(tmp_path / "checkpoint.json")
+    del saved["inputs"]                                              # of an earlier version, ...
+    saved["flags"]["level_cache_gb"] = 24.0                          # ... which compared it
+    (tmp_path / "checkpoint.json").write_text(seal(saved))
+    Run(tmp_path, FLAGS).check_inputs(calibration_data="c")
 
 
 def test_run_cannot_be_shortened(tmp_path):

@@ -165,8 +165,13 @@ def test_databases_of_an_8b_model_have_the_size_they_have_on_disk(llama3):
     masks = sum(out * columns / 8 for _, out, columns in SHAPE.layers for level in range(-8, 9)
                 if 0 <= round(out * columns * 0.7) + level * 1_000_000 <= out * columns)
     assert sparse.disk == pytest.approx(2 * sum(kept) + masks, rel=1e-6)
+    hidden_states = 2 * 8388608 * 4096                           # too many for the device, which is as if told so
     offloaded = need("database.gptq --cpu_offload_activations --save_dir db")
-    assert quant.device - offloaded.device == pytest.approx(2 * 8388608 * 4096) == offloaded.host - quant.host
+    assert (offloaded.device, offloaded.host) == (quant.device, quant.host)
+    assert quant.host == 2 * SHAPE.parameters + hidden_states
+    fewer = [need(f"database.gptq --calibration_tokens 2097152 {flag} --save_dir db")
+             for flag in ("", "--cpu_offload_activations")]
+    assert fewer[0].device - fewer[1].device == pytest.approx(hidden_states / 4) == fewer[1].host - fewer[0].host
     assert quant.flop["tf32"] == pytest.approx(2 * 8388608 * 32 * (3 * 4096**2 + 14336**2))
 
 
@@ -215,7 +220,30 @@ def test_every_planned_command_is_one_its_program_takes(script, small, tmp_path)
         program, arguments = (command[1], command[2:]) if command[0] == "-m" else (command[0], command[1:])
         estimate.PARSERS[program](arguments)
     models = {command[command.index("--model_name_or_path") + 1] for command in commands}
+    assert models
     assert models == {"demo/model"} if small else all(Path(model).name in report.MODELS for model in models)
+
+
+def test_a_model_of_which_the_paper_has_one_sparsity_is_taken_to_that_unless_others_are_asked_for(tmp_path):
+    def levels(**environment) -> set[str]:
+        return {command[command.index("--sparsity") + 1] for command in planned(
+            SCRIPTS / "table_sparsity.sh", tmp_path, **environment) if command[:2] == ["-m", "database.sparsegpt"]}
+
+    phi3, llama3 = "microsoft/Phi-3-medium-128k-instruct", "meta-llama/Meta-Llama-3-8B"
+    assert levels(MODEL=phi3) == {"0.7"} and levels(MODEL=llama3) == {"0.5", "0.6", "0.7"}
+    assert levels(MODEL=phi3, LEVELS="50") == {"0.5"}
+
+
+def test_a_part_that_fails_ends_its_script_and_is_not_taken_for_finished(tmp_path):
+    stub = tmp_path / "stub.sh"
+    stub.write_text('#!/bin/sh\necho "$@"\ncase "$1" in scripts/estimate.py) ;; *) exit 3 ;; esac\n')
+    stub.chmod(0o755)
+    done = subprocess.run(["bash", SCRIPTS / "nonmonotonicity.sh"], capture_output=True, text=True, cwd=tmp_path,
+                          env={"PATH": "/usr/bin:/bin", "PYTHON": str(stub), "OUT": str(tmp_path / "out"), "TASKS": "",
+                               "SMALL": "1"})
+    assert done.returncode == 3
+    logs = [path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*.log")]
+    assert len(logs) == 1 and not list((tmp_path / "out").rglob("*.done"))      # the first, and none after it
 
 
 def test_searches_have_exactly_the_papers_hyperparameters(tmp_path):

@@ -115,6 +115,11 @@ def draw_minibatch(documents: list[torch.Tensor], num_tokens: int, rng: random.R
     return list(zip(order, lengths))
 
 
+def documents_sha256(documents: list[torch.Tensor]) -> str:
+    """Tells calibration texts apart."""
+    return hashlib.sha256(b"".join(document.numpy().tobytes() + b"|" for document in documents)).hexdigest()
+
+
 def check_minibatches(documents: list[torch.Tensor], sizes: Iterable[int]) -> None:
     """Raise ValueError for a number of tokens that no minibatch of `documents` can have: an odd one where all of them
     have two tokens."""

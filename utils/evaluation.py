@@ -8,14 +8,18 @@ from utils.fitness import Candidate, Fitness
 from utils.model import Decoder
 
 
-def load_evaluation_documents(names: list[str], tokenizer, num_tokens: int, sequence_length: int
-                              ) -> dict[str, list[torch.Tensor]]:
-    """Documents of each dataset, by its name; prints how many tokens there are of each."""
+def load_evaluation_documents(names: list[str], tokenizer, num_tokens: int, sequence_length: int,
+                              every: int = 0) -> dict[str, list[torch.Tensor]]:
+    """Documents of each dataset, by its name; prints how many tokens there are of each, and that they are evaluated
+    every so many generations."""
     documents = {}
     for name in names:
         documents[name] = evaluation_documents(name, tokenizer, num_tokens, sequence_length)
         print(f"evaluation on {name}: {sum(map(len, documents[name])):,} tokens (of at most {num_tokens:,}) in "
               f"{len(documents[name])} documents", flush=True)
+    if every:
+        print(f"all of it {'in every generation' if every == 1 else f'every {every} generations'}; --eval_every 0 is "
+              f"faster and leaves it to the end", flush=True)
     return documents
 
 

@@ -85,8 +85,10 @@ class Fitness:
         return merged[[place[index] for index, _ in minibatch]]
 
     def _within_memory(self, minibatch: Row, compute: Callable[[list[list[Row]]], T]) -> T:
-        """compute(microbatches), and where memory does not suffice the same again, from then on with half as many
-        tokens in each. Raises RunError where each is a single row already."""
+        """compute(microbatches), and where memory does not suffice the same again, once without the levels cached so
+        far, then with half as many tokens in each microbatch from then on. Raises RunError where each is a single row
+        already."""
+        given_back = False
         while True:
             batches = microbatches(minibatch, self.microbatch_tokens, self.decoder.packed_rows)
             failure = result = None
@@ -99,16 +101,27 @@ class Fitness:
             failure = next(filter(None, distributed.gather(failure)), None)   # too little for one is too little for all
             if failure is None:
                 return result
+            if not given_back:
+                given_back, freed = True, sum(distributed.gather(self.decoder.give_back()))
+                if freed:
+                    self._empty_cache()
+                    print(f"out of memory: {freed / 1e9:.1f} GB of cached levels given back, from now on half as many "
+                          f"are kept", flush=True)
+                    continue
             if all(len(rows) == 1 for rows in batches):
                 longest = max(sum(length for _, length in row) for rows in batches for row in rows)
                 raise RunError(f"out of memory with a single row of {longest} tokens ({failure}); lower "
                                f"--calibration_sequence_length, --eval_sequence_length or --level_cache_gb, or use "
                                f"another --dtype")
-            if self.decoder.device.type == "cuda":
-                torch.cuda.empty_cache()                             # outside of except: the walk's tensors are gone
+            self._empty_cache()
             self.microbatch_tokens //= 2
             print(f"out of memory: from now on at most {self.microbatch_tokens} tokens at once instead of "
                   f"{2 * self.microbatch_tokens}", flush=True)
+
+    def _empty_cache(self) -> None:
+        """Of torch's allocator; outside of an except, where the walk's tensors are gone."""
+        if self.decoder.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     @torch.no_grad()
     def teacher_perplexity(self) -> float:
@@ -255,8 +268,7 @@ class Fitness:
         """Where the teacher's hidden states are kept: on the device if an eighth of what is free there will do."""
         hidden_size = self.decoder.config.get_text_config(decoder=True).hidden_size
         needed = sum(map(len, self.documents)) * hidden_size * self.decoder.dtype.itemsize
-        fits = self.decoder.device.type == "cpu" or needed < torch.cuda.mem_get_info(self.decoder.device)[0] / 8
-        return self.decoder.device if all(distributed.gather(fits)) else torch.device("cpu")
+        return storage_for(needed, self.decoder.device, 1 / 8)
 
     @torch.no_grad()
     def _run_teacher(self, batches: list[list[Row]], storage: torch.device, progress: str) -> dict[int, int]:
@@ -347,6 +359,13 @@ def assemble(documents: list[torch.Tensor], rows: list[Row]
 def out_of_memory(error: BaseException) -> bool:
     """Whether a device, or a CPU's allocator, which has no exception of its own, ran out of memory."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def storage_for(num_bytes: int, device: torch.device, share: float) -> torch.device:
+    """Where to keep so many bytes: on the device if this share of what is free there will do in every process, else in
+    the host's memory."""
+    fits = device.type == "cpu" or num_bytes < share * torch.cuda.mem_get_info(device)[0]
+    return device if all(distributed.gather(fits)) else torch.device("cpu")
 
 
 def default_microbatch_tokens(decoder: Decoder) -> int:

@@ -91,6 +91,9 @@ def load_decoder(name: str, dtype: str = "auto", device: str | torch.device | No
         keep_freed_memory()
     if dtype != "auto" and dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype}: use one of auto, {', '.join(DTYPES)}")
+    if attn_implementation == "flash_attention_2" and (offload_blocks or device.type == "cpu"):
+        raise ValueError("--attn_implementation flash_attention_2: runs on a GPU only, and the model is loaded into "
+                         "the host's memory; use sdpa, or leave out --device cpu and --cpu_offload_modules")
     torch_dtype = DTYPES.get(dtype) or ("auto" if device.type != "cpu" else torch.float32)
     with _naming_the_flag("--model_name_or_path", name):
         # unpickling can run code, too; and transformers draws weights that a checkpoint lacks at random
@@ -99,7 +102,11 @@ def load_decoder(name: str, dtype: str = "auto", device: str | torch.device | No
             use_safetensors=None if trust_remote_code else True, output_loading_info=True)
         if found["missing_keys"]:
             raise ValueError(f"its weights lack {min(found['missing_keys'])}")
-    decoder = Decoder(model if offload_blocks else model.to(device))
+    try:
+        decoder = Decoder(model if offload_blocks else model.to(device))
+    except torch.OutOfMemoryError as error:
+        raise ValueError(f"--model_name_or_path {name}: too large for the device; add --cpu_offload_modules, or use "
+                         f"--dtype bfloat16") from error
     if offload_blocks:
         decoder.offload_blocks(device)
     if compile_blocks:
@@ -198,6 +205,7 @@ class Decoder:
         self.packed_rows = 0             # rows of packed documents that may share a microbatch: 0, 1 or any number
         self.identity_when_dropped = False
         self.offloaded: OffloadedBlocks | None = None
+        self.give_back = lambda: 0       # frees memory that can be done without; returns the bytes
         self._call = _call_module        # or that compiled
         self._probe()
 
@@ -228,13 +236,17 @@ class Decoder:
             self.body(input_ids=input_ids, use_cache=False, **positions)
         return BlockInputs(embedded[0], calls)
 
-    def offload_blocks(self, device: torch.device) -> None:
-        """Keep the blocks in host memory, where the model is now, and two at most on `device`, where the rest goes."""
+    def move_surroundings(self, device: torch.device) -> None:
+        """Move everything but the blocks: embeddings, norms, head."""
         inside = {module for block in self.blocks for module in block.module.modules()}
         for module in set(self.model.modules()) - inside:
             for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
                 tensor.data = tensor.data.to(device)
         self.device = device
+
+    def offload_blocks(self, device: torch.device) -> None:
+        """Keep the blocks in host memory, where the model is now, and two at most on `device`, where the rest goes."""
+        self.move_surroundings(device)
         self.offloaded = OffloadedBlocks([block.module for block in self.blocks], device)
 
     def compile_blocks(self) -> None:

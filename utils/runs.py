@@ -16,7 +16,8 @@ from utils import distributed
 from utils.files import check_writable, naming, read_json, read_sealed, seal, write_atomic
 
 VERSION = 2
-NOT_COMPARED = ("output_dir", "log_wandb", "generations")   # flags a resumed run may change
+# flags that a resumed run may change: they do not change what it finds
+NOT_COMPARED = ("output_dir", "log_wandb", "generations", "level_cache_gb", "save_dir", "drop_config_dir")
 
 
 class RunError(ValueError):
@@ -70,6 +71,7 @@ class Run:
         self.defaults = defaults or {}
         self.flags = {key: value for key, value in flags.items() if key not in NOT_COMPARED}
         self.generations = flags.get("generations")
+        self.inputs: dict[str, str] = {}            # see `check_inputs`
         self._log_bytes, self._log_sha256 = 0, hashlib.sha256()
         check_writable(folder, flag)
         self.state = self._resume(flag)             # what the last `checkpoint` was given
@@ -94,7 +96,7 @@ class Run:
         ours = json.loads(json.dumps(self.flags))
         defaults = {key: value for key, value in self.defaults.items() if key in ours}
         flags = {**json.loads(json.dumps(defaults)), **flags}
-        differing = [f"--{key} {flags.get(key)} there, {ours.get(key)} here" for key in sorted({*flags, *ours})
+        differing = [f"--{key} {flags.get(key)} there, {ours.get(key)} here" for key in sorted({*flags, *ours} - {*NOT_COMPARED})
                      if flags.get(key) != ours.get(key)]
         if differing:
             raise ValueError(f"{flag} {self.folder}: holds a run with other flags ({'; '.join(differing[:3])}); use "
@@ -106,6 +108,7 @@ class Run:
         except ValueError as error:
             raise ValueError(f"{error}; {start_over}") from error
         self._log_bytes, self._log_sha256 = len(lines), hashlib.sha256(lines)
+        self.inputs = saved.get("inputs", {})
         os.truncate(log, len(lines))                 # a line written after the last checkpoint is computed again
         kept = timing.read_bytes().splitlines(keepends=True)[:state["generation"] + 1] if timing.is_file() else []
         write_atomic(timing, b"".join(kept))
@@ -115,6 +118,15 @@ class Run:
         if state["generation"] > generations:
             raise RunError(f"--generations {generations}: the run in {self.folder} is already at generation "
                            f"{state['generation']}; a resumed run can only be extended")
+
+    def check_inputs(self, **checksums: str) -> None:
+        """Raises RunError where the flags are those of the run that is resumed, but not what they stand for: its
+        measurements would be taken for those of other text, or of other levels. checksums: flag -> of what it gives."""
+        for flag, checksum in checksums.items():
+            if self.state and self.inputs.get(flag, checksum) != checksum:
+                raise RunError(f"--{flag}: not what it was when the run in {self.folder} was begun (another checksum); "
+                               f"bring that back to resume it, or give another folder to start over")
+        self.inputs = checksums
 
     def default_to(self, generations: int) -> None:
         """Have that many where --generations is missing. Raises RunError when an earlier run has made more."""
@@ -156,8 +168,8 @@ class Run:
         """Save what is needed to go on from here; `state["generation"]` is the number of finished generations."""
         self.state = state
         write_atomic(self.folder / "checkpoint.json", seal(
-            {"version": VERSION, "flags": self.flags, "state": state, "log_bytes": self._log_bytes,
-             "log_sha256": self._log_sha256.hexdigest()}))
+            {"version": VERSION, "flags": self.flags, "inputs": self.inputs, "state": state,
+             "log_bytes": self._log_bytes, "log_sha256": self._log_sha256.hexdigest()}))
 
     @distributed.from_main
     def records(self) -> list[dict]:
