@@ -2,8 +2,8 @@
 
     python benchmarks/exhaustive.py --model_name_or_path MODEL --calibration_data TEXT
 
-Depth: every way to drop --drop_attn attentions and --drop_mlp MLPs. Bits: every way to give the blocks bitwidths of
---bitwidths with at most their middle as the average. All candidates are measured on the whole calibration set; then
+Depth: every way to drop --drop_attn attentions and --drop_mlp MLPs. Bits and sparsity: every way to give the blocks
+bitwidths of --bitwidths with the middle one as the average, or levels up to --max_level with 0 as the sum. All candidates are measured on the whole calibration set; then
 each seed's search, selecting on that same set, is compared with the best of them, and the distinct candidates it has
 evaluated are counted.
 """
@@ -11,11 +11,14 @@ import argparse
 import itertools
 import sys
 import tempfile
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])   # not this folder, whose database.py is another
 import evo_drop
 import evo_quant
+import evo_unstructured
 from utils.fitness import Fitness, mean_of
 from utils.runs import format_table
 
@@ -26,11 +29,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--calibration_data", default="stdlib", help="dataset or local text")
     parser.add_argument("--calibration_tokens", type=int, default=4096)
     parser.add_argument("--calibration_sequence_length", type=int, default=256)
-    parser.add_argument("--task", choices=["depth", "bits"], default="depth")
+    parser.add_argument("--task", choices=["depth", "sparsity", "bits"], default="depth")
     parser.add_argument("--drop_attn", type=int, default=2)
     parser.add_argument("--drop_mlp", type=int, default=2)
     parser.add_argument("--bitwidths", type=int, nargs=3, default=[2, 3, 4], metavar=("LOW", "TARGET", "HIGH"))
     parser.add_argument("--quant_weights_path", help="of --task bits: a database with those bitwidths")
+    parser.add_argument("--max_level", type=int, default=1)
+    parser.add_argument("--sparse_weights_path", help="of --task sparsity: a database with those levels either way")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--generations", type=int, default=10)
     parser.add_argument("--offspring", type=int, default=5)
@@ -38,6 +43,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--init", choices=["uniform", "random", "measured"],
                         help="of the search (default: the search's)")
     parser.add_argument("--screen", type=int, default=1, help="of the search")
+    parser.add_argument("--refine", type=int, default=0, help="of the search for sparsity")
     return parser.parse_args(argv)
 
 
@@ -69,12 +75,12 @@ def depth_candidates(decoder, drop_attn: int, drop_mlp: int) -> list[tuple]:
             for mlp in itertools.combinations(blocks, drop_mlp)]
 
 
-def bits_candidates(decoder, bitwidths: list[int]) -> list[tuple]:
-    """All allocations of a bitwidth a block with an average of exactly the target (blocks are of equal size)."""
+def level_candidates(decoder, levels: Sequence[int], average: int) -> list[tuple]:
+    """All allocations of a level a block with exactly that average (blocks are of equal size)."""
     widths = [len(block.layers) for block in decoder.blocks]
-    return [tuple((bits,) * width for bits, width in zip(allocation, widths))
-            for allocation in itertools.product(bitwidths, repeat=len(widths))
-            if sum(allocation) == bitwidths[1] * len(widths)]
+    return [tuple((level,) * width for level, width in zip(allocation, widths))
+            for allocation in itertools.product(levels, repeat=len(widths))
+            if sum(allocation) == average * len(widths)]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -88,8 +94,13 @@ def main(argv: list[str] | None = None) -> int:
     if args.task == "depth":
         module, everything = evo_drop, lambda decoder: depth_candidates(decoder, args.drop_attn, args.drop_mlp)
         common += ["--drop_attn", str(args.drop_attn), "--drop_mlp", str(args.drop_mlp)]
+    elif args.task == "sparsity":
+        module = evo_unstructured
+        everything = partial(level_candidates, levels=range(-args.max_level, args.max_level + 1), average=0)
+        common += ["--sparse_weights_path", args.sparse_weights_path or "", "--max_level", str(args.max_level),
+                   "--tie", "block", "--refine", str(args.refine)]
     else:
-        module, everything = evo_quant, lambda decoder: bits_candidates(decoder, args.bitwidths)
+        module, everything = evo_quant, partial(level_candidates, levels=args.bitwidths, average=args.bitwidths[1])
         low, target, high = args.bitwidths
         common += ["--quant_weights_path", args.quant_weights_path or "", "--target_bitwidth", str(target),
                    "--tie", "block", "--bounds", f"*={low}:{high}"]

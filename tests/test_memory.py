@@ -222,7 +222,7 @@ def test_a_block_left_half_switched_is_switched_anew(checkpoint, text, tmp_path,
 
     def measure(fails_at: int) -> list:
         decoder = load_decoder(checkpoint, device="cpu")
-        switcher = LevelSwitcher(decoder, database, 1.0)
+        switcher = LevelSwitcher(decoder, database, 0.0)
         fitness = Fitness(decoder, texts, switcher.set_block, microbatch_tokens=48)
         calls, copy_ = iter(range(10**6)), LevelCache.copy_
 
