@@ -84,6 +84,7 @@ def test_cached_levels_are_given_back_before_microbatches_are_halved(checkpoint,
     monkeypatch.setattr(Decoder, "run_block", lambda *_: (_ for _ in ()).throw(GPU))
     with pytest.raises(RunError, match="^out of memory with a single row"):      # nor does it go on for ever
         fitness.measure(candidates)
+    assert capsys.readouterr().out.count("cached levels given back") == 1
 
 
 @pytest.mark.parametrize("free, kept", [(801, "cuda"), (800, "cpu")])
