@@ -472,9 +472,19 @@ def misleading_bits(candidate) -> float:
     return sum((4 - level) * (0.05 if i < 2 else (0.3 + 0.01 * i) * (1 + 3 * low)) for i, level in enumerate(bits))
 
 
-@pytest.mark.parametrize("task, planted_fitness", [("depth", misleading_depth), ("bits", misleading_bits)])
-def test_optimum_is_found_in_9_of_10_seeds_where_measurements_mislead(task, planted_fitness, search, tmp_path,
+def misleading_sparsity(candidate) -> float:
+    """Alone, blocks 0 and 1 hardly mind being sparser; with them so, every other block costs far more."""
+    levels = [-1 if block[0] is None else block[0] for block in candidate]
+    sparser = sum(level == 1 for level in levels[:2])
+    return sum((level + 1) * (0.05 if i < 2 else 0.1 * i * (1 + 3 * sparser)) for i, level in enumerate(levels))
+
+
+@pytest.mark.parametrize("task, planted_fitness, settings", [
+    ("depth", misleading_depth, []), ("bits", misleading_bits, ["--screen", "4"]),
+    ("sparsity", misleading_sparsity, ["--screen", "4", "--refine", "2"])])
+def test_optimum_is_found_in_9_of_10_seeds_where_measurements_mislead(task, planted_fitness, settings, search, tmp_path,
                                                                       monkeypatch):
+    """With the settings that README.md recommends."""
     plant(monkeypatch, planted_fitness)
     if task == "depth":
         everything = [tuple(zip((i in attn for i in range(6)), (i in mlp for i in range(6))))
@@ -482,18 +492,22 @@ def test_optimum_is_found_in_9_of_10_seeds_where_measurements_mislead(task, plan
         module, own = evo_drop, ["--drop_attn", "3", "--drop_mlp", "3"]
         read = lambda folder: tuple(read_drop_config(folder / "layer_drop_config.txt"))
     else:
+        read = lambda folder: tuple(
+            (level,) * 7 for level in list(read_level_config(next(folder.glob("*configuration*.txt"))).values())[::7])
+    if task == "bits":
         everything = [tuple((level,) * 7 for level in levels) for levels in itertools.product((2, 3, 4), repeat=6)
                       if sum(levels) == 17]            # no uniform one, which would be a start, too
-        module = evo_quant
-        own = ["--target_bitwidth", "2.834", "--tie", "block", "--bounds", "*=2:4"]
-        read = lambda folder: tuple(
-            (level,) * 7 for level in list(read_level_config(next(folder.glob("evo*.txt"))).values())[::7])
+        module, own = evo_quant, ["--target_bitwidth", "2.834", "--tie", "block", "--bounds", "*=2:4"]
+    elif task == "sparsity":
+        everything = [tuple((level,) * 7 for level in levels) for levels in itertools.product((-1, 0, 1), repeat=6)
+                      if sum(levels) == 0]
+        module, own = evo_unstructured, ["--tie", "block", "--max_level", "1"]
     optimum = min(map(planted_fitness, everything))
     monkeypatch.setattr(module, "plot_search", lambda *_: None)
     found = trapped = 0
     for seed in range(10):
         folder = tmp_path / str(seed)
-        search(module, folder, *MEASURED, *own, "--screen", "4", "--generations", "10", "--seed", str(seed))
+        search(module, folder, *MEASURED, *own, *settings, "--generations", "16", "--seed", str(seed))
         trapped += log(folder)[0]["fitness"] > optimum + 0.1
         found += planted_fitness(read(folder)) == pytest.approx(optimum)
     assert trapped == 10, "measurements that do not mislead show nothing"
