@@ -96,7 +96,8 @@ class Run:
         ours = json.loads(json.dumps(self.flags))
         defaults = {key: value for key, value in self.defaults.items() if key in ours}
         flags = {**json.loads(json.dumps(defaults)), **flags}
-        differing = [f"--{key} {flags.get(key)} there, {ours.get(key)} here" for key in sorted({*flags, *ours} - {*NOT_COMPARED})
+        compared = sorted({*flags, *ours} - {*NOT_COMPARED})         # an earlier version compared more
+        differing = [f"--{key} {flags.get(key)} there, {ours.get(key)} here" for key in compared
                      if flags.get(key) != ours.get(key)]
         if differing:
             raise ValueError(f"{flag} {self.folder}: holds a run with other flags ({'; '.join(differing[:3])}); use "
