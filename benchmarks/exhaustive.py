@@ -2,10 +2,10 @@
 
     python benchmarks/exhaustive.py --model_name_or_path MODEL --calibration_data TEXT
 
-Depth: every way to drop --drop_attn attentions and --drop_mlp MLPs. Bits and sparsity: every way to give the blocks
-bitwidths of --bitwidths with the middle one as the average, or levels up to --max_level with 0 as the sum. All candidates are measured on the whole calibration set; then
-each seed's search, selecting on that same set, is compared with the best of them, and the distinct candidates it has
-evaluated are counted.
+Depth: every way to drop --drop_attn attentions and --drop_mlp MLPs. Bits: every way to give the blocks bitwidths of
+--bitwidths with the middle one as the average. Sparsity: every way to give them levels of at most --max_level that add
+up to 0. All candidates are measured on the whole calibration set; then each seed's search, selecting on that same set,
+is compared with the best of them, and the distinct candidates it has evaluated are counted.
 """
 import argparse
 import itertools

@@ -518,7 +518,8 @@ def test_finished_run_still_writes_where_it_is_asked_to_by_then(command, tmp_pat
     own = {"save_dir": str(tmp_path / "model"), "drop_config_dir": str(tmp_path / "config")}
     again = evo_drop.main(command(**own))
     assert (tmp_path / "model" / "config.json").exists() and again["dropped"] == summary["dropped"]
-    assert (tmp_path / "config" / "layer_drop_config.txt").read_bytes() == files(tmp_path / "run")["layer_drop_config.txt"]
+    name = "layer_drop_config.txt"
+    assert (tmp_path / "config" / name).read_bytes() == files(tmp_path / "run")[name]
     capsys.readouterr()
     evo_drop.main(command(**own))
     assert "this search is finished" in capsys.readouterr().out

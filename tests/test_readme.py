@@ -1,4 +1,4 @@
-"""Documentation: every command line in it is understood by the program that it names, and nothing is left to fill in."""
+"""Documentation: its command lines are understood by the programs that they name; nothing is left to fill in."""
 import re
 import shlex
 import sys
@@ -58,7 +58,8 @@ def test_every_flag_named_is_one_of_some_program(page):
                       and "tests" not in path.parts)
     named = set(re.findall(r"(?<![\w-])--([a-z]\w+)", (ROOT / page).read_text()))
     assert len(named) > 10
-    put_together = {f"{kind}_{what}" for kind in ("sparse", "quant") for what in ("weights_path", "config_path", "budget")}
+    put_together = {f"{kind}_{what}" for kind in ("drop", "sparse", "quant")
+                    for what in ("weights_path", "config_path", "budget")}
     of_others = {"help", "nproc_per_node"}
     assert {flag for flag in named if f'"--{flag}"' not in sources} <= put_together | of_others
 
