@@ -28,7 +28,6 @@ from utils.measurements import Measurements
 from utils.model import load_config, load_decoder, load_tokenizer, save_dropped
 from utils.runs import (Run, RunError, default_folder, evaluation_rows, format_table, open_wandb, plot_search,
                         rng_state, set_rng_state, user_errors)
-from utils.screening import AdditiveModel
 
 Candidate = tuple[bool, ...]     # of every unit: dropped?
 LAZY_BATCH = 4                   # units that a measured start measures again at once
@@ -56,7 +55,7 @@ def make_parser() -> argparse.ArgumentParser:
         init={"random": "the best of --initially_generated",
               "measured": "the least harmful dropped on --initial_tokens, measured again, and so on"},
         initially_generated=64, initial_tokens=2048, fitness=["kl", "ppl"],
-        generations_help="default: the paper's k(n-k)/1.5 for k of n blocks")
+        generations_help="default: the paper's k(n-k)/1.5 for k of n blocks", screen=False)
     search.add_argument("--invert_fitness", action="store_true", help="search for the worst candidate instead")
     add_evaluation_flags(parser)
     output = parser.add_argument_group("output")
@@ -163,12 +162,12 @@ def random_candidate(space: Space, rng: random.Random) -> Candidate | None:
 
 
 def measured_candidate(space: Space, measure: Callable[[list[Candidate]], dict[Candidate, float]], rng: random.Random
-                       ) -> tuple[Candidate | None, list[dict[bool, float]]]:
+                       ) -> Candidate | None:
     """Greedy: drop the unit that does the least harm (per parameter, where those are the budget), measure again, until
-    the budget is met. Also returns what each unit was last seen to do to fitness, {not dropped: 0, dropped: harm}.
+    the budget is met. `measure` gives fitness by candidate. None where greedy choices do not lead to the budget.
 
     Lazy greedy (Minoux, 1978): most units do more harm the more is dropped, so the harm last measured is taken as a
-    lower bound, and a unit is measured again only while another may do more. `measure` gives fitness by candidate.
+    lower bound, and a unit is measured again only while another may do more.
     """
     def with_dropped(unit: int) -> Candidate:
         return tuple(dropped or i == unit for i, dropped in enumerate(candidate))
@@ -193,7 +192,7 @@ def measured_candidate(space: Space, measure: Callable[[list[Candidate]], dict[C
         dropped = {i for i, is_dropped in enumerate(candidate) if is_dropped}
         candidate = fill_budget(space, dropped,
                                 [i for i, unit in enumerate(space.units) if unit.legal and i not in dropped], rng)
-    return candidate, [{False: 0.0, True: harm.get(i, math.inf)} for i in range(len(space.units))]
+    return candidate
 
 
 def droppable(space: Space, candidate: Candidate) -> list[int]:
@@ -363,7 +362,6 @@ def main(argv: list[str] | None = None) -> dict:
     tokens_spent = 0
     measurements = Measurements(fitness, lambda candidate: space.states(candidate, len(blocks)), args.fitness_fn,
                                 not args.no_reuse)
-    model = AdditiveModel([(False, True) for _ in space.units]) if args.screen > 1 else None
 
     def measure(candidates: list[Candidate], num_tokens: int, minibatch: list[tuple[int, int]] | None = None
                 ) -> list[tuple[float, Candidate]]:
@@ -372,25 +370,20 @@ def main(argv: list[str] | None = None) -> dict:
         values, spent = measurements.measure(candidates, minibatch or draw_minibatch(documents, num_tokens, rng))
         tokens_spent += spent
         sign = -1 if args.invert_fitness else 1
-        ranked = sorted(((sign * value if math.isfinite(value) else math.inf, candidate)
-                         for value, candidate in zip(values, candidates)), key=lambda pair: pair[0])
-        if model:
-            model.observe(ranked, num_tokens)
-        return ranked
+        return sorted(((sign * value if math.isfinite(value) else math.inf, candidate)
+                       for value, candidate in zip(values, candidates)), key=lambda pair: pair[0])
 
     def checkpoint(generation: int) -> None:
         run.checkpoint(generation=generation, rng=rng_state(rng), population=population, start=start, fitness=best,
                        tokens=tokens_spent,
                        microbatch_tokens={"fitness": fitness.sizes, "evaluation": evaluation.sizes},
-                       measurements=measurements.state, model=model and model.state)
+                       measurements=measurements.state)
 
     if run.state:
         set_rng_state(rng, run.state["rng"])
         first_generation, tokens_spent, best = run.state["generation"] + 1, run.state["tokens"], run.state["fitness"]
         population, start = ([tuple(c) for c in run.state[key]] for key in ("population", "start"))
         measurements.restore(run.state.get("measurements", []))
-        if model:
-            model.restore(run.state["model"])
         print(f"{run.folder}: resumed after generation {run.state['generation']}")
     else:
         initial = draw_distinct(lambda: random_candidate(space, rng), args.initially_generated, set())
@@ -399,11 +392,9 @@ def main(argv: list[str] | None = None) -> dict:
                              f"by less than the smallest sub-block more; change the fraction or what may be dropped")
         if args.init == "measured":
             minibatch = draw_minibatch(documents, args.initial_tokens, rng)
-            candidate, errors = measured_candidate(space, lambda candidates: {
+            candidate = measured_candidate(space, lambda candidates: {
                 c: value for value, c in measure(candidates, args.initial_tokens, minibatch=minibatch)}, rng)
             initial = [candidate] if candidate else initial
-            if model:
-                model.expect(errors)
         ranked = measure(initial, args.initial_tokens)
         if not math.isfinite(ranked[0][0]):
             raise RunError(f"--fitness_fn {args.fitness_fn}: not finite for any start; use --dtype bfloat16 or float32")
@@ -423,12 +414,10 @@ def main(argv: list[str] | None = None) -> dict:
     for generation in range(first_generation, args.generations + 1):
         started = time.time()
         offspring = draw_distinct(lambda: mutate(space, population, args.max_mutations, rng, args.fixed_mutations),
-                                  args.offspring * args.screen, set(population))
+                                  args.offspring, set(population))
         if not offspring:
             print("no other candidate meets the budget: nothing to search")
             break
-        if model:
-            offspring = model.screen(offspring, args.offspring, rng)
         survivors = select(offspring, population, steps, measure, args.strategy)
         population, best = [candidate for _, candidate in survivors], survivors[0][0]
         measurements.keep(population)

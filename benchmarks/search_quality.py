@@ -52,7 +52,9 @@ VARIANTS = {PAPER: RANDOM,
             OURS: ["--init", "measured"],                                  # and OWN
             "measured start alone": ["--init", "measured"],
             "start and screening": ["--init", "measured", *SCREEN],
+            "start and refining": ["--init", "measured", *REFINE],
             "screening alone": [*RANDOM, *SCREEN]}
+UNKNOWN = {"depth": ("--screen", "--refine"), "bits": ("--refine",), "sparsity": ()}     # flags that a search lacks
 SHARES = (0.05, 0.1, 0.25, 0.5, 1.0)                # columns of the table
 CURVE = (0.05, 0.1, 0.15, 0.2, 0.25, 0.5, 1.0)
 ENDS = (0.25, 0.5, 1.0)                             # of what the two are compared with
@@ -142,7 +144,7 @@ def generations_of(setting: Setting, variant: str, args: argparse.Namespace) -> 
 
 def search(setting: Setting, variant: str, seed: int, args: argparse.Namespace) -> None:
     folder = folder_of(setting, variant, seed, args.out)
-    if (folder / "summary.json").exists():
+    if (folder / "summary.json").exists() or set(UNKNOWN[setting.task]) & set(VARIANTS[variant]):
         return
     levels = setting.task != "depth"
     flags = ["--model_name_or_path", args.model_name_or_path, "--calibration_data", args.data,

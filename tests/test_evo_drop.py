@@ -424,7 +424,7 @@ def kill_at(monkeypatch, owner, name: str, call: int) -> None:
         (Run, "checkpoint", 1), (Run, "checkpoint", 5), (evo_drop, "write_drop_config", 1), (Run, "summarize", 1)]],
     *[({"sparsity": None, "drop_params": 0.3, "generations": None, **TWO_PARENTS}, *place) for place in [
         (Measurements, "measure", 4), (Run, "checkpoint", 3)]],
-    *[({"init": "measured", "screen": 3}, *place) for place in [(Measurements, "measure", 3), (Run, "checkpoint", 4)]]])
+    *[({"init": "measured"}, *place) for place in [(Measurements, "measure", 3), (Run, "checkpoint", 4)]]])
 def test_killed_anywhere_and_resumed_gives_the_same_files(options, owner, name, call, command, tmp_path, monkeypatch):
     evo_drop.main(command("whole", **options))
     with monkeypatch.context() as patch:
@@ -529,10 +529,10 @@ def test_run_of_an_earlier_version_without_a_flag_is_resumed(command, tmp_path):
     evo_drop.main(command(generations=2))
     path = tmp_path / "run" / "checkpoint.json"
     saved = read_sealed(path)
-    del saved["flags"]["init"], saved["flags"]["screen"], saved["state"]["measurements"]
+    del saved["flags"]["init"], saved["flags"]["no_reuse"], saved["state"]["measurements"]
     path.write_text(seal(saved))
-    with pytest.raises(SystemExit, match=r"other flags \(--screen 1 there, 2 here\)"):
-        evo_drop.main(command(generations=2, screen=2))
+    with pytest.raises(SystemExit, match=r"other flags \(--init random there, measured here\)"):
+        evo_drop.main(command(generations=2, init="measured"))
     assert evo_drop.main(command(generations=3))["generations"] == 3
 
 

@@ -191,14 +191,13 @@ def test_lazy_greedy_drops_what_greedy_drops_and_measures_less(counts, least_siz
             calls.extend(candidates)
             return {candidate: harm(candidate) for candidate in candidates}
 
-        found, errors = evo_drop.measured_candidate(space, measure, random.Random(0))
+        found = evo_drop.measured_candidate(space, measure, random.Random(0))
         greedy, steps = (False,) * 24, 0
         while choices := evo_drop.droppable(space, greedy):
             steps += len(choices)
             greedy = min((tuple(old or i == j for j, old in enumerate(greedy)) for i in choices), key=harm)
         assert found == greedy and space.feasible(found)
         assert not any(found[i] for i in (3, 15))
-        assert all(errors[i][True] >= harms[i] - 1e-9 and errors[i][False] == 0 for i in range(24))
         fewer += len(calls) < steps
     assert fewer >= 15
 
@@ -208,7 +207,7 @@ def test_greedy_meets_a_budget_of_parameters_that_its_choices_do_not_add_up_to()
     units = tuple(evo_drop.Unit("attn", ((i, 0),), size, True) for i, size in enumerate(sizes))
     for least in range(40, 300, 7):
         space = evo_drop.Space(units, None, least, 50)
-        found, _ = evo_drop.measured_candidate(
+        found = evo_drop.measured_candidate(
             space, lambda candidates: {c: float(space.dropped_size(c)) for c in candidates}, random.Random(0))
         assert found is None or space.feasible(found)
         assert found is not None or least > 250
@@ -319,7 +318,7 @@ def test_refining_costs_what_it_measures_and_is_resumed(search, tmp_path, monkey
 @pytest.mark.parametrize("fitness_fn", ["kl", "ppl"])
 def test_looking_up_what_parents_have_seen_is_the_same_search_for_fewer_tokens(module, own, fitness_fn, search,
                                                                                tmp_path):
-    flags = [*own, "--generations", "6", "--screen", "2", "--fitness_fn", fitness_fn]
+    flags = [*own, "--generations", "6", "--fitness_fn", fitness_fn, *(["--screen", "2"] if module != evo_drop else [])]
     results = {name: search(module, tmp_path / name, *flags, *more) for name, more in (("plain", ["--no_reuse"]),
                                                                                        ("fast", []))}
     logs = [log(tmp_path / name) for name in results]
