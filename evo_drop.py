@@ -55,7 +55,7 @@ def make_parser() -> argparse.ArgumentParser:
         init={"random": "the best of --initially_generated",
               "measured": "the least harmful dropped on --initial_tokens, measured again, and so on"},
         initially_generated=64, initial_tokens=2048, fitness=["kl", "ppl"],
-        generations_help="default: the paper's k(n-k)/1.5 for k of n blocks")
+        generations_help="default: the paper's k(n-k)/1.5 for k of n blocks", screen=False)
     search.add_argument("--invert_fitness", action="store_true", help="search for the worst candidate instead")
     add_evaluation_flags(parser)
     output = parser.add_argument_group("output")

@@ -58,19 +58,14 @@ def make_parser() -> argparse.ArgumentParser:
     add_unit_flags(space)
     space.add_argument("--level_cache_gb", type=float, default=24.0, metavar="GB",
                        help="packed levels kept on the device; the rest is read from disk (default: 24)")
-    search = add_search_flags(
+    add_search_flags(
         parser, generations=150, offspring=128, survivors=[16, 4, 1], tokens=[2048, 16384, 131072],
         init={"uniform": "the target everywhere, or where that is no candidate as random",
               "random": "the best of --initially_generated",
               "measured": "the best sum of errors, of each unit alone on --initial_tokens"},
         initially_generated=32, initial_tokens=2048, fitness=["kl", "ppl", "sparse_kl"],
-        generations_help="default: 150")
-    search.add_argument("--screen", type=int, default=1, metavar="FACTOR",
-                        help="draw this many times the offspring and measure as many as else: three in four are those "
-                             "that an additive model of the levels, fitted to all that was measured before, ranks "
-                             "best, the others random, e.g. 4 (default: 1, all are measured)")
-    search.add_argument("--kl_topk", type=int, default=10, metavar="LOGITS",
-                        help="of sparse_kl: the teacher's largest (default: 10)")
+        generations_help="default: 150").add_argument(
+        "--kl_topk", type=int, default=10, metavar="LOGITS", help="of sparse_kl: the teacher's largest (default: 10)")
     add_evaluation_flags(parser)
     output = parser.add_argument_group("output")
     output.add_argument("--output_dir", metavar="FOLDER",

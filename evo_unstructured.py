@@ -34,6 +34,7 @@ from utils.measurements import Measurements
 from utils.model import load_config, load_decoder, load_tokenizer
 from utils.runs import (Run, RunError, default_folder, evaluation_rows, format_table, open_wandb, plot_search,
                         rng_state, set_rng_state, user_errors)
+from utils.screening import AdditiveModel
 from utils.units import Unit, add_unit_flags, build_units, check_unit_flags, level_map
 
 Candidate = tuple[int, ...]      # the level of every unit
@@ -268,6 +269,7 @@ def main(argv: list[str] | None = None) -> dict:
                       sizes=sizes.get("fitness"))
     rng = random.Random(args.seed)
     tokens_spent = 0
+    model = AdditiveModel([unit.levels for unit in space.units]) if args.screen > 1 else None
 
     def states(candidate: Candidate) -> tuple:
         return switcher.states(space.levels(candidate))
@@ -279,19 +281,24 @@ def main(argv: list[str] | None = None) -> dict:
         nonlocal tokens_spent
         values, spent = measurements.measure(candidates, draw_minibatch(documents, num_tokens, rng))
         tokens_spent += spent
-        return sorted(zip(values, candidates), key=lambda pair: pair[0])
+        ranked = sorted(zip(values, candidates), key=lambda pair: pair[0])
+        if model:
+            model.observe(ranked, num_tokens)
+        return ranked
 
     def checkpoint(generation: int) -> None:
         run.checkpoint(generation=generation, rng=rng_state(rng), population=population, start=start, fitness=best,
                        tokens=tokens_spent,
                        microbatch_tokens={"fitness": fitness.sizes, "evaluation": evaluation.sizes},
-                       measurements=measurements.state)
+                       measurements=measurements.state, model=model and model.state)
 
     if run.state:
         set_rng_state(rng, run.state["rng"])
         first_generation, tokens_spent, best = run.state["generation"] + 1, run.state["tokens"], run.state["fitness"]
         population, start = ([tuple(c) for c in run.state[key]] for key in ("population", "start"))
         measurements.restore(run.state.get("measurements", []))
+        if model:
+            model.restore(run.state["model"])
         print(f"{run.folder}: resumed after generation {run.state['generation']}")
     else:
         uniform = tuple(0 for _ in space.units)
@@ -307,6 +314,8 @@ def main(argv: list[str] | None = None) -> dict:
             tokens_spent += measured * args.initial_tokens
             allocated = allocated_candidates(space, within) or allocated_candidates(space, [errors])
             initial = list(dict.fromkeys([*allocated, initial[0]]))
+            if model and args.fitness_fn != "ppl":               # errors are KL divergences
+                model.expect(errors)
         ranked = measure(initial, args.initial_tokens)
         if not math.isfinite(ranked[0][0]):
             raise RunError(f"--fitness_fn {args.fitness_fn}: not finite for any start; use --dtype bfloat16 or float32")
@@ -326,11 +335,15 @@ def main(argv: list[str] | None = None) -> dict:
             num_tokens = min(args.calibration_tokens, REFINE_TOKENS * args.initial_tokens)
             changes, measured = estimate_around(fitness, switcher, database, space.units, population[0],
                                                 draw_minibatch(documents, num_tokens, rng))
-            tokens_spent += measured * num_tokens
+            tokens_spent += len(measured) * num_tokens
+            if model and args.fitness_fn != "ppl":               # what is measured here is KL divergence
+                model.observe(measured, num_tokens)
             offspring = [c for c in allocated_candidates(space, [changes]) if c not in population]
         if not offspring:
             offspring = draw_distinct(lambda: mutate(space, population, args.max_mutations, rng, args.fixed_mutations),
-                                      args.offspring, set(population))
+                                      args.offspring * args.screen, set(population))
+            if model and offspring:
+                offspring = model.screen(offspring, args.offspring, rng)
         if not offspring:
             print("no other candidate meets the budget: nothing to search")
             break

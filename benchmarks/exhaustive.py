@@ -42,7 +42,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--initially_generated", type=int, default=5)
     parser.add_argument("--init", choices=["uniform", "random", "measured"],
                         help="of the search (default: the search's)")
-    parser.add_argument("--screen", type=int, default=1, help="of the search for bits")
+    parser.add_argument("--screen", type=int, default=1, help="of the search for sparsity or bits")
     parser.add_argument("--refine", type=int, default=0, help="of the search for sparsity")
     return parser.parse_args(argv)
 
@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
                    "--tie", "block", "--bounds", f"*={low}:{high}"]
 
     options = ["--init", args.init] if args.init else []
-    options += ["--screen", str(args.screen)] if args.task == "bits" else []
+    options += ["--screen", str(args.screen)] if args.task != "depth" else []
 
     ExhaustiveFitness.everything = staticmethod(everything)
     rows, found, fitness_class = [["seed", "optimum found", "candidates evaluated", "of", "KL found",

@@ -47,14 +47,14 @@ GENERATION_TOKENS = sum(map(math.prod, zip((OFFSPRING, *SURVIVORS[:-1]), TOKENS)
 PAPER, OURS = "paper's way", "ours"
 RANDOM = ["--initially_generated", 32, "--initial_tokens", 1024]
 SCREEN, REFINE = ["--screen", 4], ["--refine", 2]
-OWN = {"depth": [], "sparsity": REFINE, "bits": SCREEN}       # what helps beside a measured start
+OWN = {"depth": [], "sparsity": [*SCREEN, *REFINE], "bits": SCREEN}       # what helps beside a measured start
 VARIANTS = {PAPER: RANDOM,
             OURS: ["--init", "measured"],                                  # and OWN
             "measured start alone": ["--init", "measured"],
             "start and screening": ["--init", "measured", *SCREEN],
             "start and refining": ["--init", "measured", *REFINE],
             "screening alone": [*RANDOM, *SCREEN]}
-UNKNOWN = {"depth": ("--screen", "--refine"), "sparsity": ("--screen",), "bits": ("--refine",)}   # to a task's search
+UNKNOWN = {"depth": ("--screen", "--refine"), "bits": ("--refine",), "sparsity": ()}     # flags that a search lacks
 SHARES = (0.05, 0.1, 0.25, 0.5, 1.0)                # columns of the table
 CURVE = (0.05, 0.1, 0.15, 0.2, 0.25, 0.5, 1.0)
 ENDS = (0.25, 0.5, 1.0)                             # of what the two are compared with

@@ -87,9 +87,9 @@ def estimate_alone(fitness: Fitness, switcher: LevelSwitcher, database: Database
 
 def estimate_around(fitness: Fitness, switcher: LevelSwitcher, database: Database, units: Sequence[Unit],
                     candidate: tuple[int, ...], minibatch: Row
-                    ) -> tuple[list[dict[int, float]], int]:
+                    ) -> tuple[list[dict[int, float]], list[tuple[float, tuple[int, ...]]]]:
     """(of every unit, level -> change of the KL divergence, in nats a token, when it goes from its level in `candidate`
-    to that one and all others stay; number of candidates that were measured).
+    to that one and all others stay; (divergence, candidate) of all that were measured).
 
     Of each unit there are its own level, with 0, and the next one to either side. Measured is the one after, REACH
     levels away or as far as there are any, since a larger change stands out more from the noise; a share of it follows
@@ -102,18 +102,19 @@ def estimate_around(fitness: Fitness, switcher: LevelSwitcher, database: Databas
     others = {name: level for unit, level in zip(units, candidate) for name in unit.names}
     [(before,)] = fitness.measure([switcher.states(others)], minibatch)
     values = measure_alone(fitness, switcher, [unit.names for unit in units], ends, minibatch, others)
-    changes = []
+    changes, measured = [], [(before, candidate)]
     for i, (unit, known, place) in enumerate(zip(units, levels, places)):
         own, shape = known[place], layer_errors(database, unit.names, known)
         change = {own: 0.0}
         for end, value in values[i].items():
+            measured.append((value, (*candidate[:i], end, *candidate[i + 1:])))
             near = known[place + (1 if end > own else -1)]
             whole, part = shape[end] - shape[own], shape[near] - shape[own]
             change[near] = (value - before) * (part / whole if whole else 1.0)
             if not math.isfinite(value) or (whole > 0) == (change[near] < 0):
                 change[near] = 0.0 if math.isfinite(value) else math.inf
         changes.append(change)
-    return changes, 1 + sum(map(len, ends))
+    return changes, measured
 
 
 def halfway_levels(levels: Sequence[int], errors: Mapping[int, float], target: float) -> list[int]:

@@ -40,8 +40,8 @@ def build_commands(inputs: list[str], folder) -> list[list[str]]:
 def search_commands(inputs: list[str], databases, folder, generations: int) -> list[list[str]]:
     own = {"evo_drop": ["--sparsity", "0.5", "--no_eval"],
            "evo_unstructured": ["--sparse_weights_path", str(databases / "sparsegpt"), "--no_eval",
-                                "--init", "measured", "--refine", "1"],
-           "evo_quant": ["--quant_weights_path", str(databases / "gptq"), "--target_bitwidth", "2.5", "--screen", "2",
+                                "--init", "measured", "--screen", "2", "--refine", "1"],
+           "evo_quant": ["--quant_weights_path", str(databases / "gptq"), "--target_bitwidth", "2.5",
                          "--eval_datasets", inputs[-1], "--eval_tokens", "512"]}
     return [[name, *inputs, *SEARCH, *flags, "--generations", str(generations),
              "--output_dir", str(folder / name)] for name, flags in own.items()]

@@ -272,11 +272,11 @@ def test_tied_blocks_and_max_level_hold_in_every_candidate(checkpoint, databases
             assert sum(abs(level) for block in candidate for level in block) <= 28
 
 
-MEASURED = {"sparse": ["--init", "measured", "--refine", "1"], "quant": ["--init", "measured", "--screen", "3"]}
+MEASURED = ["--init", "measured", "--screen", "3"]
 
 
-@pytest.mark.parametrize("task, more, call", [("sparse", [], 4), ("quant", [], 4), ("sparse", MEASURED["sparse"], 12),
-                                              ("quant", MEASURED["quant"], 3)])
+@pytest.mark.parametrize("task, more, call", [("sparse", [], 4), ("quant", [], 4), ("sparse", MEASURED, 12),
+                                              ("quant", MEASURED, 3)])
 def test_same_seed_gives_the_same_bytes_and_a_killed_run_resumes_to_them(checkpoint, databases, tmp_path, monkeypatch,
                                                                          task, more, call):
     """The call of `sums` that kills: of a measured start, one for every block, then one for the start."""

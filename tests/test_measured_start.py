@@ -253,16 +253,8 @@ def test_changes_around_a_candidate_are_those_of_the_model_and_follow_the_layers
     highest = max(units[0].levels)
     others = (random.Random(i).choice(unit.levels) for i, unit in enumerate(units[3:]))
     candidate = (highest, 0, min(units[2].levels), *others)
-    measured, measure = [], fitness.measure
-
-    def recording(candidates, minibatch):
-        values = measure(candidates, minibatch)
-        measured.extend((value, sum(blocks, ())) for blocks, (value,) in zip(candidates, values))
-        return values
-
-    fitness.measure = recording
-    changes, count = estimate_around(fitness, switcher, database, units, candidate, [(0, 20), (1, 12)])
-    assert count == len(measured) and measured[0][1] == candidate and len({c for _, c in measured}) == len(measured)
+    changes, measured = estimate_around(fitness, switcher, database, units, candidate, [(0, 20), (1, 12)])
+    assert measured[0][1] == candidate and len({c for _, c in measured}) == len(measured)
     for value, other in measured[::5]:
         fresh = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
         for unit, level in zip(units, other):
@@ -306,7 +298,7 @@ def test_refining_goes_straight_to_the_best_sum_of_changes_where_changes_add_up(
 
 
 def test_refining_costs_what_it_measures_and_is_resumed(search, tmp_path, monkeypatch):
-    flags = ["--refine", "2", "--no_reuse"]
+    flags = ["--refine", "2", "--screen", "2", "--no_reuse"]
     search(evo_unstructured, tmp_path / "whole", *flags, "--generations", "3")
     search(evo_unstructured, tmp_path / "parts", *flags, "--generations", "1")
     search(evo_unstructured, tmp_path / "parts", *flags, "--generations", "3")
@@ -326,7 +318,7 @@ def test_refining_costs_what_it_measures_and_is_resumed(search, tmp_path, monkey
 @pytest.mark.parametrize("fitness_fn", ["kl", "ppl"])
 def test_looking_up_what_parents_have_seen_is_the_same_search_for_fewer_tokens(module, own, fitness_fn, search,
                                                                                tmp_path):
-    flags = [*own, "--generations", "6", "--fitness_fn", fitness_fn, *(["--screen", "2"] if module == evo_quant else [])]
+    flags = [*own, "--generations", "6", "--fitness_fn", fitness_fn, *(["--screen", "2"] if module != evo_drop else [])]
     results = {name: search(module, tmp_path / name, *flags, *more) for name, more in (("plain", ["--no_reuse"]),
                                                                                        ("fast", []))}
     logs = [log(tmp_path / name) for name in results]
@@ -412,8 +404,10 @@ def test_model_is_the_ridge_regression_whose_predictions_of_candidates_left_out_
         [sum(plainly[3 * unit + level - 2] for unit, level in enumerate(candidate)) for candidate in pool], abs=1e-8)
 
 
+@pytest.mark.parametrize("module, own", [(evo_unstructured, ["--refine", "1"]),
+                                         (evo_quant, ["--target_bitwidth", "3"])], ids=["sparsity", "bits"])
 @pytest.mark.parametrize("fitness_fn", ["kl", "ppl"])
-def test_model_of_perplexities_learns_nothing_from_divergences(fitness_fn, search, tmp_path, monkeypatch):
+def test_model_of_perplexities_learns_nothing_from_divergences(module, own, fitness_fn, search, tmp_path, monkeypatch):
     models = []
 
     class Kept(AdditiveModel):
@@ -421,10 +415,9 @@ def test_model_of_perplexities_learns_nothing_from_divergences(fitness_fn, searc
             super().__init__(*args)
             models.append(self)
 
-    monkeypatch.setattr(evo_quant, "AdditiveModel", Kept)
-    monkeypatch.setattr(evo_quant, "plot_search", lambda *_: None)
-    search(evo_quant, tmp_path, *MEASURED, "--target_bitwidth", "3", "--screen", "2", "--generations", "2",
-           "--fitness_fn", fitness_fn)
+    monkeypatch.setattr(module, "AdditiveModel", Kept)
+    monkeypatch.setattr(module, "plot_search", lambda *_: None)
+    search(module, tmp_path, *MEASURED, *own, "--screen", "2", "--generations", "2", "--fitness_fn", fitness_fn)
     fitness = [value for _, _, value, _ in models[0]._measured]
     assert models[0]._expected.any() == (fitness_fn == "kl")
     assert min(fitness) > 5 if fitness_fn == "ppl" else max(fitness) < 5
@@ -487,7 +480,7 @@ def misleading_sparsity(candidate) -> float:
 
 @pytest.mark.parametrize("task, planted_fitness, settings", [
     ("depth", misleading_depth, []), ("bits", misleading_bits, ["--screen", "4"]),
-    ("sparsity", misleading_sparsity, ["--refine", "2"])])
+    ("sparsity", misleading_sparsity, ["--screen", "4", "--refine", "2"])])
 def test_optimum_is_found_in_9_of_10_seeds_where_measurements_mislead(task, planted_fitness, settings, search, tmp_path,
                                                                       monkeypatch):
     """With the settings that README.md recommends."""

@@ -238,7 +238,7 @@ def tiny(tmp_path_factory, tokenizer, text):
     return model, f"{folder}/sparse", f"{folder}/quant"
 
 
-@pytest.mark.parametrize("more", [["--max_level", "0"], ["--max_level", "0", "--refine", "2"],
+@pytest.mark.parametrize("more", [["--max_level", "0"], ["--max_level", "0", "--screen", "4"],
                                   ["--max_total_deviation", "1", "--strategy", "comma"]])
 def test_sparsity_space_of_one_candidate_ends_with_it(tiny, text, tmp_path, more, capsys, monkeypatch):
     monkeypatch.setattr(evo_unstructured, "plot_search", lambda *_: None)

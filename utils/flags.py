@@ -59,8 +59,8 @@ def add_evaluation_flags(parser: argparse.ArgumentParser, in_search: bool = True
 
 def add_search_flags(parser: argparse.ArgumentParser, generations: int | None, offspring: int, survivors: list[int],
                      tokens: list[int], init: dict[str, str], initially_generated: int, initial_tokens: int,
-                     fitness: list[str], generations_help: str) -> argparse._ArgumentGroup:
-    """`init`: meaning of every --init; the first is the default."""
+                     fitness: list[str], generations_help: str, screen: bool = True) -> argparse._ArgumentGroup:
+    """`init`: meaning of every --init; the first is the default. `screen`: the search knows what to do with --screen."""
     group = parser.add_argument_group("evolutionary search")
     group.add_argument("--generations", type=int, default=generations, help=generations_help)
     group.add_argument("--offspring", type=int, default=offspring, metavar="CANDIDATES",
@@ -78,6 +78,11 @@ def add_search_flags(parser: argparse.ArgumentParser, generations: int | None, o
                        help=f"kept after each selection step (default: {' '.join(map(str, survivors))})")
     group.add_argument("--tokens_per_selection", type=int, nargs="+", default=tokens, metavar="TOKENS",
                        help=f"of each selection step's minibatch (default: {' '.join(map(str, tokens))})")
+    if screen:
+        group.add_argument("--screen", type=int, default=1, metavar="FACTOR",
+                           help="draw this many times the offspring and measure as many as else: three in four are those "
+                                "that an additive model of the levels, fitted to all that was measured before, ranks best, "
+                                "the others random, e.g. 4 (default: 1, all are measured)")
     group.add_argument("--strategy", choices=["plus", "comma"], default="plus",
                        help="plus: the parents compete in the last selection step; comma: offspring alone survive "
                             "(default: plus)")
