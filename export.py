@@ -23,13 +23,13 @@ from torch import nn
 
 from database.levels import add_configuration_flags, check_configuration_flags, load_configuration, open_configuration
 from database.store import Database
-from utils import pack_quantized
+from formats import compressed_tensors
+from formats.compressed_tensors import Quantized
+from formats.gguf import check_gguf, write_gguf
+from formats.regroup import Regrouped, regroup
 from utils.configs import DROP_WORDS, read_drop_config
 from utils.files import check_writable, write_atomic
-from utils.gguf_file import check_gguf, write_gguf
-from utils.model import DTYPES, Decoder, load_config, load_decoder, load_tokenizer, save_pretrained
-from utils.pack_quantized import Quantized
-from utils.regroup import Regrouped, regroup
+from utils.model import DTYPES, load_config, load_decoder, load_tokenizer, save_pretrained
 from utils.runs import RunError, evaluation_rows, format_table, user_errors
 
 MARK = "export.json"             # in every finished export: --overwrite replaces nothing else
@@ -201,7 +201,7 @@ def quantized_layers(regrouped: Regrouped, database: Database, levels: Mapping[s
     for name in linear_layers(regrouped.model):
         source = regrouped.sources[f"{name}.weight"].removesuffix(".weight")
         if source in levels and f"{name}.weight" in regrouped.zeroed:
-            layers[name] = pack_quantized.zero_layer(database.shape(source))
+            layers[name] = compressed_tensors.zero_layer(database.shape(source))
         elif source in levels:
             level = levels[source]
             layers[name] = Quantized(*database.codes(source, level), level, database.group_size(source))
@@ -215,17 +215,17 @@ def write_checkpoint(folder: Path, model: nn.Module, tokenizer, quantized: Mappi
         save_pretrained(model, tokenizer, folder, max_shard_size=args.max_shard_size)
         return {}
     linear = linear_layers(model)
-    schemes = pack_quantized.choose_schemes(quantized, promote=args.fuse == "promote")
+    schemes = compressed_tensors.choose_schemes(quantized, promote=args.fuse == "promote")
     state, stored = model.state_dict(), 0
     for name, layer in quantized.items():
-        packed = pack_quantized.pack(name, layer, schemes[name])
+        packed = compressed_tensors.pack(name, layer, schemes[name])
         stored += sum(tensor.nbytes for tensor in packed.values())
         del state[f"{name}.weight"]
         state.update(packed)
-    model.config.quantization_config = pack_quantized.quantization_config(
+    model.config.quantization_config = compressed_tensors.quantization_config(
         schemes, ignore=[name for name in linear if name not in schemes])
     save_pretrained(model, tokenizer, folder, state_dict=state, max_shard_size=args.max_shard_size)
-    uneven = pack_quantized.unevenly_packed(linear, schemes)
+    uneven = compressed_tensors.unevenly_packed(linear, schemes)
     odd = [name for name, layer in quantized.items() if layer.codes.shape[0] % 32]
     notes = [f"vLLM's kernels take output sizes that are multiples of 32; {len(odd)} quantized layers (first {odd[0]}) "
              f"are not."] if odd else []
@@ -235,7 +235,7 @@ def write_checkpoint(folder: Path, model: nn.Module, tokenizer, quantized: Mappi
         notes.append("Scales are float16, and loading in bfloat16, this file's default, rounds them; load it in "
                      "float16 or float32, or export with that --dtype, for the weights to the bit.")
     return {"vllm_fused_rule": not uneven, "unevenly_packed": uneven, "notes": notes,
-            **pack_quantized.bits_a_weight(quantized.values(), stored)}
+            **compressed_tensors.bits_a_weight(quantized.values(), stored)}
 
 
 def linear_layers(model: nn.Module) -> list[str]:

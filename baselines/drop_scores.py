@@ -26,7 +26,8 @@ from utils.configs import write_drop_config
 from utils.files import check_writable, write_atomic
 from utils.fitness import Fitness, assemble, default_microbatch_tokens, microbatches
 from utils.flags import add_calibration_flags, add_model_flags
-from utils.model import BlockInputs, Decoder, load_config
+from utils.decoder import BlockInputs, Decoder
+from utils.model import load_config
 from utils.runs import RunError, format_table, user_errors
 
 FITNESS = {"kl_div": "kl", "perplexity": "ppl"}

@@ -4,7 +4,8 @@ import argparse
 import torch
 
 from utils.data import calibration_documents, check_dataset, sequence_length
-from utils.model import Decoder, load_decoder, load_tokenizer
+from utils.decoder import Decoder
+from utils.model import load_decoder, load_tokenizer
 
 
 def check_calibration_flags(args: argparse.Namespace) -> None:

@@ -39,7 +39,8 @@ from benchmarks.ways import (EARLIER, SEARCHES, Generation, compiled, here, pare
                              play, without)
 from utils import model as models  # noqa: E402
 from utils.files import write_atomic  # noqa: E402
-from utils.model import Decoder, default_device  # noqa: E402
+from utils.decoder import Decoder  # noqa: E402
+from utils.model import default_device  # noqa: E402
 from utils.runs import format_table  # noqa: E402
 
 DIVIDE = {"demo": 8, "100m": 64, "llama-3-8b": 16}

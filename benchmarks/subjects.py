@@ -11,7 +11,8 @@ from database import gptq, sparsegpt
 from database.store import FORMAT, Database, config_sha256, layer_file, write_layer, write_manifest
 from utils import model as models
 from utils.data import calibration_documents
-from utils.model import Decoder, load_decoder, load_tokenizer
+from utils.decoder import Decoder
+from utils.model import load_decoder, load_tokenizer
 
 DEMO = Path(__file__).resolve().parents[1] / "demo" / "model"
 SHAPES = {   # Llamas of random weights

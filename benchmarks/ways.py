@@ -20,7 +20,7 @@ from utils import fitness as walk
 from utils.data import draw_minibatch
 from utils.fitness import Fitness
 from utils.measurements import Measurements
-from utils.model import Decoder
+from utils.decoder import Decoder
 from utils.units import build_units
 
 SEARCHES = {"evo_drop": (evo_drop, "--sparsity 0.25"),

@@ -18,7 +18,8 @@ from utils.data import calibration_documents, check_dataset, documents_sha256, s
 from utils.files import check_writable
 from utils.fitness import out_of_memory
 from utils.flags import add_calibration_flags, add_model_flags
-from utils.model import Decoder, default_device, load_config, load_decoder, load_tokenizer
+from utils.decoder import Decoder
+from utils.model import default_device, load_config, load_decoder, load_tokenizer
 
 # what decides where and how a build runs or what it is called, but not what is built
 NOT_COMPARED = ("model_name_or_path", "tokenizer_name", "use_fast_tokenizer", "device", "trust_remote_code", "save_dir",

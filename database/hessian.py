@@ -8,7 +8,7 @@ from torch import nn
 from database.solver import spans
 from utils import distributed
 from utils.fitness import assemble, default_microbatch_tokens, microbatches, out_of_memory, storage_for
-from utils.model import BlockInputs, Decoder
+from utils.decoder import BlockInputs, Decoder
 from utils.runs import RunError
 
 CHUNKS = 32                      # of the calibration tokens, dealt out to the processes; no more can share a pass

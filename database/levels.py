@@ -9,7 +9,7 @@ import torch
 
 from database.store import Database, LevelCache
 from utils.configs import check_level_config, read_drop_config, read_level_config
-from utils.model import Decoder
+from utils.decoder import Decoder
 
 GIGABYTE = 10**9
 

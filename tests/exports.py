@@ -12,7 +12,17 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import families
 from database import packing, store
+
+MIXED_TYPES = ["sliding_attention", "full_attention", "full_attention", "sliding_attention", "full_attention",
+               "sliding_attention"]
+
+
+def six_blocks(name: str, **overrides) -> torch.nn.Module:
+    if "layer_types" in families.FAMILIES[name][1]:
+        overrides["layer_types"] = MIXED_TYPES
+    return families.build(name, num_hidden_layers=6, **overrides)
 
 
 def save_model(folder, model, tokenizer, **options) -> str:

@@ -15,7 +15,8 @@ from database.levels import LevelSwitcher
 from database.store import Database
 from test_fitness import MICROBATCH_TOKENS, MINIBATCH, documents, drop, random_candidates
 from utils.fitness import Fitness
-from utils.model import Decoder, load_decoder
+from utils.decoder import Decoder
+from utils.model import load_decoder
 
 needs_compiler = pytest.mark.skipif(not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))),
                                     reason="torch.compile needs a C++ compiler")

@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM, Gemma3Config
 from database import build, gptq, sparsegpt, store
 from database.store import Database, LevelCache, config_sha256, read_manifest, write_manifest
 from utils.data import calibration_documents
-from utils.model import Decoder, load_tokenizer
+from utils.decoder import Decoder
+from utils.model import load_tokenizer
 
 MODULES = {"sparsegpt": sparsegpt, "gptq": gptq}
 FLAGS = {"sparsegpt": ["--sparsity", "0.5", "--num_levels", "2", "--propagate", "compressed"],

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from database.hessian import Calibration, add_outer_products
-from utils.model import Decoder
+from utils.decoder import Decoder
 
 
 def make_documents(lengths=(40, 17, 23, 40, 9), vocabulary=families.VOCABULARY):

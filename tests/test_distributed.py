@@ -14,7 +14,7 @@ from conftest import ROOT
 
 from utils import distributed
 from utils.fitness import Fitness, microbatches
-from utils.model import Decoder
+from utils.decoder import Decoder
 
 SEARCH = ["--calibration_tokens", "1024", "--microbatch_tokens", "64", "--initial_tokens", "64",
           "--initially_generated", "4", "--offspring", "6", "--survivors_per_selection", "3", "1",

@@ -14,7 +14,8 @@ import eval_config
 import families
 from database.store import Database
 from utils.configs import write_drop_config, write_level_config
-from utils.model import Decoder, load_decoder
+from utils.decoder import Decoder
+from utils.model import load_decoder
 from utils.tasks import average_accuracy
 
 DROPPED = [(True, False), (False, True), (True, True), (False, False), (True, False), (False, False)]

@@ -2,35 +2,22 @@
 import errno
 import json
 import multiprocessing
-import random
 import shutil
 import time
-from copy import deepcopy
 from pathlib import Path
 
 import export
 import families
 import pytest
 import torch
-from exports import greedy, reload, save_model, write_database, write_levels
+from exports import MIXED_TYPES, greedy, reload, save_model, six_blocks, write_database, write_levels
 from safetensors.torch import load_file
 
 from database.store import Database
 from utils.configs import write_drop_config
-from utils.model import Decoder
-from utils.regroup import pair_up, regroup
 
 FAMILIES = ["llama", "qwen2", "qwen3", "gemma2", "phi3", "gpt_neox"]
-SIX = dict(num_hidden_layers=6)
 DROPPED = [(False, True), (True, False), (False, True), (True, False), (True, True), (False, False)]
-MIXED_TYPES = ["sliding_attention", "full_attention", "full_attention", "sliding_attention", "full_attention",
-               "sliding_attention"]
-
-
-def six_blocks(name: str, **overrides) -> torch.nn.Module:
-    if "layer_types" in families.FAMILIES[name][1]:
-        overrides["layer_types"] = MIXED_TYPES
-    return families.build(name, **SIX, **overrides)
 
 
 def export_dropped(tmp_path, model_folder: str, dropped, *flags: str) -> Path:
@@ -84,72 +71,6 @@ def test_depth_export_has_the_fewest_blocks(depth_exports, family):
 def test_layer_types_follow_the_attention(depth_exports, family):
     config = json.loads((depth_exports[0][family][1] / "config.json").read_text())
     assert config["layer_types"] == [MIXED_TYPES[index] for index in (0, 2, 5)]
-
-
-def test_kept_sub_blocks_stay_in_order_and_blocks_are_fewest():
-    rng = random.Random(0)
-    fewer = 0
-    for _ in range(300):
-        dropped = [(rng.random() < 0.4, rng.random() < 0.4) for _ in range(rng.randint(1, 12))]
-        kept = [(index, half) for index, state in enumerate(dropped) for half in (0, 1) if not state[half]]
-        pairs = pair_up(dropped)
-        assert [(pair[half], half) for pair in pairs for half in (0, 1) if pair[half] is not None] == kept
-        reference = sum(not all(state) for state in dropped)         # blocks that zeroing leaves, whole ones removed
-        assert len(pairs) <= max(reference, 1)
-        fewer += len(pairs) < reference
-        # two neighbours that could share a block would be one too many
-        assert not any(attn is not None and mlp is None and attn2 is None for (attn, mlp), (attn2, _) in
-                       zip(pairs, pairs[1:]))
-    assert fewer > 100
-
-
-@pytest.mark.parametrize("family", sorted(families.FAMILIES))
-def test_random_configurations_regroup_in_every_family(family):
-    decoder = Decoder(six_blocks(family) if family not in ("gpt2", "falcon") else families.build(family))
-    tokens = torch.randint(families.VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(5))
-    rng = random.Random(family)
-    for _ in range(3):
-        dropped = [(rng.random() < 0.4, rng.random() < 0.4) for _ in decoder.blocks]
-        for block, state in zip(decoder.blocks, dropped):
-            block.drop(*state)
-        regrouped = regroup(decoder, dropped)
-        with torch.no_grad():
-            assert torch.equal(regrouped.model(input_ids=tokens).logits, decoder.model(input_ids=tokens).logits)
-        if family not in ("gpt_neox", "falcon"):
-            assert regrouped.pairs == pair_up(dropped)
-
-
-def test_blocks_of_unlike_kinds_follow_their_halves():
-    """Block 1 has a plain MLP, the others experts: the index in mlp_only_layers moves with the MLP."""
-    decoder = Decoder(families.build("qwen2_moe"))
-    dropped = [(False, True), (True, False), (False, False), (True, True)]
-    for block, state in zip(decoder.blocks, dropped):
-        block.drop(*state)
-    regrouped = regroup(decoder, dropped)
-    assert regrouped.pairs == [(0, 1), (2, 2)] and regrouped.model.config.mlp_only_layers == [0]
-
-
-def test_windows_longer_than_any_probe_follow_the_attention():
-    """With a window of 4096 no short text shows which attention slides; the settings do."""
-    decoder = Decoder(six_blocks("gemma2", sliding_window=4096, max_position_embeddings=8192))
-    dropped = [(True, True), *[(False, False)] * 5]
-    decoder.blocks[0].drop(True, True)
-    model = regroup(decoder, dropped).model
-    assert [layer.self_attn.sliding_window for layer in model.model.layers] == [None, None, 4096, None, 4096]
-
-
-def test_a_config_that_cannot_follow_keeps_all_blocks(monkeypatch):
-    """No text shorter than the window shows that the wrong attentions slide, yet it is not taken for the same model."""
-    def unfollowed(config, pairs, num_blocks):
-        config = deepcopy(config)
-        config.layer_types, config.num_hidden_layers = config.layer_types[:len(pairs)], len(pairs)
-        return config
-
-    monkeypatch.setattr("utils.regroup.follow", unfollowed)
-    decoder = Decoder(six_blocks("gemma2", sliding_window=4096, max_position_embeddings=8192))
-    decoder.blocks[0].drop(True, True)
-    regrouped = regroup(decoder, [(True, True), *[(False, False)] * 5])
-    assert len(regrouped.pairs) == 6 and regrouped.model.config.layer_types == MIXED_TYPES
 
 
 def test_everything_dropped_still_loads(tmp_path, tokenizer):

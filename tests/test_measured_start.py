@@ -21,7 +21,7 @@ from database.store import Database
 from utils.allocation import allocate
 from utils.configs import read_drop_config, read_level_config
 from utils.fitness import Fitness
-from utils.model import Decoder
+from utils.decoder import Decoder
 from utils.screening import AdditiveModel
 from utils.units import Unit
 

@@ -18,7 +18,8 @@ from database.levels import LevelSwitcher
 from database.store import Database, LevelCache
 from test_fitness import documents, drop, random_candidates
 from utils.fitness import Fitness, out_of_memory, storage_for
-from utils.model import Decoder, load_decoder
+from utils.decoder import Decoder
+from utils.model import load_decoder
 from utils.runs import Run, RunError
 
 ROOT = Path(__file__).resolve().parents[1]

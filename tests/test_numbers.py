@@ -21,7 +21,8 @@ from test_fitness import documents, drop, random_candidates
 from utils.data import (calibration_documents, check_minibatches, default_sequence_length, draw_minibatch,
                         evaluation_documents, sequence_length)
 from utils.fitness import Fitness, assemble, microbatches
-from utils.model import Decoder, load_decoder
+from utils.decoder import Decoder
+from utils.model import load_decoder
 from utils.runs import RunError
 
 TEXT = ["--calibration_sequence_length", "32", "--calibration_tokens", "256", "--calibration_data"]

@@ -15,7 +15,8 @@ from test_fitness import MICROBATCH_TOKENS, MINIBATCH, documents, drop, random_c
 from transformers import AutoModelForCausalLM
 from utils.configs import write_drop_config
 from utils.fitness import Fitness, microbatches
-from utils.model import Decoder, load_decoder
+from utils.decoder import Decoder
+from utils.model import load_decoder
 
 CPU = torch.device("cpu")        # plays the device here: an absent block's weights are unusable all the same
 DEVICES = [CPU, *[torch.device("cuda")] * torch.cuda.is_available()]

@@ -5,7 +5,7 @@ import torch
 
 from utils.data import evaluation_documents
 from utils.fitness import Candidate, Fitness
-from utils.model import Decoder
+from utils.decoder import Decoder
 
 
 def load_evaluation_documents(names: list[str], tokenizer, num_tokens: int, sequence_length: int,

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from utils import distributed
-from utils.model import BlockInputs, Decoder
+from utils.decoder import BlockInputs, Decoder
 from utils.runs import RunError
 
 KINDS = ("kl", "ppl", "sparse_kl")

@@ -1,34 +1,21 @@
-"""Load a causal language model of any decoder family; find its blocks, their attention and MLP, and their linear
-layers.
-
-Nothing here knows a family by name. Blocks are `get_decoder().layers`, else the longest ModuleList of equal class. Of
-a block's children that hold weight matrices, the attention is the one whose forward takes masks, rotary embeddings or
-a cache; what is left is the MLP (one module, or several as in OPT).
-"""
+"""Load a causal language model and its tokenizer, and save them."""
 import ctypes
-import inspect
 import os
 import platform
 import shutil
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Cache
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from utils import distributed
+from utils.decoder import Decoder
 from utils.files import PARTIAL, naming
-from utils.offload import OffloadedBlocks
 
-ATTENTION_ARGUMENTS = {"attention_mask", "position_embeddings", "past_key_values", "past_key_value", "layer_past"}
-COMPILED_VARIANTS = 64           # of a block; beyond them torch would go on uncompiled
 KEPT_BYTES = 2**30               # of freed memory that a CPU's allocator does not give back
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
-
-
-# ---- loading ---------------------------------------------------------------------------------------------------------
 
 
 def load_config(name: str, trust_remote_code: bool = False):
@@ -79,7 +66,7 @@ def keep_freed_memory(num_bytes: int = KEPT_BYTES, largest: int = 2**25) -> bool
 
 def load_decoder(name: str, dtype: str = "auto", device: str | torch.device | None = None,
                  attn_implementation: str | None = None, trust_remote_code: bool = False, offload_blocks: bool = False,
-                 compile_blocks: bool = False) -> "Decoder":
+                 compile_blocks: bool = False) -> Decoder:
     """Load a causal language model for inference, with `offload_blocks` its blocks into host memory. On a CPU the
     process keeps freed memory from then on, see `keep_freed_memory`.
 
@@ -122,289 +109,6 @@ def _naming_the_flag(flag: str, value: str):
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{flag} {value}: cannot be loaded ({reason}); give a folder with a Hugging Face checkpoint "
                          f"in safetensors or a model name on the hub") from error
-
-
-# ---- structure -------------------------------------------------------------------------------------------------------
-
-
-class SubBlock:
-    """A block's attention or MLP: the modules that add to the residual stream, and whether they are dropped."""
-
-    def __init__(self, modules: list[nn.Module]):
-        self.modules = modules
-        self.parameters = [parameter for module in modules for parameter in module.parameters()]
-        self.size = sum(parameter.numel() for parameter in self.parameters)  # weights in all
-        self.dropped = False
-
-    def drop(self, dropped: bool) -> None:
-        """Make the modules return zeros (same as a zeroed output projection, bias included), or restore them."""
-        if dropped == self.dropped:
-            return
-        for module in self.modules:
-            if dropped:
-                module.forward = _zeros_forward(module)
-            else:
-                del module.forward
-        self.dropped = dropped
-
-
-def _zeros_forward(module: nn.Module):
-    def forward(*args, **kwargs):
-        hidden_states = args[0] if args else kwargs["hidden_states"]
-        cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
-        if cache is not None:            # positions and masks are sized by what layers have cached: one number a token
-            placeholder = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
-            cache.update(placeholder, placeholder, module.layer_idx)
-        width = module.out_features if isinstance(module, nn.Linear) else hidden_states.shape[-1]
-        return _as_output(module, hidden_states.new_zeros(*hidden_states.shape[:-1], width))
-    return forward
-
-
-def _as_output(module: nn.Module, hidden_states: torch.Tensor):
-    """`hidden_states` in the form in which the module itself returns them: a tensor, or a tuple with more behind."""
-    return hidden_states if module.extra_outputs is None else (hidden_states, *[None] * module.extra_outputs)
-
-
-@dataclass
-class Block:
-    index: int
-    name: str                                # "model.layers.0"
-    module: nn.Module
-    attn: SubBlock
-    mlp: SubBlock
-    layers: dict[str, nn.Linear] = field(default_factory=dict)   # full name -> layer, in module order
-
-    @property
-    def dropped(self) -> tuple[bool, bool]:
-        return self.attn.dropped, self.mlp.dropped
-
-    def drop(self, attn: bool, mlp: bool) -> None:
-        self.attn.drop(attn)
-        self.mlp.drop(mlp)
-
-
-@dataclass
-class BlockInputs:
-    """What the model passes to its blocks for one microbatch, recorded in one pass over everything but the blocks."""
-    hidden_states: torch.Tensor              # [batch, tokens, hidden]: the embedding's output
-    calls: list[tuple[tuple, dict]]          # a block: its other positional arguments, its keywords
-
-
-class Decoder:
-    """A causal language model taken apart at its blocks, so that blocks can be run, skipped and swapped one by one."""
-
-    def __init__(self, model: nn.Module):
-        self.model = model.eval().requires_grad_(False)
-        self.config = model.config
-        self.device = next(model.parameters()).device
-        self.dtype = next(model.parameters()).dtype
-        self.body, layers = _find_blocks(model)
-        names = {module: name for name, module in model.named_modules()}
-        self.blocks = [_take_apart(index, names[module], module) for index, module in enumerate(layers)]
-        self.states: list = [None] * len(self.blocks)   # the state a search has put each block in; None: as loaded
-        self.packed_rows = 0             # rows of packed documents that may share a microbatch: 0, 1 or any number
-        self.identity_when_dropped = False
-        self.offloaded: OffloadedBlocks | None = None
-        self.give_back = lambda: 0       # frees memory that can be done without; returns the bytes
-        self._call = _call_module        # or that compiled
-        self._probe()
-
-    @property
-    def layers(self) -> dict[str, nn.Linear]:
-        """Every linear layer of the blocks by its full name, in module order."""
-        return {name: layer for block in self.blocks for name, layer in block.layers.items()}
-
-    @torch.no_grad()
-    def block_inputs(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> BlockInputs:
-        """Embeddings of `input_ids` [batch, tokens] and what each block is given besides; runs no block.
-
-        `position_ids` [batch, tokens] restart at every document packed into a row; None means one document a row.
-        """
-        calls: list[tuple[tuple, dict]] = []
-        embedded: list[torch.Tensor] = []
-
-        def recorder(module):
-            def record(hidden_states, *args, **kwargs):
-                embedded.append(hidden_states)
-                calls.append((args, kwargs))
-                return _as_output(module, hidden_states)
-            return record
-
-        positions = {} if position_ids is None else {"position_ids": position_ids}
-        with _forwards({block.module: recorder(block.module) for block in self.blocks}):
-            # no attention mask and no cache: only then do restarting positions keep packed documents apart
-            self.body(input_ids=input_ids, use_cache=False, **positions)
-        return BlockInputs(embedded[0], calls)
-
-    def move_surroundings(self, device: torch.device) -> None:
-        """Move everything but the blocks: embeddings, norms, head."""
-        inside = {module for block in self.blocks for module in block.module.modules()}
-        for module in set(self.model.modules()) - inside:
-            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-                tensor.data = tensor.data.to(device)
-        self.device = device
-
-    def offload_blocks(self, device: torch.device) -> None:
-        """Keep the blocks in host memory, where the model is now, and two at most on `device`, where the rest goes."""
-        self.move_surroundings(device)
-        self.offloaded = OffloadedBlocks([block.module for block in self.blocks], device)
-
-    def compile_blocks(self) -> None:
-        """Run blocks through torch.compile from now on: the same up to rounding. Raises ValueError naming the flag
-        where that does not work."""
-        # a block's code is compiled once for every way of dropping, packing and masking, not once a block
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_VARIANTS)
-        self._call = torch.compile(_call_module, dynamic=True)
-        try:
-            self._last_hidden_states(torch.zeros(2, 16, dtype=torch.int64, device=self.device))
-        except Exception as error:       # no compiler, a module that cannot be traced, ...
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-            raise ValueError(f"--compile: torch.compile fails here ({reason}); "
-                             f"install a C++ compiler, or leave the flag out") from error
-
-    def bring(self, index: int) -> None:
-        """Have a block on the device, where blocks are offloaded: before its weights are changed or used."""
-        if self.offloaded:
-            self.offloaded.bring(index)
-
-    @torch.no_grad()
-    def run_block(self, index: int, hidden_states: torch.Tensor, inputs: BlockInputs) -> torch.Tensor:
-        """Output [batch, tokens, hidden] of one block."""
-        block = self.blocks[index]
-        if self.identity_when_dropped and block.dropped == (True, True):
-            return hidden_states
-        self.bring(index)
-        args, kwargs = inputs.calls[index]
-        output = self._call(block.module, hidden_states, *args, **kwargs)
-        return output if isinstance(output, torch.Tensor) else output[0]
-
-    @torch.no_grad()
-    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Logits [batch, tokens, vocabulary] of the last block's output [batch, tokens, hidden].
-
-        The model's own forward is run with its blocks passed through, so that final norms, projections, logit scales
-        and soft caps are whatever the family has. Every token is a row of its own: no masks of tokens² are built, and
-        no position is beyond those a family has learned.
-        """
-        rows = hidden_states.reshape(-1, 1, hidden_states.shape[-1])
-        passed = {block.module: lambda *args, m=block.module, **kwargs: _as_output(m, rows) for block in self.blocks}
-        input_ids = torch.zeros(rows.shape[:2], dtype=torch.int64, device=rows.device)
-        with _forwards(passed):
-            return self.model(input_ids=input_ids, use_cache=False).logits.view(*hidden_states.shape[:2], -1)
-
-    @torch.no_grad()
-    def _probe(self) -> None:
-        """Find out, on a dozen tokens, what differs between families: what modules return, whether documents can be
-        packed into rows, whether a block without attention and MLP is the identity. Raises ValueError when running
-        the blocks one by one does not give what the model gives."""
-        def count_outputs(module, args, output):
-            module.extra_outputs = len(output) - 1 if isinstance(output, tuple) else None
-
-        watched = [module for block in self.blocks
-                   for module in (block.module, *block.attn.modules, *block.mlp.modules)]
-        hooks = [module.register_forward_hook(count_outputs) for module in watched]
-        generator = torch.Generator().manual_seed(0)
-        vocabulary = self.config.get_text_config(decoder=True).vocab_size
-        tokens = torch.randint(vocabulary, (2, 16), generator=generator).to(self.device)
-        first, second = tokens[:, :7], tokens[:, 7:]
-        logits = self.model(input_ids=second, use_cache=False).logits
-        for hook in hooks:
-            hook.remove()
-        if logits.isnan().any():
-            broken = next((name for name, weights in self.model.named_parameters() if not weights.isfinite().all()),
-                          None)
-            raise ValueError(f"{broken}: NaN or infinite weights; check the checkpoint, or use another --dtype"
-                             if broken else
-                             f"{type(self.model).__name__}: gives NaN in {self.dtype}; use --dtype bfloat16 or "
-                             f"float32")
-        alone = self._last_hidden_states(second)
-        if not torch.allclose(self.logits(alone), logits, rtol=1e-2, atol=1e-2 * float(logits.abs().max()),
-                              equal_nan=True):
-            raise ValueError(f"{type(self.model).__name__}: running its {len(self.blocks)} blocks one by one does not "
-                             f"give the model's own logits; expected hidden states to be all that passes between "
-                             f"blocks")
-
-        restarting = torch.cat([torch.arange(7), torch.arange(9)]).to(self.device).expand(2, 16)
-        try:
-            joined = self._last_hidden_states(tokens)[:, 7:]
-            leak = (joined - alone).abs().max()
-            exact = 0.1 * torch.maximum(leak, 100 * torch.finfo(self.dtype).eps * alone.abs().max())
-            for rows in (2, 1):
-                packed = self._last_hidden_states(tokens[:rows], restarting[:rows])[:, 7:]
-                if (packed - alone[:rows]).abs().max() < exact:
-                    self.packed_rows = 1 if rows == 1 else 1_000_000
-                    break
-        except TypeError:  # the family takes no position ids: documents of equal length are batched instead
-            pass
-
-        inputs = self.block_inputs(first)
-        blocks = self.blocks if len({type(block.module) for block in self.blocks}) > 1 else self.blocks[:1]
-        unchanged = []
-        for block in blocks:
-            block.drop(True, True)
-            unchanged.append(torch.equal(self.run_block(block.index, inputs.hidden_states, inputs),
-                                         inputs.hidden_states))
-            block.drop(False, False)
-        self.identity_when_dropped = all(unchanged)
-
-    def _last_hidden_states(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> torch.Tensor:
-        inputs = self.block_inputs(input_ids, position_ids)
-        hidden_states = inputs.hidden_states
-        for index in range(len(self.blocks)):
-            hidden_states = self.run_block(index, hidden_states, inputs)
-        return hidden_states
-
-
-def _call_module(module: nn.Module, *args, **kwargs):
-    return module(*args, **kwargs)
-
-
-@contextmanager
-def _forwards(replacements: dict[nn.Module, object]):
-    """Replace modules' forwards for the duration of the context."""
-    for module, forward in replacements.items():
-        module.forward = forward
-    try:
-        yield
-    finally:
-        for module in replacements:
-            del module.forward
-
-
-def _find_blocks(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
-    """(the module that runs the blocks, the blocks)."""
-    body = model.get_decoder() if hasattr(model, "get_decoder") else None
-    layers = getattr(body, "layers", None)
-    if isinstance(layers, nn.ModuleList) and len(layers):
-        return body, layers
-    lists = [(parent, child) for parent in model.modules() for child in parent.children()
-             if isinstance(child, nn.ModuleList) and len({type(item) for item in child}) == 1]
-    if not lists:
-        raise ValueError(f"{type(model).__name__}: no decoder blocks found; expected get_decoder().layers, or a "
-                         f"ModuleList of modules of one class")
-    return max(lists, key=lambda pair: len(pair[1]))
-
-
-def _take_apart(index: int, name: str, module: nn.Module) -> Block:
-    """A block's attention, MLP and linear layers. Raises ValueError naming the module when they are not recognised."""
-    with_matrices = {child_name: child for child_name, child in module.named_children()
-                     if any(parameter.dim() >= 2 for parameter in child.parameters())}
-    arguments = {child_name: set(inspect.signature(child.forward).parameters)
-                 for child_name, child in with_matrices.items()}
-    attention = [child_name for child_name in with_matrices if arguments[child_name] & ATTENTION_ARGUMENTS]
-    mlp = [child for child_name, child in with_matrices.items() if child_name not in attention]
-    where = f"{name} ({type(module).__name__})"
-    if len(attention) != 1 or not mlp:
-        raise ValueError(f"{where}: expected one child that takes an attention mask, rotary embeddings or a cache (the "
-                         f"attention) and at least one other with weight matrices (the MLP); found "
-                         f"{', '.join(with_matrices) or 'no children with weight matrices'}")
-    inside = [child_name for child_name in with_matrices if "residual" in arguments[child_name]]
-    if inside:
-        raise ValueError(f"{where}: {', '.join(inside)} adds the residual itself, so it cannot be dropped; expected "
-                         f"the block to add it")
-    layers = {f"{name}.{layer_name}": layer for layer_name, layer in module.named_modules()
-              if isinstance(layer, nn.Linear)}
-    return Block(index, name, module, SubBlock([with_matrices[attention[0]]]), SubBlock(mlp), layers)
 
 
 def save_pretrained(model: nn.Module, tokenizer, folder: str | Path, **options) -> None:

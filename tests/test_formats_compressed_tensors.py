@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from database import packing
 from database.store import Database
 from utils.configs import read_level_config, write_drop_config
-from utils.pack_quantized import Quantized, Scheme, choose_schemes, pack, quantization_config, unevenly_packed
+from formats.compressed_tensors import Quantized, Scheme, choose_schemes, pack, quantization_config, unevenly_packed
 
 FAMILIES = ["llama", "qwen2", "qwen3", "gemma2", "phi3"]
 BITS = [2, 3, 4, 5, 6, 7, 8]

@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerFast
 from database import packing
 from database.store import Database
 from utils.configs import read_level_config, write_drop_config
-from utils.gguf_file import encode, interleaved_rows
-from utils.pack_quantized import Quantized
+from formats.gguf import encode, interleaved_rows
+from formats.compressed_tensors import Quantized
 
 needs_gguf = pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason=(
     "the gguf package is not installed: pip install -r requirements-gguf.txt"))

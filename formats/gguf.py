@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from utils.pack_quantized import Quantized, bits_a_weight
+from formats.compressed_tensors import Quantized, bits_a_weight
 
 # model_type -> GGUF's name of the architecture
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}

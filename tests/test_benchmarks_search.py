@@ -11,7 +11,7 @@ import torch
 import families
 from benchmarks import search, ways
 from benchmarks.search import Meter, flops, largest_difference, measure, readme_table
-from utils.model import Decoder
+from utils.decoder import Decoder
 
 METER = Meter(torch.device("cpu"), 1)
 

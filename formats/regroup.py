@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers.initialization import no_init_weights
 
-from utils.model import Block, Decoder
+from utils.decoder import Block, Decoder
 
 Pairs = list[tuple[int | None, int | None]]      # a new block: whose attention, whose MLP; None: zeros
 MLP_FIELDS = re.compile(r"mlp|ffn|intermediate|moe|expert|dense|sparse")    # per-block fields that follow the MLP

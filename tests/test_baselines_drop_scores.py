@@ -12,7 +12,7 @@ from baselines import drop_scores
 from utils.configs import read_drop_config
 from utils.data import calibration_documents
 from utils.fitness import Fitness
-from utils.model import Decoder
+from utils.decoder import Decoder
 
 
 @pytest.fixture
