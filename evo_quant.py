@@ -31,8 +31,9 @@ from utils.flags import (add_calibration_flags, add_evaluation_flags, add_model_
                          check_search_flags, flag_defaults)
 from utils.measurements import Measurements
 from utils.model import load_config, load_decoder, load_tokenizer
-from utils.runs import (Run, RunError, default_folder, evaluation_rows, format_table, open_wandb, plot_search,
-                        rng_state, set_rng_state, user_errors)
+from utils.errors import RunError, user_errors
+from utils.report import evaluation_rows, format_table, plot_search
+from utils.runs import Run, default_folder, open_wandb, rng_state, set_rng_state
 from utils.screening import AdditiveModel
 from utils.units import Unit, add_unit_flags, build_units, check_unit_flags, level_map
 

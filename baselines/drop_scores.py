@@ -28,7 +28,8 @@ from utils.fitness import Fitness, assemble, default_microbatch_tokens, microbat
 from utils.flags import add_calibration_flags, add_model_flags
 from utils.decoder import BlockInputs, Decoder
 from utils.model import load_config
-from utils.runs import RunError, format_table, user_errors
+from utils.errors import RunError, user_errors
+from utils.report import format_table
 
 FITNESS = {"kl_div": "kl", "perplexity": "ppl"}
 METHODS = ("cosine_similarity", "window_cosine_similarity", "norm_ratio", "perplexity", "kl_div", "l2", "l2_normalized")

@@ -25,7 +25,8 @@ from utils.files import check_writable, write_atomic
 from utils.fitness import Fitness, default_microbatch_tokens
 from utils.flags import add_calibration_flags, add_model_flags
 from utils.model import load_config
-from utils.runs import RunError, format_table, user_errors
+from utils.errors import RunError, user_errors
+from utils.report import format_table
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

@@ -25,7 +25,7 @@ from database import gptq, sparsegpt  # noqa: E402
 from database.hessian import add_outer_products  # noqa: E402
 from database.packing import pack_quantized, pack_sparse  # noqa: E402
 from database.solver import inverse_factor  # noqa: E402
-from utils.runs import format_table  # noqa: E402
+from utils.report import format_table  # noqa: E402
 
 BITWIDTHS = [2, 3, 4, 5, 6]
 MICROBATCH = 8192                # tokens

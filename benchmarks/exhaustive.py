@@ -20,7 +20,7 @@ import evo_drop
 import evo_quant
 import evo_unstructured
 from utils.fitness import Fitness, mean_of
-from utils.runs import format_table
+from utils.report import format_table
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

@@ -24,7 +24,7 @@ from utils.configs import write_drop_config
 from utils.decoder import Decoder
 from utils.model import load_decoder
 from formats.regroup import own_pairs, pair_up
-from utils.runs import format_table
+from utils.report import format_table
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

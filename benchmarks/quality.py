@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 from benchmarks.programs import claim, run, sparsity_step, write_readme
-from utils.runs import format_table
+from utils.report import format_table
 
 DEPTH = ["--generations", "20", "--offspring", "24", "--tokens_per_selection", "1024", "8192",
          "--survivors_per_selection", "2", "1", "--initial_tokens", "1024"]

@@ -54,7 +54,7 @@ from database import build, gptq, sparsegpt  # noqa: E402
 from database.store import Database  # noqa: E402
 from scripts import convergence, nonmonotonicity  # noqa: E402
 from utils.configs import write_drop_config, write_level_config  # noqa: E402
-from utils.runs import format_table  # noqa: E402
+from utils.report import format_table  # noqa: E402
 
 MODEL = "--model_name_or_path WORK/model"            # WORK is the folder that a program works in
 TEXT = "--calibration_data WORK/text.jsonl --calibration_sequence_length 32 --calibration_tokens 512"

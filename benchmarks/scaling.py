@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
-from utils.runs import format_table
+from utils.report import format_table
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -41,7 +41,7 @@ from utils import model as models  # noqa: E402
 from utils.files import write_atomic  # noqa: E402
 from utils.decoder import Decoder  # noqa: E402
 from utils.model import default_device  # noqa: E402
-from utils.runs import format_table  # noqa: E402
+from utils.report import format_table  # noqa: E402
 
 DIVIDE = {"demo": 8, "100m": 64, "llama-3-8b": 16}
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}      # of fitness, relative to the plain way's

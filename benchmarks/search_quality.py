@@ -37,7 +37,7 @@ from utils.data import evaluation_documents
 from utils.files import write_atomic
 from utils.fitness import Fitness
 from utils.model import load_decoder, load_tokenizer
-from utils.runs import format_table
+from utils.report import format_table
 
 OFFSPRING, SURVIVORS, TOKENS = 16, (4, 2, 1), (256, 1024, 4096)
 SEARCH = ["--offspring", OFFSPRING, "--survivors_per_selection", *SURVIVORS, "--tokens_per_selection", *TOKENS,

@@ -9,7 +9,7 @@ from database.solver import spans
 from utils import distributed
 from utils.fitness import assemble, default_microbatch_tokens, microbatches, out_of_memory, storage_for
 from utils.decoder import BlockInputs, Decoder
-from utils.runs import RunError
+from utils.errors import RunError
 
 CHUNKS = 32                      # of the calibration tokens, dealt out to the processes; no more can share a pass
 SLAB = 2**24                     # elements of a Hessian that travel at once

@@ -22,7 +22,7 @@ from torch import nn
 
 from database import packing
 from utils.files import read_sealed, seal, write_atomic
-from utils.runs import RunError
+from utils.errors import RunError
 
 FORMAT = 1
 MANIFEST = "manifest.json"

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from utils.runs import format_table
+from utils.report import format_table
 
 
 def main(folder: Path) -> None:

@@ -24,7 +24,9 @@ from utils.files import check_writable_file, write_atomic
 from utils.fitness import Fitness
 from utils.flags import add_calibration_flags, add_model_flags
 from utils.model import load_config
-from utils.runs import RunError, format_table, read_log, user_errors
+from utils.errors import RunError, user_errors
+from utils.report import format_table
+from utils.runs import read_log
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

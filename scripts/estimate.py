@@ -28,7 +28,8 @@ from database import gptq, sparsegpt
 from scripts import convergence, nonmonotonicity
 from utils.data import default_sequence_length
 from utils.model import load_config
-from utils.runs import format_table, user_errors
+from utils.errors import user_errors
+from utils.report import format_table
 from utils.tasks import split_names
 from utils.units import FUSED
 

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from utils.runs import format_table
+from utils.report import format_table
 
 PAPER = Path(__file__).with_name("paper_tables.csv")
 COLUMNS = {"wikitext2": "paper wikitext2", "c4": "paper c4", "fineweb_edu": "paper fineweb_edu",

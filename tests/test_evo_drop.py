@@ -23,7 +23,8 @@ from utils.data import calibration_documents, evaluation_documents
 from utils.files import read_sealed, seal
 from utils.fitness import Fitness
 from utils.measurements import Measurements
-from utils.runs import Run, plot_search
+from utils.report import plot_search
+from utils.runs import Run
 
 NUM_BLOCKS = 6                                                         # of the checkpoint in conftest.py
 BASE = {"calibration_tokens": 256, "calibration_sequence_length": 32, "sparsity": 0.34, "initially_generated": 8,

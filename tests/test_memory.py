@@ -20,7 +20,8 @@ from test_fitness import documents, drop, random_candidates
 from utils.fitness import Fitness, out_of_memory, storage_for
 from utils.decoder import Decoder
 from utils.model import load_decoder
-from utils.runs import Run, RunError
+from utils.errors import RunError
+from utils.runs import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you "

@@ -23,7 +23,7 @@ from utils.data import (calibration_documents, check_minibatches, default_sequen
 from utils.fitness import Fitness, assemble, microbatches
 from utils.decoder import Decoder
 from utils.model import load_decoder
-from utils.runs import RunError
+from utils.errors import RunError
 
 TEXT = ["--calibration_sequence_length", "32", "--calibration_tokens", "256", "--calibration_data"]
 SEARCH = ["--no_eval", "--initially_generated", "3", "--initial_tokens", "64", "--generations", "2", "--offspring", "3",

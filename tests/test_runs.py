@@ -6,8 +6,9 @@ import random
 import pytest
 
 from utils.files import check_writable, read_sealed, seal, write_atomic
-from utils.runs import (Run, RunError, default_folder, evaluation_rows, format_table, open_wandb, plot_search,
-                        rng_state, set_rng_state, user_errors)
+from utils.errors import RunError, user_errors
+from utils.report import evaluation_rows, format_table, plot_search
+from utils.runs import Run, default_folder, open_wandb, rng_state, set_rng_state
 
 FLAGS = {"seed": 0, "sparsity": 0.25, "generations": 3, "output_dir": "x", "log_wandb": False}
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from utils import distributed
 from utils.decoder import BlockInputs, Decoder
-from utils.runs import RunError
+from utils.errors import RunError
 
 KINDS = ("kl", "ppl", "sparse_kl")
 Candidate = Sequence[Hashable]           # a state for every block, whatever `set_block` understands

@@ -4,39 +4,18 @@ What the seed decides (configuration, log) and what the clock decides (timing, p
 that a killed run resumed gives the same configuration and log, byte for byte, as one never killed.
 """
 import hashlib
-import io
 import json
 import os
 import time
-from collections.abc import Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 from utils import distributed
+from utils.errors import RunError
 from utils.files import check_writable, naming, read_json, read_sealed, seal, write_atomic
 
 VERSION = 2
 # flags that a resumed run may change: they do not change what it finds
 NOT_COMPARED = ("output_dir", "log_wandb", "generations", "level_cache_gb", "save_dir", "drop_config_dir")
-
-
-class RunError(ValueError):
-    """What the user can mend, found after set-up: a damaged file, too little memory, a model that gives NaN."""
-
-
-@contextmanager
-def user_errors(mistakes: type[ValueError] = ValueError):
-    """What the user can mend ends in one sentence on standard error: bad input, a disk that is full.
-
-    After set-up a ValueError may be a mistake of ours, which deserves its traceback: there use `user_errors(RunError)`.
-    """
-    try:
-        yield
-    except mistakes as error:
-        raise SystemExit(f"error: {error}") from None
-    except OSError as error:
-        raise SystemExit(f"error: {error.filename or 'input or output'}: {error.strerror or error}; what was finished "
-                         f"before is intact, so mend that and run the same command again") from None
 
 
 def default_folder(task: str, flags: dict) -> str:
@@ -197,63 +176,6 @@ def rng_state(rng) -> list:
 
 def set_rng_state(rng, state: list) -> None:
     rng.setstate((state[0], tuple(state[1]), state[2]))
-
-
-def format_table(rows: Sequence[Sequence[object]]) -> str:
-    """Rows of cells, the first one the header, as an aligned Markdown table; floats with four significant digits."""
-    cells = [[_cell(value) for value in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    lines = ["| " + " | ".join(cell.ljust(width) if i == 0 else cell.rjust(width)
-                               for i, (cell, width) in enumerate(zip(row, widths))) + " |" for row in cells]
-    lines.insert(1, "|" + "|".join("-" * (width + 1) + ("-" if i == 0 else ":")
-                                   for i, width in enumerate(widths)) + "|")
-    return "\n".join(lines)
-
-
-def _cell(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:,.2f}" if abs(value) >= 10 else f"{value:.4f}"
-    return "–" if value is None else str(value)
-
-
-def evaluation_rows(evaluations: dict[str, dict[str, dict[str, float]]]) -> list[list[object]]:
-    """Table rows of {who: {dataset: {"ppl": …, "kl": …}}}: a perplexity and a KL column for every dataset."""
-    datasets = list(dict.fromkeys(dataset for results in evaluations.values() for dataset in results))
-    header = ["", *[column for dataset in datasets for column in (f"{dataset} ppl", f"{dataset} KL")]]
-    return [header, *[[who, *[results.get(dataset, {}).get(key) for dataset in datasets for key in ("ppl", "kl")]]
-                      for who, results in evaluations.items()]]
-
-
-@distributed.main_only
-def plot_search(path: str | Path, records: list[dict], levels: Sequence[Sequence[float]], row_names: Sequence[str],
-                title: str, level_label: str, fitness_fn: str) -> None:
-    """search.png: the best candidate's fitness over tokens spent, above a map of the winner's levels [rows, blocks]."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (curve, picture) = pyplot.subplots(
-        2, 1, figsize=(9, 4.4 + 0.3 * len(row_names)), height_ratios=[3, 0.6 + 0.3 * len(row_names)],
-        layout="constrained")
-    figure.suptitle(title, fontsize=10, wrap=True)
-    curve.plot([record["tokens"] / 1e6 for record in records], [record["fitness"] for record in records],
-               color="tab:blue", marker=".", markersize=4, linewidth=1)
-    curve.set(xlabel="tokens spent, millions", ylabel=f"{fitness_fn} of the best candidate,\non its last minibatch")
-    curve.grid(alpha=0.3)
-    image = picture.imshow(levels, aspect="auto", cmap="viridis", interpolation="nearest")
-    picture.set_yticks(range(len(row_names)), row_names)
-    picture.set(xlabel="block")
-    picture.xaxis.get_major_locator().set_params(integer=True)
-    for edge in range(1, len(levels[0])):
-        picture.axvline(edge - 0.5, color="white", linewidth=0.5)
-    values = sorted({value for row in levels for value in row if value == value})
-    bar = figure.colorbar(image, ax=picture, label=level_label)
-    if len(values) <= 8:
-        bar.set_ticks(values, labels=[f"{value:.3g}" for value in values])
-    drawn = io.BytesIO()
-    figure.savefig(drawn, dpi=120)
-    pyplot.close(figure)
-    write_atomic(path, drawn.getvalue())
 
 
 @distributed.main_only
