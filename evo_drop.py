@@ -10,25 +10,18 @@ uncompressed model. The result is layer_drop_config.txt: one of none/attn/mlp/at
 import argparse
 import math
 import random
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from utils import distributed
 from utils.configs import DROP_WORDS, read_drop_config, write_drop_config
-from utils.data import (calibration_documents, check_minibatches, documents_sha256, draw_minibatch,
-                        sequence_length)
-from utils.evaluation import Evaluation, load_evaluation_documents
-from utils.files import check_writable
-from utils.fitness import Fitness
-from utils.flags import (add_calibration_flags, add_evaluation_flags, add_model_flags, add_search_flags,
-                         check_search_flags, flag_defaults)
-from utils.measurements import Measurements
-from utils.model import load_config, load_decoder, load_tokenizer, save_dropped
 from utils.errors import RunError, user_errors
-from utils.report import evaluation_rows, format_table, plot_search
-from utils.runs import Run, default_folder, open_wandb, rng_state, set_rng_state
+from utils.files import check_writable
+from utils.flags import (add_calibration_flags, add_evaluation_flags, add_model_flags, add_output_flags,
+                         add_search_flags, check_search_flags, flag_defaults)
+from utils.model import load_config, save_dropped
+from utils.search import Search
 
 Candidate = tuple[bool, ...]     # of every unit: dropped?
 LAZY_BATCH = 4                   # units that a measured start measures again at once
@@ -59,13 +52,10 @@ def make_parser() -> argparse.ArgumentParser:
         generations_help="default: the paper's k(n-k)/1.5 for k of n blocks", screen=False)
     search.add_argument("--invert_fitness", action="store_true", help="search for the worst candidate instead")
     add_evaluation_flags(parser)
-    output = parser.add_argument_group("output")
-    output.add_argument("--output_dir", metavar="FOLDER",
-                        help="of this run; the same command resumes it (default: runs/evo_drop-<hash of the flags>)")
+    output = add_output_flags(parser, "evo_drop")
     output.add_argument("--drop_config_dir", metavar="FOLDER", help="write layer_drop_config.txt there too")
     output.add_argument("--save_dir", metavar="FOLDER",
                         help="save the model there with the dropped sub-blocks zeroed, as any runtime loads it")
-    output.add_argument("--log_wandb", action="store_true", help="log to Weights & Biases")
     return parser
 
 
@@ -315,6 +305,20 @@ def default_generations(space: Space, start: Candidate, num_blocks: int) -> int:
     return math.ceil(dropped * (num_blocks - dropped) / 1.5)
 
 
+def first_candidates(args: argparse.Namespace, search: Search, space: Space, measure: Callable) -> list[Candidate]:
+    """Candidates of which the best are the first parents, as --init says. Raises RunError where there is none."""
+    initial = draw_distinct(lambda: random_candidate(space, search.rng), args.initially_generated, set())
+    if not initial:
+        raise RunError(f"--drop_params {args.drop_params}: no set of sub-blocks drops at least that share by less than "
+                       f"the smallest sub-block more; change the fraction or what may be dropped")
+    if args.init == "measured":
+        minibatch = search.draw(args.initial_tokens)
+        candidate = measured_candidate(space, lambda candidates: {
+            c: value for value, c in measure(candidates, args.initial_tokens, minibatch)}, search.rng)
+        initial = [candidate] if candidate else initial
+    return initial
+
+
 @user_errors(RunError)
 def main(argv: list[str] | None = None) -> dict:
     """Run the search of the flags, or resume it; returns what summary.json holds."""
@@ -322,147 +326,63 @@ def main(argv: list[str] | None = None) -> dict:
     with user_errors():
         check_flags(args)
         config = load_config(args.model_name_or_path, args.trust_remote_code)
-        if num_blocks := getattr(config.get_text_config(decoder=True), "num_hidden_layers", None):
+        num_blocks = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
+        if num_blocks:
             space = build_space(args, [(1, 1)] * num_blocks)   # refuses what cannot be met before the model is loaded
-        run = Run(args.output_dir or default_folder("evo_drop", vars(args)), vars(args),
-                  defaults=flag_defaults(make_parser()))
-        if run.state and num_blocks:
-            run.default_to(default_generations(space, run.state["start"][0], num_blocks))
+        search = Search("evo_drop", args, config, flag_defaults(make_parser()))
+        if search.resumed and num_blocks:
+            search.run.default_to(default_generations(space, search.saved["start"][0], num_blocks))
         results = ((args.drop_config_dir, "layer_drop_config.txt"), (args.save_dir, "config.json"))
-        missing = [file for folder, file in results if folder and not Path(folder, file).exists()]
-        if run.finished and not missing:
-            print(f"{run.folder}: this search is finished; raise --generations to go on, or give another --output_dir")
-            return run.summary()
+        if search.run.finished and all(Path(folder, file).exists() for folder, file in results if folder):
+            return search.earlier_summary()
         for folder in filter(None, (args.drop_config_dir, args.save_dir)):
             check_writable(folder, "--drop_config_dir" if folder == args.drop_config_dir else "--save_dir")
-        wandb = open_wandb(args.log_wandb, vars(args))
-        tokenizer = load_tokenizer(args.tokenizer_name or args.model_name_or_path, args.use_fast_tokenizer,
-                                   args.trust_remote_code)
-        documents = calibration_documents(args.calibration_data, tokenizer, args.calibration_tokens,
-                                          sequence_length(args.calibration_sequence_length, config,
-                                                          "--calibration_sequence_length"), args.seed)
-        check_minibatches(documents, [args.initial_tokens, *args.tokens_per_selection])
-        run.check_inputs(calibration_data=documents_sha256(documents))
-        evaluation_sets = {} if args.no_eval else load_evaluation_documents(
-            args.eval_datasets, tokenizer, args.eval_tokens,
-            sequence_length(args.eval_sequence_length, config, "--eval_sequence_length"), args.eval_every)
-        decoder = load_decoder(args.model_name_or_path, args.dtype, args.device, args.attn_implementation,
-                               args.trust_remote_code, args.cpu_offload_modules, args.compile)
-        blocks = decoder.blocks
+        search.load()
+        blocks = search.decoder.blocks
         space = build_space(args, [(block.attn.size, block.mlp.size) for block in blocks])
 
     def set_block(index: int, state: tuple[bool, bool] | None) -> None:
         blocks[index].drop(*(state or (False, False)))
 
-    sizes = (run.state or {}).get("microbatch_tokens", {})
-    evaluation = Evaluation(decoder, evaluation_sets, set_block, args.microbatch_tokens, sizes.get("evaluation"))
-    fitness = Fitness(decoder, documents, set_block, teacher=args.fitness_fn == "kl",
-                      microbatch_tokens=args.microbatch_tokens, progress="uncompressed model on calibration data",
-                      sizes=sizes.get("fitness"))
-    rng = random.Random(args.seed)
-    tokens_spent = 0
-    measurements = Measurements(fitness, lambda candidate: space.states(candidate, len(blocks)), args.fitness_fn,
-                                not args.no_reuse)
-
     def measure(candidates: list[Candidate], num_tokens: int, minibatch: list[tuple[int, int]] | None = None
                 ) -> list[tuple[float, Candidate]]:
         """(fitness, candidate), best first; what is not finite is last whatever is searched for."""
-        nonlocal tokens_spent
-        values, spent = measurements.measure(candidates, minibatch or draw_minibatch(documents, num_tokens, rng))
-        tokens_spent += spent
+        values = search.measure(candidates, minibatch or search.draw(num_tokens))
         sign = -1 if args.invert_fitness else 1
         return sorted(((sign * value if math.isfinite(value) else math.inf, candidate)
                        for value, candidate in zip(values, candidates)), key=lambda pair: pair[0])
 
-    def checkpoint(generation: int) -> None:
-        run.checkpoint(generation=generation, rng=rng_state(rng), population=population, start=start, fitness=best,
-                       tokens=tokens_spent,
-                       microbatch_tokens={"fitness": fitness.sizes, "evaluation": evaluation.sizes},
-                       measurements=measurements.state)
-
-    if run.state:
-        set_rng_state(rng, run.state["rng"])
-        first_generation, tokens_spent, best = run.state["generation"] + 1, run.state["tokens"], run.state["fitness"]
-        population, start = ([tuple(c) for c in run.state[key]] for key in ("population", "start"))
-        measurements.restore(run.state.get("measurements", []))
-        print(f"{run.folder}: resumed after generation {run.state['generation']}")
-    else:
-        initial = draw_distinct(lambda: random_candidate(space, rng), args.initially_generated, set())
-        if not initial:
-            raise SystemExit(f"error: --drop_params {args.drop_params}: no set of sub-blocks drops at least that share "
-                             f"by less than the smallest sub-block more; change the fraction or what may be dropped")
-        if args.init == "measured":
-            minibatch = draw_minibatch(documents, args.initial_tokens, rng)
-            candidate = measured_candidate(space, lambda candidates: {
-                c: value for value, c in measure(candidates, args.initial_tokens, minibatch=minibatch)}, rng)
-            initial = [candidate] if candidate else initial
-        ranked = measure(initial, args.initial_tokens)
-        if not math.isfinite(ranked[0][0]):
-            raise RunError(f"--fitness_fn {args.fitness_fn}: not finite for any start; use --dtype bfloat16 or float32")
-        population = [candidate for _, candidate in ranked[:args.population_size]]
-        measurements.keep(population)
-        first_generation, best, start = 1, ranked[0][0], population[:1]
-        run.log({"generation": 0, "fitness": best, "tokens": tokens_spent,
-                 "dropped": config_line(space, population[0], len(blocks))})
-        checkpoint(0)
-
-    run.default_to(default_generations(space, start[0], len(blocks)))
-    args.generations = run.generations
-    print(f"budget: {describe(space, population[0], blocks)}")
+    search.prepare(set_block, lambda candidate: space.states(candidate, len(blocks)),
+                   logged=lambda candidate: {"dropped": config_line(space, candidate, len(blocks))})
+    if not search.resumed:
+        initial = first_candidates(args, search, space, measure)
+        search.begin(measure(initial, args.initial_tokens))
+    search.run.default_to(default_generations(space, search.start, len(blocks)))
+    parents = search.population
+    print(f"budget: {describe(space, parents[0], blocks)}")
 
     steps = list(zip(args.survivors_per_selection, args.tokens_per_selection))
-    began, searching, tokens_before = time.time(), 0.0, tokens_spent
-    for generation in range(first_generation, args.generations + 1):
-        started = time.time()
-        offspring = draw_distinct(lambda: mutate(space, population, args.max_mutations, rng, args.fixed_mutations),
-                                  args.offspring, set(population))
+    for _ in search.generations():
+        offspring = draw_distinct(lambda: mutate(space, parents, args.max_mutations, search.rng, args.fixed_mutations),
+                                  args.offspring, set(parents))
         if not offspring:
             print("no other candidate meets the budget: nothing to search")
             break
-        survivors = select(offspring, population, steps, measure, args.strategy)
-        population, best = [candidate for _, candidate in survivors], survivors[0][0]
-        measurements.keep(population)
-        searching += time.time() - started
+        survivors = select(offspring, parents, steps, measure, args.strategy)
+        parents = [candidate for _, candidate in survivors]
+        search.record(survivors)
 
-        record = {"generation": generation, "fitness": best, "tokens": tokens_spent,
-                  "dropped": config_line(space, population[0], len(blocks))}
-        if evaluation_sets and args.eval_every and generation % args.eval_every == 0:
-            record["evaluation"] = evaluation(space.states(population[0], len(blocks)))
-        seconds = time.time() - began
-        rate = (tokens_spent - tokens_before) / searching
-        left = seconds / (generation - first_generation + 1) * (args.generations - generation)
-        run.log(record, generation=generation, seconds=seconds, tokens_per_second=rate)
-        checkpoint(generation)
-        print(f"generation {generation}/{args.generations}  {args.fitness_fn} {best:.5f}  {tokens_spent:,} tokens  "
-              f"{rate:,.0f} tokens/s  {left:.0f} s left", flush=True)
-        if wandb:
-            wandb.log(record)
-
-    winner = space.states(population[0], len(blocks))        # the best of the last step, which is what is saved
-    for folder in filter(None, (run.folder, args.drop_config_dir)):
-        write_drop_config(f"{folder}/layer_drop_config.txt", winner)
-    evaluations = {}
-    if evaluation_sets:
-        start_name = "measured start" if args.init == "measured" else "best random start"
-        evaluations = {"dense": evaluation.dense, start_name: evaluation(space.states(start[0], len(blocks))),
-                       "search": evaluation(winner)}
-        print(format_table(evaluation_rows(evaluations)))
-    plot_search(run.folder / "search.png", run.records(), [[state[half] for state in winner] for half in (0, 1)],
-                ["attention", "MLP"], f"{Path(args.model_name_or_path).name}: "
-                f"{describe(space, population[0], blocks)}", "dropped", args.fitness_fn)
+    winner = space.states(parents[0], len(blocks))
+    files = [Path(folder, "layer_drop_config.txt") for folder in (search.run.folder, args.drop_config_dir) if folder]
+    for file in files:
+        write_drop_config(file, winner)
+    search.evaluate("measured start" if args.init == "measured" else "best random start")
     if args.save_dir:
         for index, state in enumerate(winner):
             set_block(index, state)
-        save_dropped(decoder, tokenizer, args.save_dir)
-    summary = {"task": "evo_drop", "model": args.model_name_or_path, "budget": describe(space, population[0], blocks),
-               "dropped": config_line(space, population[0], len(blocks)), "fitness": best,
-               "fitness_fn": args.fitness_fn, "generations": args.generations, "tokens": tokens_spent,
-               "evaluation": evaluations, **run.timing(tokens_spent)}
-    run.summarize(summary)
-    distributed.report_idle(time.time() - run.began)
-    print(f"budget: {summary['budget']}\ntokens: {tokens_spent:,} in {summary['seconds']:.0f} s\n"
-          f"saved: {run.folder}/layer_drop_config.txt")
-    return summary
+        save_dropped(search.decoder, search.tokenizer, args.save_dir)
+    return search.finish(describe(space, parents[0], blocks), [[state[half] for state in winner] for half in (0, 1)],
+                         ["attention", "MLP"], "dropped", files, dropped=config_line(space, parents[0], len(blocks)))
 
 
 def config_line(space: Space, candidate: Candidate, num_blocks: int) -> str:

@@ -10,31 +10,23 @@ uncompressed model. The result has one line a layer: `layer.name: bitwidth`.
 import argparse
 import math
 import random
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from operator import getitem
-from pathlib import Path
 
-from database.levels import LevelSwitcher
+from database.levels import LevelSwitcher, open_database
 from database.sensitivity import estimate_alone
 from database.store import Database
 from utils import distributed
 from utils.allocation import allocate
 from utils.configs import check_configuration_name, write_level_config
-from utils.data import (calibration_documents, check_minibatches, documents_sha256, draw_minibatch,
-                        sequence_length)
-from utils.evaluation import Evaluation, load_evaluation_documents
-from utils.files import check_writable
-from utils.fitness import Fitness
-from utils.flags import (add_calibration_flags, add_evaluation_flags, add_model_flags, add_search_flags,
-                         check_search_flags, flag_defaults)
-from utils.measurements import Measurements
-from utils.model import load_config, load_decoder, load_tokenizer
 from utils.errors import RunError, user_errors
-from utils.report import evaluation_rows, format_table, plot_search
-from utils.runs import Run, default_folder, open_wandb, rng_state, set_rng_state
+from utils.files import check_writable
+from utils.flags import (add_calibration_flags, add_evaluation_flags, add_model_flags, add_output_flags,
+                         add_search_flags, check_search_flags, flag_defaults)
+from utils.model import load_config
 from utils.screening import AdditiveModel
+from utils.search import Search
 from utils.units import Unit, add_unit_flags, build_units, check_unit_flags, level_map
 
 Candidate = tuple[int, ...]      # the bitwidth of every unit
@@ -65,16 +57,11 @@ def make_parser() -> argparse.ArgumentParser:
               "random": "the best of --initially_generated",
               "measured": "the best sum of errors, of each unit alone on --initial_tokens"},
         initially_generated=32, initial_tokens=2048, fitness=["kl", "ppl", "sparse_kl"],
-        generations_help="default: 150").add_argument(
-        "--kl_topk", type=int, default=10, metavar="LOGITS", help="of sparse_kl: the teacher's largest (default: 10)")
+        generations_help="default: 150")
     add_evaluation_flags(parser)
-    output = parser.add_argument_group("output")
-    output.add_argument("--output_dir", metavar="FOLDER",
-                        help="of this run; the same command resumes it (default: runs/evo_quant-<hash of the flags>)")
-    output.add_argument("--configuration_name", metavar="NAME",
-                        help="of the result, in --output_dir and in the database (default: "
-                             "evo-<fitness>-configuration-<target>.txt)")
-    output.add_argument("--log_wandb", action="store_true", help="log to Weights & Biases")
+    add_output_flags(parser, "evo_quant").add_argument(
+        "--configuration_name", metavar="NAME", help="of the result, in --output_dir and in the database (default: "
+                                                     "evo-<fitness>-configuration-<target>.txt)")
     return parser
 
 
@@ -261,11 +248,31 @@ def check_flags(args: argparse.Namespace) -> None:
         raise ValueError(f"--target_bitwidth {args.target_bitwidth}: an average in bits is needed, e.g. 2.5")
     if args.step_size < 1:
         raise ValueError(f"--step_size {args.step_size}: must be at least 1")
-    if args.kl_topk < 1:
-        raise ValueError(f"--kl_topk {args.kl_topk}: must be at least 1")
     args.configuration_name = args.configuration_name or (
         f"evo-{args.fitness_fn}-configuration-{args.target_bitwidth:g}.txt")
     check_configuration_name(args.configuration_name)
+
+
+def first_candidates(args: argparse.Namespace, search: Search, space: Space, switcher: LevelSwitcher,
+                     database: Database, model: AdditiveModel) -> list[Candidate]:
+    """Candidates of which the best are the first parents, as --init says. Raises RunError where there is none."""
+    uniform = uniform_candidate(space, args.target_bitwidth)
+    if args.init == "measured":
+        errors, within, measured = estimate_alone(search.fitness, switcher, database, space.units, args.target_bitwidth,
+                                                  search.draw(args.initial_tokens))
+        search.tokens += measured * args.initial_tokens
+        if args.fitness_fn != "ppl":                         # errors are KL divergences
+            model.expect(errors)
+        allocated = (allocated_candidates(space, within, search.rng)
+                     or allocated_candidates(space, [errors], search.rng))
+        if not allocated and not uniform:
+            raise RunError("--init measured: levels at which each layer's predictions are finite do not meet the "
+                           "budget; use --init random, or another --dtype")
+        return list(dict.fromkeys([*allocated, *filter(None, [uniform])]))
+    if args.init == "uniform" and uniform:
+        return [uniform]
+    return draw_distinct(lambda: random_candidate(space, args.target_bitwidth, search.rng), args.initially_generated,
+                         set())
 
 
 @user_errors(RunError)
@@ -274,153 +281,60 @@ def main(argv: list[str] | None = None) -> dict:
     args = parse_arguments(argv)
     with user_errors():
         check_flags(args)
-        database = Database.open(args.quant_weights_path)
-        if database.method != "gptq":
-            raise ValueError(f"--quant_weights_path {args.quant_weights_path}: holds {database.method} levels; build "
-                             f"one with python -m database.gptq")
+        database = open_database(args, "quant")
         config = load_config(args.model_name_or_path, args.trust_remote_code)
         database.check_model(config)
-        run = Run(args.output_dir or default_folder("evo_quant", vars(args)), vars(args),
-                  defaults=flag_defaults(make_parser()))
-        if run.finished:
-            print(f"{run.folder}: this search is finished; raise --generations to go on, or give another --output_dir")
-            return run.summary()
+        search = Search("evo_quant", args, config, flag_defaults(make_parser()))
+        if search.run.finished:
+            return search.earlier_summary()
         check_writable(args.quant_weights_path, "--quant_weights_path")
-        wandb = open_wandb(args.log_wandb, vars(args))
-        tokenizer = load_tokenizer(args.tokenizer_name or args.model_name_or_path, args.use_fast_tokenizer,
-                                   args.trust_remote_code)
-        documents = calibration_documents(args.calibration_data, tokenizer, args.calibration_tokens,
-                                          sequence_length(args.calibration_sequence_length, config,
-                                                          "--calibration_sequence_length"), args.seed)
-        check_minibatches(documents, [args.initial_tokens, *args.tokens_per_selection])
-        run.check_inputs(calibration_data=documents_sha256(documents), quant_weights_path=database.sha256)
-        evaluation_sets = {} if args.no_eval else load_evaluation_documents(
-            args.eval_datasets, tokenizer, args.eval_tokens,
-            sequence_length(args.eval_sequence_length, config, "--eval_sequence_length"), args.eval_every)
-        decoder = load_decoder(args.model_name_or_path, args.dtype, args.device, args.attn_implementation,
-                               args.trust_remote_code, args.cpu_offload_modules, args.compile)
-        switcher = LevelSwitcher(decoder, database, args.level_cache_gb)
+        search.load(quant_weights_path=database.sha256)
+        switcher = LevelSwitcher(search.decoder, database, args.level_cache_gb)
         levels = {name: database.levels(name) for name in database.layers}
         space = build_space(args, database, build_units(switcher.names, levels, args))
-
-    sizes = (run.state or {}).get("microbatch_tokens", {})
-    evaluation = Evaluation(decoder, evaluation_sets, switcher.set_block, args.microbatch_tokens,
-                            sizes.get("evaluation"))
-    fitness = Fitness(decoder, documents, switcher.set_block,
-                      args.fitness_fn != "ppl" or args.init == "measured", args.kl_topk, args.microbatch_tokens,
-                      progress="uncompressed model on calibration data", sizes=sizes.get("fitness"))
-    rng = random.Random(args.seed)
-    tokens_spent = 0
-    model = AdditiveModel([unit.levels for unit in space.units]) if args.screen > 1 else None
-
-    def states(candidate: Candidate) -> tuple:
-        return switcher.states(space.levels(candidate))
-
-    measurements = Measurements(fitness, states, args.fitness_fn, not args.no_reuse)
+    search.prepare(switcher.set_block, lambda candidate: switcher.states(space.levels(candidate)),
+                   logged=lambda candidate: {"levels": candidate}, divergences=args.init == "measured")
+    model = AdditiveModel([unit.levels for unit in space.units])         # of fitness, for --screen
 
     def measure(candidates: list[Candidate], num_tokens: int) -> list[tuple[float, Candidate]]:
-        """(fitness, candidate), best first."""
-        nonlocal tokens_spent
-        values, spent = measurements.measure(candidates, draw_minibatch(documents, num_tokens, rng))
-        tokens_spent += spent
+        """(fitness, candidate), best first, on a minibatch of that many tokens."""
+        values = search.measure(candidates, search.draw(num_tokens))
         ranked = sorted(zip(values, candidates), key=lambda pair: pair[0])
-        if model:
-            model.observe(ranked, num_tokens)
+        model.observe(ranked, num_tokens)
         return ranked
 
-    def checkpoint(generation: int) -> None:
-        run.checkpoint(generation=generation, rng=rng_state(rng), population=population, start=start, fitness=best,
-                       tokens=tokens_spent,
-                       microbatch_tokens={"fitness": fitness.sizes, "evaluation": evaluation.sizes},
-                       measurements=measurements.state, model=model and model.state)
+    def state() -> dict:
+        return {"model": model.state if args.screen > 1 else None}
 
-    if run.state:
-        set_rng_state(rng, run.state["rng"])
-        first_generation, tokens_spent, best = run.state["generation"] + 1, run.state["tokens"], run.state["fitness"]
-        population, start = ([tuple(c) for c in run.state[key]] for key in ("population", "start"))
-        measurements.restore(run.state.get("measurements", []))
-        if model:
-            model.restore(run.state["model"])
-        print(f"{run.folder}: resumed after generation {run.state['generation']}")
-    else:
-        uniform = uniform_candidate(space, args.target_bitwidth)
-        if args.init == "measured":
-            errors, within, measured = estimate_alone(fitness, switcher, database, space.units, args.target_bitwidth,
-                                                      draw_minibatch(documents, args.initial_tokens, rng))
-            tokens_spent += measured * args.initial_tokens
-            allocated = allocated_candidates(space, within, rng) or allocated_candidates(space, [errors], rng)
-            initial = list(dict.fromkeys([*allocated, *filter(None, [uniform])]))
-            if not initial:
-                raise RunError("--init measured: levels at which each layer's predictions are finite do not meet the "
-                               "budget; use --init random, or another --dtype")
-            if model and args.fitness_fn != "ppl":               # errors are KL divergences
-                model.expect(errors)
-        elif args.init == "uniform" and uniform:
-            initial = [uniform]
-        else:
-            initial = draw_distinct(lambda: random_candidate(space, args.target_bitwidth, rng),
-                                    args.initially_generated, set())
-        ranked = measure(initial, args.initial_tokens)
-        if not math.isfinite(ranked[0][0]):
-            raise RunError(f"--fitness_fn {args.fitness_fn}: not finite for any start; use --dtype bfloat16 or float32")
-        population = [candidate for _, candidate in ranked[:args.population_size]]
-        measurements.keep(population)
-        first_generation, best, start = 1, ranked[0][0], population[:1]
-        run.log({"generation": 0, "fitness": best, "tokens": tokens_spent, "levels": population[0]})
-        checkpoint(0)
-    print(f"budget: {describe(space, population[0], database)}")
+    if not search.resumed:
+        initial = first_candidates(args, search, space, switcher, database, model)
+        search.begin(measure(initial, args.initial_tokens), **state())
+    elif args.screen > 1:
+        model.restore(search.saved["model"])
+    parents = search.population
+    print(f"budget: {describe(space, parents[0], database)}")
 
     steps = list(zip(args.survivors_per_selection, args.tokens_per_selection))
-    began, searching, tokens_before = time.time(), 0.0, tokens_spent
-    for generation in range(first_generation, args.generations + 1):
-        started = time.time()
-        offspring = draw_distinct(lambda: mutate(space, population, args.max_mutations, rng, args.fixed_mutations),
-                                  args.offspring * args.screen, set(population))
+    for _ in search.generations():
+        offspring = draw_distinct(lambda: mutate(space, parents, args.max_mutations, search.rng, args.fixed_mutations),
+                                  args.offspring * args.screen, set(parents))
         if not offspring:
             print("no other candidate meets the budget: nothing to search")
             break
-        if model:
-            offspring = model.screen(offspring, args.offspring, rng)
-        survivors = select(offspring, population, steps, measure, args.strategy)
-        population, best = [candidate for _, candidate in survivors], survivors[0][0]
-        measurements.keep(population)
-        searching += time.time() - started
+        if args.screen > 1:
+            offspring = model.screen(offspring, args.offspring, search.rng)
+        survivors = select(offspring, parents, steps, measure, args.strategy)
+        parents = [candidate for _, candidate in survivors]
+        search.record(survivors, **state())
 
-        record = {"generation": generation, "fitness": best, "tokens": tokens_spent, "levels": population[0]}
-        if evaluation_sets and args.eval_every and generation % args.eval_every == 0:
-            record["evaluation"] = evaluation(states(population[0]))
-        seconds = time.time() - began
-        rate = (tokens_spent - tokens_before) / searching
-        left = seconds / (generation - first_generation + 1) * (args.generations - generation)
-        run.log(record, generation=generation, seconds=seconds, tokens_per_second=rate)
-        checkpoint(generation)
-        print(f"generation {generation}/{args.generations}  {args.fitness_fn} {best:.5f}  {tokens_spent:,} tokens  "
-              f"{rate:,.0f} tokens/s  {left:.0f} s left", flush=True)
-        if wandb:
-            wandb.log(record)
-
-    winner = {name: space.levels(population[0])[name] for names in switcher.names for name in names}
-    for folder in (run.folder, database.path):
-        write_level_config(folder / args.configuration_name, winner)
-    evaluations = {}
-    if evaluation_sets:
-        start_name = ("uniform" if start[0] == uniform_candidate(space, args.target_bitwidth) else "measured start"
-                      if args.init == "measured" else f"best of {args.initially_generated} random")
-        evaluations = {"dense": evaluation.dense, start_name: evaluation(states(start[0])),
-                       "search": evaluation(states(population[0]))}
-        print(format_table(evaluation_rows(evaluations)))
-    plot_search(run.folder / "search.png", run.records(), *level_map(switcher.names, winner),
-                f"{Path(args.model_name_or_path).name}: {describe(space, population[0], database)}", "bits",
-                args.fitness_fn)
-    summary = {"task": "evo_quant", "model": args.model_name_or_path, "database": str(database.path),
-               "budget": describe(space, population[0], database), "fitness": best, "fitness_fn": args.fitness_fn,
-               "generations": args.generations, "tokens": tokens_spent, "evaluation": evaluations,
-               "levels": winner, **run.timing(tokens_spent)}
-    run.summarize(summary)
-    distributed.report_idle(time.time() - run.began)
-    print(f"budget: {summary['budget']}\ntokens: {tokens_spent:,} in {summary['seconds']:.0f} s\n"
-          f"saved: {run.folder / args.configuration_name} and {database.path / args.configuration_name}")
-    return summary
+    winner = {name: space.levels(parents[0])[name] for names in switcher.names for name in names}
+    files = [folder / args.configuration_name for folder in (search.run.folder, database.path)]
+    for file in files:
+        write_level_config(file, winner)
+    search.evaluate("uniform" if search.start == uniform_candidate(space, args.target_bitwidth) else "measured start"
+                    if args.init == "measured" else f"best of {args.initially_generated} random")
+    return search.finish(describe(space, parents[0], database), *level_map(switcher.names, winner), "bits", files,
+                         database=str(database.path), levels=winner)
 
 
 def describe(space: Space, candidate: Candidate, database: Database) -> str:

@@ -11,31 +11,23 @@ each time, by their KL divergence from the uncompressed model. The result has on
 import argparse
 import math
 import random
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from operator import mul
-from pathlib import Path
 
-from database.levels import LevelSwitcher
+from database.levels import LevelSwitcher, open_database
 from database.sensitivity import REFINE_TOKENS, estimate_alone, estimate_around
 from database.store import Database
 from utils import distributed
 from utils.allocation import allocate
 from utils.configs import check_configuration_name, write_level_config
-from utils.data import (calibration_documents, check_minibatches, documents_sha256, draw_minibatch,
-                        sequence_length)
-from utils.evaluation import Evaluation, load_evaluation_documents
-from utils.files import check_writable
-from utils.fitness import Fitness
-from utils.flags import (add_calibration_flags, add_evaluation_flags, add_model_flags, add_search_flags,
-                         check_search_flags, flag_defaults)
-from utils.measurements import Measurements
-from utils.model import load_config, load_decoder, load_tokenizer
 from utils.errors import RunError, user_errors
-from utils.report import evaluation_rows, format_table, plot_search
-from utils.runs import Run, default_folder, open_wandb, rng_state, set_rng_state
+from utils.files import check_writable
+from utils.flags import (add_calibration_flags, add_evaluation_flags, add_model_flags, add_output_flags,
+                         add_search_flags, check_search_flags, flag_defaults)
+from utils.model import load_config
 from utils.screening import AdditiveModel
+from utils.search import Search
 from utils.units import Unit, add_unit_flags, build_units, check_unit_flags, level_map
 
 Candidate = tuple[int, ...]      # the level of every unit
@@ -65,15 +57,10 @@ def make_parser() -> argparse.ArgumentParser:
     search.add_argument("--refine", type=int, default=0, metavar="GENERATIONS",
                         help="in the first so many generations the offspring is the best sum of changes, of each unit "
                              "a level up or down from the best parent, measured on twice --initial_tokens (default: 0)")
-    search.add_argument("--kl_topk", type=int, default=10, metavar="LOGITS",
-                        help="of sparse_kl: the teacher's largest (default: 10)")
     add_evaluation_flags(parser)
-    output = parser.add_argument_group("output")
-    output.add_argument("--output_dir", metavar="FOLDER",
-                        help="of this run; the same command resumes it (default: runs/evo_unstructured-<hash>)")
-    output.add_argument("--configuration_name", default="final_configuration.txt", metavar="NAME",
-                        help="of the result, in --output_dir and in the database (default: final_configuration.txt)")
-    output.add_argument("--log_wandb", action="store_true", help="log to Weights & Biases")
+    add_output_flags(parser, "evo_unstructured").add_argument(
+        "--configuration_name", default="final_configuration.txt", metavar="NAME",
+        help="of the result, in --output_dir and in the database (default: final_configuration.txt)")
     return parser
 
 
@@ -220,9 +207,40 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.max_total_deviation is not None and (args.init == "measured" or args.refine):
         raise ValueError(f"--max_total_deviation {args.max_total_deviation}: --init measured and --refine cannot hold "
                          f"it; bound each layer with --max_level, or leave them out")
-    if args.kl_topk < 1:
-        raise ValueError(f"--kl_topk {args.kl_topk}: must be at least 1")
     check_configuration_name(args.configuration_name)
+
+
+def first_candidates(args: argparse.Namespace, search: Search, space: Space, switcher: LevelSwitcher,
+                     database: Database, model: AdditiveModel) -> list[Candidate]:
+    """Candidates of which the best are the first parents, as --init says. Raises RunError where there is none."""
+    uniform = tuple(0 for _ in space.units)
+    draw = random_candidate if args.init == "random" else start_candidate
+    initial = [uniform] if args.init != "random" and space.feasible(uniform) else draw_distinct(
+        lambda: draw(space, search.rng), args.initially_generated, set())
+    if not initial:
+        raise RunError("--pin, --bounds, --tie, --max_level and --max_total_deviation leave no allocation that keeps "
+                       "as many weights as level 0; loosen them")
+    if args.init == "measured":
+        errors, within, measured = estimate_alone(search.fitness, switcher, database, space.units, 0,
+                                                  search.draw(args.initial_tokens))
+        search.tokens += measured * args.initial_tokens
+        if args.fitness_fn != "ppl":                         # errors are KL divergences
+            model.expect(errors)
+        allocated = allocated_candidates(space, within) or allocated_candidates(space, [errors])
+        initial = list(dict.fromkeys([*allocated, initial[0]]))
+    return initial
+
+
+def refined_candidates(args: argparse.Namespace, search: Search, space: Space, switcher: LevelSwitcher,
+                       database: Database, model: AdditiveModel) -> list[Candidate]:
+    """The best sum of changes, of each unit a level up or down from the best parent; none where that is a parent."""
+    num_tokens = min(args.calibration_tokens, REFINE_TOKENS * args.initial_tokens)
+    changes, measured = estimate_around(search.fitness, switcher, database, space.units, search.population[0],
+                                        search.draw(num_tokens))
+    search.tokens += len(measured) * num_tokens
+    if args.fitness_fn != "ppl":                             # what is measured here is KL divergence
+        model.observe(measured, num_tokens)
+    return [candidate for candidate in allocated_candidates(space, [changes]) if candidate not in search.population]
 
 
 @user_errors(RunError)
@@ -231,165 +249,68 @@ def main(argv: list[str] | None = None) -> dict:
     args = parse_arguments(argv)
     with user_errors():
         check_flags(args)
-        database = Database.open(args.sparse_weights_path)
-        if database.method != "sparsegpt":
-            raise ValueError(f"--sparse_weights_path {args.sparse_weights_path}: holds {database.method} levels; build "
-                             f"one with python -m database.sparsegpt")
+        database = open_database(args, "sparse")
         config = load_config(args.model_name_or_path, args.trust_remote_code)
         database.check_model(config)
-        run = Run(args.output_dir or default_folder("evo_unstructured", vars(args)), vars(args),
-                  defaults=flag_defaults(make_parser()))
-        if run.finished:
-            print(f"{run.folder}: this search is finished; raise --generations to go on, or give another --output_dir")
-            return run.summary()
+        search = Search("evo_unstructured", args, config, flag_defaults(make_parser()))
+        if search.run.finished:
+            return search.earlier_summary()
         check_writable(args.sparse_weights_path, "--sparse_weights_path")
-        wandb = open_wandb(args.log_wandb, vars(args))
-        tokenizer = load_tokenizer(args.tokenizer_name or args.model_name_or_path, args.use_fast_tokenizer,
-                                   args.trust_remote_code)
-        documents = calibration_documents(args.calibration_data, tokenizer, args.calibration_tokens,
-                                          sequence_length(args.calibration_sequence_length, config,
-                                                          "--calibration_sequence_length"), args.seed)
-        check_minibatches(documents, [args.initial_tokens, *args.tokens_per_selection])
-        run.check_inputs(calibration_data=documents_sha256(documents), sparse_weights_path=database.sha256)
-        evaluation_sets = {} if args.no_eval else load_evaluation_documents(
-            args.eval_datasets, tokenizer, args.eval_tokens,
-            sequence_length(args.eval_sequence_length, config, "--eval_sequence_length"), args.eval_every)
-        decoder = load_decoder(args.model_name_or_path, args.dtype, args.device, args.attn_implementation,
-                               args.trust_remote_code, args.cpu_offload_modules, args.compile)
-        switcher = LevelSwitcher(decoder, database, args.level_cache_gb)
+        search.load(sparse_weights_path=database.sha256)
+        switcher = LevelSwitcher(search.decoder, database, args.level_cache_gb)
         bound = math.inf if args.max_level is None else args.max_level
         levels = {name: [level for level in database.levels(name) if abs(level) <= bound] for name in database.layers}
         space = Space(build_units(switcher.names, levels, args), args.max_total_deviation)
-
-    sizes = (run.state or {}).get("microbatch_tokens", {})
-    evaluation = Evaluation(decoder, evaluation_sets, switcher.set_block, args.microbatch_tokens,
-                            sizes.get("evaluation"))
-    fitness = Fitness(decoder, documents, switcher.set_block,
-                      args.fitness_fn != "ppl" or args.init == "measured" or args.refine > 0, args.kl_topk,
-                      args.microbatch_tokens, progress="uncompressed model on calibration data",
-                      sizes=sizes.get("fitness"))
-    rng = random.Random(args.seed)
-    tokens_spent = 0
-    model = AdditiveModel([unit.levels for unit in space.units]) if args.screen > 1 else None
-
-    def states(candidate: Candidate) -> tuple:
-        return switcher.states(space.levels(candidate))
-
-    measurements = Measurements(fitness, states, args.fitness_fn, not args.no_reuse)
+    search.prepare(switcher.set_block, lambda candidate: switcher.states(space.levels(candidate)),
+                   logged=lambda candidate: {"levels": candidate},
+                   divergences=args.init == "measured" or args.refine > 0)
+    model = AdditiveModel([unit.levels for unit in space.units])         # of fitness, for --screen
 
     def measure(candidates: list[Candidate], num_tokens: int) -> list[tuple[float, Candidate]]:
-        """(fitness, candidate), best first."""
-        nonlocal tokens_spent
-        values, spent = measurements.measure(candidates, draw_minibatch(documents, num_tokens, rng))
-        tokens_spent += spent
+        """(fitness, candidate), best first, on a minibatch of that many tokens."""
+        values = search.measure(candidates, search.draw(num_tokens))
         ranked = sorted(zip(values, candidates), key=lambda pair: pair[0])
-        if model:
-            model.observe(ranked, num_tokens)
+        model.observe(ranked, num_tokens)
         return ranked
 
-    def checkpoint(generation: int) -> None:
-        run.checkpoint(generation=generation, rng=rng_state(rng), population=population, start=start, fitness=best,
-                       tokens=tokens_spent,
-                       microbatch_tokens={"fitness": fitness.sizes, "evaluation": evaluation.sizes},
-                       measurements=measurements.state, model=model and model.state)
+    def state() -> dict:
+        return {"model": model.state if args.screen > 1 else None}
 
-    if run.state:
-        set_rng_state(rng, run.state["rng"])
-        first_generation, tokens_spent, best = run.state["generation"] + 1, run.state["tokens"], run.state["fitness"]
-        population, start = ([tuple(c) for c in run.state[key]] for key in ("population", "start"))
-        measurements.restore(run.state.get("measurements", []))
-        if model:
-            model.restore(run.state["model"])
-        print(f"{run.folder}: resumed after generation {run.state['generation']}")
-    else:
-        uniform = tuple(0 for _ in space.units)
-        draw = random_candidate if args.init == "random" else start_candidate
-        initial = [uniform] if args.init != "random" and space.feasible(uniform) else draw_distinct(
-            lambda: draw(space, rng), args.initially_generated, set())
-        if not initial:
-            raise SystemExit("error: --pin, --bounds, --tie, --max_level and --max_total_deviation leave no allocation "
-                             "that keeps as many weights as level 0; loosen them")
-        if args.init == "measured":
-            errors, within, measured = estimate_alone(fitness, switcher, database, space.units, 0,
-                                                      draw_minibatch(documents, args.initial_tokens, rng))
-            tokens_spent += measured * args.initial_tokens
-            allocated = allocated_candidates(space, within) or allocated_candidates(space, [errors])
-            initial = list(dict.fromkeys([*allocated, initial[0]]))
-            if model and args.fitness_fn != "ppl":               # errors are KL divergences
-                model.expect(errors)
-        ranked = measure(initial, args.initial_tokens)
-        if not math.isfinite(ranked[0][0]):
-            raise RunError(f"--fitness_fn {args.fitness_fn}: not finite for any start; use --dtype bfloat16 or float32")
-        population = [candidate for _, candidate in ranked[:args.population_size]]
-        measurements.keep(population)
-        first_generation, best, start = 1, ranked[0][0], population[:1]
-        run.log({"generation": 0, "fitness": best, "tokens": tokens_spent, "levels": population[0]})
-        checkpoint(0)
-    print(f"budget: {describe(space, population[0], database)}")
+    if not search.resumed:
+        initial = first_candidates(args, search, space, switcher, database, model)
+        search.begin(measure(initial, args.initial_tokens), **state())
+    elif args.screen > 1:
+        model.restore(search.saved["model"])
+    parents = search.population
+    print(f"budget: {describe(space, parents[0], database)}")
 
     steps = list(zip(args.survivors_per_selection, args.tokens_per_selection))
-    began, searching, tokens_before = time.time(), 0.0, tokens_spent
-    for generation in range(first_generation, args.generations + 1):
-        started = time.time()
-        offspring = []
-        if generation <= args.refine:
-            num_tokens = min(args.calibration_tokens, REFINE_TOKENS * args.initial_tokens)
-            changes, measured = estimate_around(fitness, switcher, database, space.units, population[0],
-                                                draw_minibatch(documents, num_tokens, rng))
-            tokens_spent += len(measured) * num_tokens
-            if model and args.fitness_fn != "ppl":               # what is measured here is KL divergence
-                model.observe(measured, num_tokens)
-            offspring = [c for c in allocated_candidates(space, [changes]) if c not in population]
+    for generation in search.generations():
+        offspring = (refined_candidates(args, search, space, switcher, database, model) if generation <= args.refine
+                     else [])
         if not offspring:
-            offspring = draw_distinct(lambda: mutate(space, population, args.max_mutations, rng, args.fixed_mutations),
-                                      args.offspring * args.screen, set(population))
-            if model and offspring:
-                offspring = model.screen(offspring, args.offspring, rng)
+            offspring = draw_distinct(
+                lambda: mutate(space, parents, args.max_mutations, search.rng, args.fixed_mutations),
+                args.offspring * args.screen, set(parents))
+            if args.screen > 1 and offspring:
+                offspring = model.screen(offspring, args.offspring, search.rng)
         if not offspring:
             print("no other candidate meets the budget: nothing to search")
             break
-        survivors = select(offspring, population, steps, measure, args.strategy)
-        population, best = [candidate for _, candidate in survivors], survivors[0][0]
-        measurements.keep(population)
-        searching += time.time() - started
+        survivors = select(offspring, parents, steps, measure, args.strategy)
+        parents = [candidate for _, candidate in survivors]
+        search.record(survivors, **state())
 
-        record = {"generation": generation, "fitness": best, "tokens": tokens_spent, "levels": population[0]}
-        if evaluation_sets and args.eval_every and generation % args.eval_every == 0:
-            record["evaluation"] = evaluation(states(population[0]))
-        seconds = time.time() - began
-        rate = (tokens_spent - tokens_before) / searching
-        left = seconds / (generation - first_generation + 1) * (args.generations - generation)
-        run.log(record, generation=generation, seconds=seconds, tokens_per_second=rate)
-        checkpoint(generation)
-        print(f"generation {generation}/{args.generations}  {args.fitness_fn} {best:.5f}  {tokens_spent:,} tokens  "
-              f"{rate:,.0f} tokens/s  {left:.0f} s left", flush=True)
-        if wandb:
-            wandb.log(record)
-
-    winner = {name: space.levels(population[0])[name] for names in switcher.names for name in names}
-    for folder in (run.folder, database.path):
-        write_level_config(folder / args.configuration_name, winner)
-    evaluations = {}
-    if evaluation_sets:
-        start_name = ("uniform" if not any(start[0]) else "measured start" if args.init == "measured"
-                      else f"best of {args.initially_generated} random")
-        evaluations = {"dense": evaluation.dense, start_name: evaluation(states(start[0])),
-                       "search": evaluation(states(population[0]))}
-        print(format_table(evaluation_rows(evaluations)))
+    winner = {name: space.levels(parents[0])[name] for names in switcher.names for name in names}
+    files = [folder / args.configuration_name for folder in (search.run.folder, database.path)]
+    for file in files:
+        write_level_config(file, winner)
+    search.evaluate("uniform" if not any(search.start) else "measured start" if args.init == "measured"
+                    else f"best of {args.initially_generated} random")
     sparsity = {name: 1 - database.kept(name, level) / math.prod(database.shape(name))
                 for name, level in winner.items()}
-    plot_search(run.folder / "search.png", run.records(), *level_map(switcher.names, sparsity),
-                f"{Path(args.model_name_or_path).name}: {describe(space, population[0], database)}", "sparsity",
-                args.fitness_fn)
-    summary = {"task": "evo_unstructured", "model": args.model_name_or_path, "database": str(database.path),
-               "budget": describe(space, population[0], database), "fitness": best, "fitness_fn": args.fitness_fn,
-               "generations": args.generations, "tokens": tokens_spent, "evaluation": evaluations,
-               "levels": winner, **run.timing(tokens_spent)}
-    run.summarize(summary)
-    distributed.report_idle(time.time() - run.began)
-    print(f"budget: {summary['budget']}\ntokens: {tokens_spent:,} in {summary['seconds']:.0f} s\n"
-          f"saved: {run.folder / args.configuration_name} and {database.path / args.configuration_name}")
-    return summary
+    return search.finish(describe(space, parents[0], database), *level_map(switcher.names, sparsity), "sparsity", files,
+                         database=str(database.path), levels=winner)
 
 
 def describe(space: Space, candidate: Candidate, database: Database) -> str:

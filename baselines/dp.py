@@ -14,15 +14,15 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 
-from baselines.inputs import check_calibration_flags, load_inputs
-from database.levels import LevelSwitcher
+from database.levels import LevelSwitcher, open_database
 from database.sensitivity import layer_errors, measure_alone
 from database.store import Database
 from utils.allocation import allocate, interpolate
 from utils.configs import write_level_config
 from utils.files import check_writable, write_atomic
 from utils.fitness import Fitness
-from utils.flags import add_calibration_flags, add_model_flags
+from utils.flags import add_calibration_flags, add_model_flags, check_calibration_flags
+from utils.inputs import decoder_of, documents_of, tokenizer_of
 from utils.model import load_config
 from utils.errors import RunError, user_errors
 from utils.report import format_table
@@ -143,11 +143,7 @@ def main(argv: list[str] | None = None) -> dict:
     args = parse_arguments(argv)
     with user_errors():
         check_flags(args)
-        database = Database.open(args.sparse_weights_path or args.quant_weights_path)
-        wanted, flag = ("sparsegpt", "sparse") if args.sparse_weights_path else ("gptq", "quant")
-        if database.method != wanted:
-            raise ValueError(f"--{flag}_weights_path {database.path}: holds {database.method} levels; build a {wanted} "
-                             f"database")
+        database = open_database(args, "sparse" if args.sparse_weights_path else "quant")
         config = load_config(args.model_name_or_path, args.trust_remote_code)
         database.check_model(config)
         check_writable(args.save_dir, "--save_dir")
@@ -156,7 +152,8 @@ def main(argv: list[str] | None = None) -> dict:
         solutions = [solve(database, errors, target, args.count_overhead) for target in targets]
         levels = {name: levels_to_measure(database.levels(name), args.measured_levels) for name in database.layers}
         if args.errors == "kl":              # only now: targets that cannot be met have been refused
-            decoder, documents = load_inputs(args, config)
+            documents = documents_of(args, config, tokenizer_of(args))
+            decoder = decoder_of(args)
             switcher = LevelSwitcher(decoder, database, args.level_cache_gb)
 
     if args.errors == "kl":

@@ -21,11 +21,11 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 
-from baselines.inputs import check_calibration_flags, load_inputs
 from utils.configs import write_drop_config
 from utils.files import check_writable, write_atomic
 from utils.fitness import Fitness, assemble, default_microbatch_tokens, microbatches
-from utils.flags import add_calibration_flags, add_model_flags
+from utils.flags import add_calibration_flags, add_model_flags, check_calibration_flags
+from utils.inputs import decoder_of, documents_of, tokenizer_of
 from utils.decoder import BlockInputs, Decoder
 from utils.model import load_config
 from utils.errors import RunError, user_errors
@@ -201,7 +201,8 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
         config = load_config(args.model_name_or_path, args.trust_remote_code)
         check_flags(args, config.get_text_config(decoder=True).num_hidden_layers)
         check_writable(args.save_dir, "--save_dir")
-        decoder, documents = load_inputs(args, config)
+        documents = documents_of(args, config, tokenizer_of(args))
+        decoder = decoder_of(args)
     num_blocks = len(decoder.blocks)
     counts = {sparsity: num_dropped(sparsity, num_blocks) for sparsity in args.sparsities}
     if set(args.scoring_method) & set(FITNESS):

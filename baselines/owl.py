@@ -16,14 +16,14 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from baselines.inputs import check_calibration_flags, load_inputs
-from database.levels import LevelSwitcher
+from database.levels import LevelSwitcher, open_database
 from database.store import Database
 from utils.allocation import allocate
 from utils.configs import write_level_config
 from utils.files import check_writable, write_atomic
 from utils.fitness import Fitness, default_microbatch_tokens
-from utils.flags import add_calibration_flags, add_model_flags
+from utils.flags import add_calibration_flags, add_model_flags, check_calibration_flags
+from utils.inputs import decoder_of, documents_of, tokenizer_of
 from utils.model import load_config
 from utils.errors import RunError, user_errors
 from utils.report import format_table
@@ -123,14 +123,12 @@ def main(argv: list[str] | None = None) -> dict:
     args = parse_arguments(argv)
     with user_errors():
         check_flags(args)
-        database = Database.open(args.sparse_weights_path)
-        if database.method != "sparsegpt":
-            raise ValueError(f"--sparse_weights_path {args.sparse_weights_path}: holds {database.method} levels; build "
-                             f"one with python -m database.sparsegpt")
+        database = open_database(args, "sparse")
         config = load_config(args.model_name_or_path, args.trust_remote_code)
         database.check_model(config)
         check_writable(args.save_dir, "--save_dir")
-        decoder, documents = load_inputs(args, config)
+        documents = documents_of(args, config, tokenizer_of(args))
+        decoder = decoder_of(args)
         switcher = LevelSwitcher(decoder, database, args.level_cache_gb)
 
     layers = {name: decoder.layers[name] for name in database.layers}

@@ -19,6 +19,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])   # not this folder, whos
 import evo_drop
 import evo_quant
 import evo_unstructured
+from utils import search
 from utils.fitness import Fitness, mean_of
 from utils.report import format_table
 
@@ -110,12 +111,12 @@ def main(argv: list[str] | None = None) -> int:
 
     ExhaustiveFitness.everything = staticmethod(everything)
     rows, found, fitness_class = [["seed", "optimum found", "candidates evaluated", "of", "KL found",
-                                   "KL optimum"]], 0, module.Fitness
+                                   "KL optimum"]], 0, search.Fitness
     try:
-        module.Fitness = ExhaustiveFitness                   # in a run of its own: it leaves the model compressed
+        search.Fitness = ExhaustiveFitness                   # in a run of its own: it leaves the model compressed
         with tempfile.TemporaryDirectory() as folder:
             module.main([*common, "--generations", "0", "--output_dir", folder])
-        module.Fitness = RecordingFitness
+        search.Fitness = RecordingFitness
         for seed in range(args.seeds):
             RecordingFitness.seen.clear()
             with tempfile.TemporaryDirectory() as folder:
@@ -127,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
             rows.append([seed, "yes" if best_seen == best else "no", len(seen), len(values), values[best_seen],
                          values[best]])
     finally:
-        module.Fitness = fitness_class
+        search.Fitness = fitness_class
     print(format_table(rows))
     print(f"optimum found in {found} of {args.seeds} seeds; at most {max(row[2] for row in rows[1:])} of {rows[1][3]} "
           f"candidates evaluated")

@@ -12,6 +12,7 @@ from utils.configs import check_level_config, read_drop_config, read_level_confi
 from utils.decoder import Decoder
 
 GIGABYTE = 10**9
+METHODS = {"sparse": "sparsegpt", "quant": "gptq"}     # kind of level -> what builds a database of it
 
 
 class LevelSwitcher:
@@ -102,13 +103,24 @@ def add_configuration_flags(parser: argparse.ArgumentParser) -> None:
                        help="packed levels kept on the device (default: 0)")
 
 
+def open_database(args: argparse.Namespace, kind: str) -> Database:
+    """The database that --sparse_weights_path or --quant_weights_path names, by `kind`. Raises ValueError naming the
+    flag for one of the other kind."""
+    folder, method = getattr(args, f"{kind}_weights_path"), METHODS[kind]
+    database = Database.open(folder)
+    if database.method != method:
+        raise ValueError(f"--{kind}_weights_path {folder}: holds {database.method} levels; build one with python -m "
+                         f"database.{method}")
+    return database
+
+
 def check_configuration_flags(args: argparse.Namespace, config) -> None:
     """Raise ValueError for a configuration that cannot be read, does not fit its database and the model's `config`, or
     misses its budget: all that can be known before the model is loaded."""
     if args.drop_config:
         states = read_drop_config(args.drop_config, config.get_text_config(decoder=True).num_hidden_layers)
         check_budget(args, "drop", sum(map(sum, states)) / (2 * len(states)))
-    for kind in ("sparse", "quant"):
+    for kind in METHODS:
         folder, file = getattr(args, f"{kind}_weights_path"), getattr(args, f"{kind}_config_path")
         if bool(folder) != bool(file):
             raise ValueError(f"--{kind}_weights_path {folder}, --{kind}_config_path {file}: a configuration needs its "
@@ -141,14 +153,11 @@ def check_budget(args: argparse.Namespace, kind: str, found: float) -> None:
 
 def open_configuration(args: argparse.Namespace) -> tuple[Database, dict[str, int]] | None:
     """The database and the level of every layer that the flags name; None without a level configuration."""
-    for kind, method in (("sparse", "sparsegpt"), ("quant", "gptq")):
-        folder, file = getattr(args, f"{kind}_weights_path"), getattr(args, f"{kind}_config_path")
-        if not folder:
+    for kind in METHODS:
+        file = getattr(args, f"{kind}_config_path")
+        if not file:
             continue
-        database = Database.open(folder)
-        if database.method != method:
-            raise ValueError(f"--{kind}_weights_path {folder}: holds {database.method} levels; name a {method} "
-                             f"database")
+        database = open_database(args, kind)
         uniform = re.fullmatch(r"-?\d+", file) is not None
         levels = dict.fromkeys(database.layers, int(file)) if uniform else read_level_config(file)
         check_level_config(f"--{kind}_config_path {file}" if uniform else file, levels,

@@ -17,12 +17,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from baselines.drop_scores import BATCH, without
-from baselines.inputs import check_calibration_flags, load_inputs
 from utils.configs import DROP_WORDS, write_drop_config
 from utils.data import draw_minibatch
 from utils.files import check_writable_file, write_atomic
 from utils.fitness import Fitness
-from utils.flags import add_calibration_flags, add_model_flags
+from utils.flags import add_calibration_flags, add_model_flags, check_calibration_flags
+from utils.inputs import decoder_of, documents_of, tokenizer_of
 from utils.model import load_config
 from utils.errors import RunError, user_errors
 from utils.report import format_table
@@ -73,7 +73,8 @@ def main(argv: list[str] | None = None) -> dict:
         winners = [record["dropped"] for record in map(json.loads, read_log(args.search).splitlines())
                    if "dropped" in record]
         check_winners(winners, args, config.get_text_config(decoder=True).num_hidden_layers)
-        decoder, documents = load_inputs(args, config)
+        documents = documents_of(args, config, tokenizer_of(args))
+        decoder = decoder_of(args)
     num_blocks = len(decoder.blocks)
     fitness = Fitness(decoder, documents, lambda i, state: decoder.blocks[i].drop(*state),
                       microbatch_tokens=args.microbatch_tokens, progress="uncompressed model on calibration data")

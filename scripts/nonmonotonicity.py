@@ -16,11 +16,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from baselines.drop_scores import BATCH, without
-from baselines.inputs import check_calibration_flags, load_inputs
 from utils.configs import write_drop_config
 from utils.files import check_writable, write_atomic
 from utils.fitness import Fitness
-from utils.flags import add_calibration_flags, add_model_flags
+from utils.flags import add_calibration_flags, add_model_flags, check_calibration_flags
+from utils.inputs import decoder_of, documents_of, tokenizer_of
 from utils.model import load_config
 from utils.errors import RunError, user_errors
 from utils.report import format_table
@@ -61,7 +61,8 @@ def main(argv: list[str] | None = None) -> list[tuple[float, Blocks, Blocks]]:
         config = load_config(args.model_name_or_path, args.trust_remote_code)
         check_calibration_flags(args)
         check_writable(args.save_dir, "--save_dir")
-        decoder, documents = load_inputs(args, config)
+        documents = documents_of(args, config, tokenizer_of(args))
+        decoder = decoder_of(args)
     num_blocks = len(decoder.blocks)
     fitness = Fitness(decoder, documents, lambda i, state: decoder.blocks[i].drop(*state),
                       microbatch_tokens=args.microbatch_tokens, progress="uncompressed model on calibration data")

@@ -23,6 +23,7 @@ from utils.data import calibration_documents, evaluation_documents
 from utils.files import read_sealed, seal
 from utils.fitness import Fitness
 from utils.measurements import Measurements
+from utils.model import load_decoder
 from utils.report import plot_search
 from utils.runs import Run
 
@@ -48,7 +49,7 @@ def command(checkpoint, text, tmp_path, monkeypatch):
                 line += [f"--{flag}", *map(str, values)]
         return line
 
-    monkeypatch.setattr(evo_drop, "plot_search", lambda *_: None)      # half a second each: drawn in one test
+    monkeypatch.setattr("utils.search.plot_search", lambda *_: None)      # half a second each: drawn in one test
     monkeypatch.setattr(os, "fsync", lambda _: None)                   # nobody pulls the plug
     return build
 
@@ -463,7 +464,7 @@ def test_resuming_goes_on_from_the_checkpoint_and_does_not_start_over(command, m
 
 def test_process_killed_and_started_again_gives_the_same_files(command, tmp_path, monkeypatch, capsys):
     """The real thing: the script gets SIGKILL in the middle of a generation; then the same command once more."""
-    monkeypatch.setattr(evo_drop, "plot_search", plot_search)
+    monkeypatch.setattr("utils.search.plot_search", plot_search)
     killed, whole = (command(folder, generations=40, seed=5) for folder in ("killed", "whole"))
     script = subprocess.Popen([sys.executable, evo_drop.__file__, *killed], env=dict(os.environ, OMP_NUM_THREADS="1"),
                               cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -497,7 +498,7 @@ def test_run_goes_on_to_the_default_number_of_generations_when_given_none(budget
     whole = evo_drop.main(command("whole", generations=None, **budget))
     assert summary["generations"] == whole["generations"] > 2
     assert files(tmp_path / "extended") == files(tmp_path / "whole")
-    monkeypatch.setattr(evo_drop, "load_decoder", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("utils.inputs.load_decoder", lambda *_: pytest.fail("the model was loaded"))
     assert evo_drop.main(command("extended", generations=None, **budget)) == json.loads(json.dumps(summary))
 
 
@@ -506,7 +507,7 @@ def test_finished_run_says_so_and_computes_nothing(command, tmp_path, monkeypatc
     assert summary["tokens_per_second"] == summary["tokens"] / summary["seconds"] > 0
     assert f"tokens: {summary['tokens']:,} in {summary['seconds']:.0f} s\n" in capsys.readouterr().out
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
-    monkeypatch.setattr(evo_drop, "load_decoder", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("utils.inputs.load_decoder", lambda *_: pytest.fail("the model was loaded"))
     capsys.readouterr()
     assert evo_drop.main(command()) == json.loads(json.dumps(summary))
     assert f"{tmp_path}/run: this search is finished; raise --generations" in capsys.readouterr().out
@@ -596,7 +597,7 @@ def test_model_of_one_block(budget, lines, command, tokenizer, tmp_path):
 def test_search_finds_the_exhaustive_optimum_with_half_the_evaluations(command, measured, tokenizer, tmp_path, text):
     """5 blocks, 2 attentions and 2 MLPs dropped: 100 candidates, each measured on the whole calibration set."""
     model = families.save_llama(tmp_path / "model", tokenizer, num_hidden_layers=5)
-    decoder = evo_drop.load_decoder(model, device="cpu")
+    decoder = load_decoder(model, device="cpu")
     pairs = [tuple(i in chosen for i in range(5)) for chosen in combinations(range(5), 2)]
     everything = [tuple(zip(attn, mlp)) for attn in pairs for mlp in pairs]
     assert len(everything) == 100
@@ -626,7 +627,7 @@ def test_search_finds_the_exhaustive_optimum_with_half_the_evaluations(command, 
 def refused(command, monkeypatch):
     """refused(message, **changes): the search ends in one sentence that matches, before the model is loaded."""
     def check(message: str, **changes):
-        monkeypatch.setattr(evo_drop, "load_decoder", lambda *_: pytest.fail("the model was loaded"))
+        monkeypatch.setattr("utils.inputs.load_decoder", lambda *_: pytest.fail("the model was loaded"))
         with pytest.raises(SystemExit, match=f"^error: {message}") as ended:
             evo_drop.main(command(**changes))
         assert "\n" not in str(ended.value)

@@ -164,7 +164,7 @@ def test_packing_holds_every_document_once_and_predicts_within_each(lengths, max
 
 def test_an_odd_step_on_documents_of_two_tokens_is_refused_before_the_model_is_loaded(checkpoint, text, tmp_path,
                                                                                      monkeypatch):
-    monkeypatch.setattr(evo_drop, "load_decoder", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("utils.inputs.load_decoder", lambda *_: pytest.fail("the model was loaded"))
     with pytest.raises(SystemExit, match="--tokens_per_selection 65: an odd number, but all calibration"):
         evo_drop.main(["--model_name_or_path", checkpoint, "--sparsity", "0.34", "--calibration_data", text,
                        "--calibration_sequence_length", "2", "--calibration_tokens", "256", *SEARCH[:-2], "64", "65",
@@ -242,7 +242,7 @@ def tiny(tmp_path_factory, tokenizer, text):
 @pytest.mark.parametrize("more", [["--max_level", "0"], ["--max_level", "0", "--screen", "4"],
                                   ["--max_total_deviation", "1", "--strategy", "comma"]])
 def test_sparsity_space_of_one_candidate_ends_with_it(tiny, text, tmp_path, more, capsys, monkeypatch):
-    monkeypatch.setattr(evo_unstructured, "plot_search", lambda *_: None)
+    monkeypatch.setattr("utils.search.plot_search", lambda *_: None)
     summary = evo_unstructured.main(["--model_name_or_path", tiny[0], "--sparse_weights_path", tiny[1], *TEXT, text,
                                      *SEARCH, *more, "--output_dir", str(tmp_path / "run")])
     assert set(summary["levels"].values()) == {0}
@@ -251,7 +251,7 @@ def test_sparsity_space_of_one_candidate_ends_with_it(tiny, text, tmp_path, more
 
 @pytest.mark.parametrize("target, level", [("2", 2), ("4", 4)])
 def test_bits_all_at_the_bound_end_with_it(tiny, text, tmp_path, target, level, monkeypatch):
-    monkeypatch.setattr(evo_quant, "plot_search", lambda *_: None)
+    monkeypatch.setattr("utils.search.plot_search", lambda *_: None)
     summary = evo_quant.main(["--model_name_or_path", tiny[0], "--quant_weights_path", tiny[2], *TEXT, text, *SEARCH,
                               "--target_bitwidth", target, "--output_dir", str(tmp_path / "run")])
     assert set(summary["levels"].values()) == {level}

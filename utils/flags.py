@@ -60,7 +60,7 @@ def add_evaluation_flags(parser: argparse.ArgumentParser, in_search: bool = True
 def add_search_flags(parser: argparse.ArgumentParser, generations: int | None, offspring: int, survivors: list[int],
                      tokens: list[int], init: dict[str, str], initially_generated: int, initial_tokens: int,
                      fitness: list[str], generations_help: str, screen: bool = True) -> argparse._ArgumentGroup:
-    """`init`: meaning of every --init; the first is the default. `screen`: the search knows what to do with --screen."""
+    """`init`: meaning of every --init, the first is the default; `screen`: the search knows what to do with that."""
     group = parser.add_argument_group("evolutionary search")
     group.add_argument("--generations", type=int, default=generations, help=generations_help)
     group.add_argument("--offspring", type=int, default=offspring, metavar="CANDIDATES",
@@ -80,9 +80,9 @@ def add_search_flags(parser: argparse.ArgumentParser, generations: int | None, o
                        help=f"of each selection step's minibatch (default: {' '.join(map(str, tokens))})")
     if screen:
         group.add_argument("--screen", type=int, default=1, metavar="FACTOR",
-                           help="draw this many times the offspring and measure as many as else: three in four are those "
-                                "that an additive model of the levels, fitted to all that was measured before, ranks best, "
-                                "the others random, e.g. 4 (default: 1, all are measured)")
+                           help="draw this many times the offspring and measure as many as else: three in four are "
+                                "those that an additive model of the levels, fitted to all that was measured before, "
+                                "ranks best, the others random, e.g. 4 (default: 1, all are measured)")
     group.add_argument("--strategy", choices=["plus", "comma"], default="plus",
                        help="plus: the parents compete in the last selection step; comma: offspring alone survive "
                             "(default: plus)")
@@ -95,14 +95,38 @@ def add_search_flags(parser: argparse.ArgumentParser, generations: int | None, o
                        help="every offspring differs by this many level switches instead, for the paper's ablation")
     group.add_argument("--fitness_fn", choices=fitness, default="kl",
                        help="kl: mean KL divergence from the uncompressed model, nats a token (default: kl)")
+    if "sparse_kl" in fitness:
+        group.add_argument("--kl_topk", type=int, default=10, metavar="LOGITS",
+                           help="of sparse_kl: the teacher's largest (default: 10)")
     group.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
     return group
+
+
+def add_output_flags(parser: argparse.ArgumentParser, task: str) -> argparse._ArgumentGroup:
+    group = parser.add_argument_group("output")
+    group.add_argument("--output_dir", metavar="FOLDER",
+                       help=f"of this run; the same command resumes it (default: runs/{task}-<hash of the flags>)")
+    add_wandb_flag(group)
+    return group
+
+
+def add_wandb_flag(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--log_wandb", action="store_true", help="log to Weights & Biases")
 
 
 def flag_defaults(parser: argparse.ArgumentParser) -> dict:
     """Flag -> its default; none of the flags that are required."""
     return {action.dest: action.default for action in parser._actions
             if not action.required and action.default is not argparse.SUPPRESS}
+
+
+def check_calibration_flags(args: argparse.Namespace) -> None:
+    """Raise ValueError for model and calibration flags that no model and no data could satisfy."""
+    for flag, least in (("calibration_tokens", 2), ("calibration_sequence_length", 2), ("microbatch_tokens", 1)):
+        value = getattr(args, flag)
+        if value is not None and value < least:
+            raise ValueError(f"--{flag} {value}: must be at least {least}")
+    check_dataset(args.calibration_data, "--calibration_data")
 
 
 def check_search_flags(args: argparse.Namespace) -> None:
@@ -117,7 +141,7 @@ def check_search_flags(args: argparse.Namespace) -> None:
         raise ValueError(f"--survivors_per_selection {_words(survivors)}, --tokens_per_selection {_words(tokens)}: "
                          f"at least 1 survivor and 2 tokens in every step are needed")
     for flag in ("offspring", "screen", "population_size", "initially_generated", "max_mutations", "fixed_mutations",
-                 "microbatch_tokens"):
+                 "microbatch_tokens", "kl_topk"):
         value = getattr(args, flag, None)
         if value is not None and value < 1:
             raise ValueError(f"--{flag} {value}: must be at least 1")
