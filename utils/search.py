@@ -146,15 +146,15 @@ class Search:
                                 "search": self.evaluation(self.states(self.population[0]))}
             print(format_table(evaluation_rows(self.evaluations)))
 
-    def finish(self, budget: str, levels: Sequence[Sequence[float]], row_names: Sequence[str], label: str,
+    def finish(self, budget: str, values: Sequence[Sequence[float]], row_names: Sequence[str], label: str,
                files: Sequence[Path], **found) -> dict:
         """Draw search.png and write summary.json, which marks the run as finished; returns the summary.
 
-        budget: as met, in words; levels: of the best candidate [rows, blocks], as `label` says; files: that have been
-        written; found: what else the summary has.
+        budget: as met, in words; values: what the best candidate is, [rows, blocks], in units that `label` names;
+        files: that have been written; found: what else the summary has.
         """
         args = self.args
-        plot_search(self.run.folder / "search.png", self.run.records(), levels, row_names,
+        plot_search(self.run.folder / "search.png", self.run.records(), values, row_names,
                     f"{Path(args.model_name_or_path).name}: {budget}", label, args.fitness_fn)
         summary = {"task": self.task, "model": args.model_name_or_path, "budget": budget, "fitness": self.best,
                    "fitness_fn": args.fitness_fn, "generations": self.run.generations, "tokens": self.tokens,
