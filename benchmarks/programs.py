@@ -3,16 +3,19 @@ import argparse
 import json
 import os
 import runpy
+import shlex
 import subprocess
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 from utils.files import write_atomic
+from utils.report import commit
 
 ROOT = Path(__file__).resolve().parents[1]
+COMMAND = shlex.join(["python", *sys.argv])      # before `run_here` changes it
 
 
 def run(arguments: list[object], log: Path) -> None:
@@ -64,11 +67,19 @@ def sparsity_step(model: str) -> int:
     return json.loads((Path(model) / "config.json").read_text())["hidden_size"]**2 // 16
 
 
-def write_readme(name: str, text: str, readme: Path = ROOT / "benchmarks" / "README.md") -> None:
-    """Put `text` between the marks <!-- NAME --> and <!-- /NAME -->. Raises SystemExit where they are not there."""
+def made_by() -> str:
+    """The commit and the command of what is measured now."""
+    return f"Commit {commit()}: `{COMMAND}`"
+
+
+def write_readme(name: str, text: str, readme: Path = ROOT / "benchmarks" / "README.md",
+                 made: Iterable[str] | None = None) -> None:
+    """Put `text` between the marks <!-- NAME --> and <!-- /NAME -->, and what it was made by: `made`, or this very
+    command. Raises SystemExit where the marks are not there."""
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     before, found, rest = readme.read_text().partition(begin)
     _, ended, after = rest.partition(end)
     if not (found and ended):
         raise SystemExit(f"--write_readme {name}: {readme.name} has no marks {begin} and {end}; add them")
-    readme.write_text(f"{before}{begin}\n{text}\n{end}{after}")
+    lines = "\n".join(dict.fromkeys([made_by()] if made is None else made))
+    readme.write_text(f"{before}{begin}\n{text}\n\n{lines}\n{end}{after}")

@@ -33,7 +33,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)                              # this file's own folder would hide the database package
-from benchmarks.programs import write_readme  # noqa: E402
+from benchmarks.programs import made_by, write_readme  # noqa: E402
 from benchmarks.subjects import SHAPES, load  # noqa: E402
 from benchmarks.ways import (EARLIER, SEARCHES, Generation, compiled, here, parent_looked_up, plain,  # noqa: E402
                              play, without)
@@ -294,7 +294,9 @@ def plot_cost(generation: Generation, meter: Meter, file: Path) -> None:
 def main() -> None:
     args = parse_arguments()
     if args.write_readme:
-        return write_readme("speed", readme_table(args.out))
+        measured = [json.loads(file.read_text()) for file in sorted(args.out.glob("*.json"))]
+        return write_readme("speed", readme_table(args.out), made=[
+            result.get("made", "Commit unknown") for searches in measured for result in searches.values()])
     if args.default_allocator:                       # once memory is kept, glibc does not unlearn it: so from the start
         models.keep_freed_memory = lambda: False
     torch.set_num_threads(args.threads)
@@ -311,7 +313,7 @@ def main() -> None:
             generation = play(name, decoder, documents, divide, Path(folder), args.model != "demo")
             if args.plot:
                 return plot_cost(generation, meter, args.plot)
-            results[name] = {"divide": divide, **measure(name, generation, args.repeats, meter, args.whole)}
+            results[name] = {"divide": divide, "made": made_by(), **measure(name, generation, args.repeats, meter, args.whole)}
             print_result(name, results[name], meter.cuda)
         if args.default_allocator:
             continue

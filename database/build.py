@@ -14,17 +14,19 @@ from database.hessian import Calibration
 from database.store import (FORMAT, Database, check_no_foreign_files, config_sha256, differences, intact,
                             layer_file, read_manifest, write_layer, write_manifest)
 from utils import distributed
-from utils.data import calibration_documents, check_dataset, documents_sha256, sequence_length
+from utils.data import documents_sha256, sequence_length
 from utils.files import check_writable
 from utils.fitness import out_of_memory
-from utils.flags import add_calibration_flags, add_model_flags
+from utils.flags import add_calibration_flags, add_model_flags, add_wandb_flag, check_calibration_flags
+from utils.inputs import documents_of, tokenizer_of
 from utils.decoder import Decoder
-from utils.model import default_device, load_config, load_decoder, load_tokenizer
+from utils.model import default_device, load_config, load_decoder
+from utils.runs import open_wandb
 
 # what decides where and how a build runs or what it is called, but not what is built
 NOT_COMPARED = ("model_name_or_path", "tokenizer_name", "use_fast_tokenizer", "device", "trust_remote_code", "save_dir",
                 "cpu_offload_modules", "cpu_offload_activations", "verbose", "low_cpu_mem_usage", "pre_block_modules",
-                "block_modules", "post_block_modules")
+                "block_modules", "post_block_modules", "log_wandb")
 
 
 def add_build_flags(parser: argparse.ArgumentParser, layers_flag: str) -> None:
@@ -44,6 +46,7 @@ def add_build_flags(parser: argparse.ArgumentParser, layers_flag: str) -> None:
                        help="keep only the working microbatch's hidden states on the device, as is done anyway where "
                             "they would take more than half of what is free there")
     group.add_argument("--verbose", action="store_true", help="print every layer's errors")
+    add_wandb_flag(group)
     ignored = parser.add_argument_group("accepted and ignored")
     ignored.add_argument("--low_cpu_mem_usage", action="store_true", help="always so")
     for flag in ("--pre_block_modules", "--block_modules", "--post_block_modules"):
@@ -67,14 +70,11 @@ def run(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], No
 
 def check_build_flags(args: argparse.Namespace) -> None:
     """Raise ValueError, naming the flag, its value and the remedy, for what needs neither model nor data to see."""
-    for flag, least in (("calibration_tokens", 2), ("calibration_sequence_length", 2), ("microbatch_tokens", 1),
-                        ("block_size", 1)):
-        value = getattr(args, flag)
-        if value is not None and value < least:
-            raise ValueError(f"--{flag} {value}: must be at least {least}")
+    check_calibration_flags(args)
+    if args.block_size < 1:
+        raise ValueError(f"--block_size {args.block_size}: must be at least 1")
     if not 0 <= args.rel_damp < float("inf"):
         raise ValueError(f"--rel_damp {args.rel_damp}: must be 0 or more, e.g. 0.01")
-    check_dataset(args.calibration_data, "--calibration_data")
     default_device(args.device)
     for flag in ("pre_block_modules", "block_modules", "post_block_modules"):
         if getattr(args, flag):
@@ -110,10 +110,7 @@ def build(args: argparse.Namespace, method: str, layers_flag: str, solve_layer: 
     header = {"format": FORMAT, "method": method, "model": args.model_name_or_path,
               "config_sha256": config_sha256(config), "flags": flags}
     check_same(manifest, header, args.save_dir)
-    tokenizer = load_tokenizer(args.tokenizer_name or args.model_name_or_path, args.use_fast_tokenizer,
-                               args.trust_remote_code)
-    documents = calibration_documents(args.calibration_data, tokenizer, args.calibration_tokens,
-                                      args.calibration_sequence_length, args.seed)
+    documents = documents_of(args, config, tokenizer_of(args))
     header["calibration_sha256"] = documents_sha256(documents)
     check_same(manifest, header, args.save_dir)
     if manifest is not None:
@@ -123,6 +120,7 @@ def build(args: argparse.Namespace, method: str, layers_flag: str, solve_layer: 
             return
 
     check_writable(args.save_dir, "--save_dir")
+    wandb = open_wandb(args.log_wandb, vars(args))
     device = default_device(args.device)
     home, dtype = device, args.dtype
     if args.cpu_offload_modules and device.type != "cpu":
@@ -137,12 +135,16 @@ def build(args: argparse.Namespace, method: str, layers_flag: str, solve_layer: 
     start_writing(args.save_dir, manifest)
     calibration = Calibration(decoder, documents, device, args.microbatch_tokens, home != device,
                               args.cpu_offload_activations)
-    build_blocks(args, manifest, calibration, layers, solve_layer, feed_forward)
+    build_blocks(args, manifest, calibration, layers, solve_layer, feed_forward, wandb)
 
 
 def build_blocks(args: argparse.Namespace, manifest: dict, calibration: Calibration,
-                 layers: list[dict[str, nn.Linear]], solve_layer: Callable, feed_forward: int | None) -> None:
-    """Walk the blocks up to the last incomplete one: solve and save those that are incomplete, pass through others."""
+                 layers: list[dict[str, nn.Linear]], solve_layer: Callable, feed_forward: int | None, wandb=None
+                 ) -> None:
+    """Walk the blocks up to the last incomplete one: solve and save those that are incomplete, pass through others.
+
+    wandb: a run of Weights & Biases, which gets the seconds of every block and its layers' mean error at every level.
+    """
     entries = manifest["layers"]
     incomplete = [i for i, block in enumerate(layers) if any(entries[name] is None for name in block)]
     began, seconds = time.time(), []
@@ -174,10 +176,23 @@ def build_blocks(args: argparse.Namespace, manifest: dict, calibration: Calibrat
             print(f"block {index + 1}/{len(layers)}: calibration {measured - started:.1f} s, "
                   f"{args.calibration_tokens / (measured - started):,.0f} tokens/s; levels {solved - measured:.1f} s; "
                   f"left {timedelta(seconds=round(left))}", flush=True)
+            if wandb:
+                wandb.log({"block": index, "calibration_seconds": measured - started,
+                           "levels_seconds": solved - measured, **mean_errors([entries[name] for name in layers[index]])})
         else:
             print(f"block {index + 1}/{len(layers)}: already built", flush=True)
     distributed.report_idle(time.time() - began)
     print(f"{args.save_dir}: finished, {len(entries)} layers in {timedelta(seconds=round(time.time() - began))}")
+
+
+def mean_errors(entries: list[dict]) -> dict[str, float]:
+    """"error at <level>" -> mean relative output error of the layers that have the level, as their manifest entries
+    have it."""
+    errors: dict[str, list[float]] = {}
+    for entry in entries:
+        for level, stored in entry["levels"].items():
+            errors.setdefault(f"error at {level}", []).append(stored["error"])
+    return {level: sum(values) / len(values) for level, values in errors.items()}
 
 
 def solve(name: str, weight: torch.Tensor, hessian: torch.Tensor | None, args: argparse.Namespace,

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from utils.report import format_table
+from utils.report import commit, format_table
 
 
 def main(folder: Path) -> None:
@@ -24,7 +24,7 @@ def main(folder: Path) -> None:
                 [measured] = datasets.values()
                 rows.append(["dense" if who == "dense" else names[task], "–" if who == "dense" else who,
                              measured["ppl"], measured["kl"]])
-    print(format_table(rows))
+    print(f"{format_table(rows)}\n\nCommit {commit()}: `make demo`\n")
     for task, summary in summaries.items():
         print(f"{names[task]}: {summary['budget']}; {summary['tokens']:,} tokens in {summary['seconds']:.0f} s; "
               f"{folder / task / 'search.png'}")

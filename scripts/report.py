@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from utils.report import format_table
+from utils.report import commit, format_table
 
 PAPER = Path(__file__).with_name("paper_tables.csv")
 COLUMNS = {"wikitext2": "paper wikitext2", "c4": "paper c4", "fineweb_edu": "paper fineweb_edu",
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--row", nargs=4, action="append", required=True, metavar=("TABLE", "LEVEL", "METHOD", "FILE"))
     args = parser.parse_args(argv)
     table, notes, missing = side_by_side(args.model, [(*row[:3], Path(row[3])) for row in args.row], read_paper())
-    print(f"\n{args.model}\n{format_table(table)}")
+    print(f"\n{args.model}, commit {commit()}\n{format_table(table)}")
     for note in notes:
         print(note)
     for row in missing:

@@ -1,5 +1,6 @@
 """benchmarks/search_quality.py: what a search had found by when, and how few tokens reach where another ends."""
 import json
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import pytest
 from benchmarks import programs
 from benchmarks import search_quality as quality
 from benchmarks.programs import claim, run_here, write_readme
+from utils import report
 
 
 def write_run(out: Path, setting, variant: str, seed: int, tokens: list[int]) -> None:
@@ -97,12 +99,36 @@ def test_folder_with_results_of_other_flags_is_refused(tmp_path):
 def test_readme_gets_the_text_between_its_marks_and_none_without_them(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text("a\n<!-- x -->\nold\n<!-- /x -->\nb\n<!-- y -->\n")
-    write_readme("x", "new\nlines", readme)
-    assert readme.read_text() == "a\n<!-- x -->\nnew\nlines\n<!-- /x -->\nb\n<!-- y -->\n"
+    write_readme("x", "new\nlines", readme, made=["then", "now", "then"])
+    assert readme.read_text() == "a\n<!-- x -->\nnew\nlines\n\nthen\nnow\n<!-- /x -->\nb\n<!-- y -->\n"
     for name in ("y", "z"):
         with pytest.raises(SystemExit, match=f"--write_readme {name}: README.md has no marks <!-- {name} -->"):
             write_readme(name, "text", readme)
     assert "text" not in readme.read_text()
+
+
+def test_table_names_the_commit_and_the_command(tmp_path, monkeypatch):
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c", *arguments],
+                              capture_output=True, text=True, check=True).stdout.strip()
+
+    readme, module = tmp_path / "README.md", tmp_path / "report.py"
+    for file in (readme, module):
+        file.write_text("<!-- x -->\n<!-- /x -->\n")
+    monkeypatch.setattr(programs, "COMMAND", "python benchmarks/quality.py --out a")
+    monkeypatch.setattr(report, "__file__", str(module))
+
+    def written() -> str:
+        write_readme("x", "table", readme)
+        return readme.read_text().splitlines()[3]
+
+    assert written() == "Commit unknown: `python benchmarks/quality.py --out a`"
+    for arguments in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "first"]):
+        git(*arguments)
+    for _ in range(2):                                                   # the table itself is no change
+        assert written() == f"Commit {git('rev-parse', 'HEAD')[:7]}: `python benchmarks/quality.py --out a`"
+    module.write_text("changed")
+    assert written() == f"Commit {git('rev-parse', 'HEAD')[:7]}+: `python benchmarks/quality.py --out a`"
 
 
 def test_script_run_in_this_process_writes_to_its_log_and_fails_as_one(tmp_path, monkeypatch, capsys):

@@ -228,7 +228,7 @@ def test_other_method_model_weights_and_text_are_refused(built, model, tmp_path,
     retrained.save_pretrained(tmp_path / "retrained")
     with pytest.raises(ValueError, match="the model's weights"):
         run(built.name, tmp_path / "retrained", folder, "--calibration_data", f"{model}/text.jsonl")
-    monkeypatch.setattr(build, "calibration_documents", lambda *args: [torch.arange(2048)])
+    monkeypatch.setattr(build, "documents_of", lambda *args: [torch.arange(2048)])
     with pytest.raises(ValueError, match="the calibration tokens"):
         run(built.name, model, folder)
 

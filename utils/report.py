@@ -1,5 +1,6 @@
 """What a person reads of results: Markdown tables, and the picture of a search."""
 import io
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,6 +31,19 @@ def evaluation_rows(evaluations: dict[str, dict[str, dict[str, float]]]) -> list
     header = ["", *[column for dataset in datasets for column in (f"{dataset} ppl", f"{dataset} KL")]]
     return [header, *[[who, *[results.get(dataset, {}).get(key) for dataset in datasets for key in ("ppl", "kl")]]
                       for who, results in evaluations.items()]]
+
+
+def commit() -> str:
+    """The commit that results are of: its first digits, with a + where more than texts differ from it; "unknown"
+    outside a checkout."""
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(Path(__file__).parent), *arguments], capture_output=True, text=True,
+                              check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=7", "HEAD") + "+" * bool(git("status", "--porcelain", "-uno", ":!*.md"))
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 @distributed.main_only
