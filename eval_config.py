@@ -11,11 +11,11 @@ import json
 
 from database.levels import add_configuration_flags, check_configuration_flags, load_configuration
 from utils.data import check_dataset, sequence_length
+from utils.errors import RunError, user_errors
 from utils.evaluation import Evaluation, load_evaluation_documents
 from utils.files import check_writable_file, write_atomic
 from utils.flags import add_evaluation_flags, add_model_flags
 from utils.model import load_config, load_decoder, load_tokenizer
-from utils.errors import RunError, user_errors
 from utils.report import evaluation_rows, format_table
 from utils.tasks import add_task_flags, average_accuracy, check_task_flags, find_tasks, run_tasks, task_rows
 

@@ -14,12 +14,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils import distributed
+from utils import distributed, flags
 from utils.configs import DROP_WORDS, read_drop_config, write_drop_config
 from utils.errors import RunError, user_errors
 from utils.files import check_writable
-from utils.flags import (add_calibration_flags, add_evaluation_flags, add_model_flags, add_output_flags,
-                         add_search_flags, check_search_flags, flag_defaults)
 from utils.model import load_config, save_dropped
 from utils.search import Search
 
@@ -30,8 +28,8 @@ FAILED_DRAWS = 200               # draws without a new candidate after which a g
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_model_flags(parser, offload=True, compiled=True)
-    add_calibration_flags(parser, tokens=131072)
+    flags.add_model_flags(parser, offload=True, compiled=True)
+    flags.add_calibration_flags(parser, tokens=131072)
     budget = parser.add_argument_group("budget: --sparsity, or --drop_attn and --drop_mlp, or --drop_params")
     budget.add_argument("--sparsity", type=float, metavar="FRACTION",
                         help="drop this share, rounded down, of the attentions and of the MLPs, e.g. 0.25")
@@ -44,15 +42,15 @@ def make_parser() -> argparse.ArgumentParser:
     budget.add_argument("--drop_two_consecutive", action="store_true", help="blocks 0-1, 2-3, ... only together")
     budget.add_argument("--legal_to_drop_path", metavar="FILE",
                         help="a configuration: only what it drops may be dropped")
-    search = add_search_flags(
+    search = flags.add_search_flags(
         parser, generations=None, offspring=32, survivors=[2, 1], tokens=[2048, 32768],
         init={"random": "the best of --initially_generated",
               "measured": "the least harmful dropped on --initial_tokens, measured again, and so on"},
         initially_generated=64, initial_tokens=2048, fitness=["kl", "ppl"],
         generations_help="default: the paper's k(n-k)/1.5 for k of n blocks", screen=False)
     search.add_argument("--invert_fitness", action="store_true", help="search for the worst candidate instead")
-    add_evaluation_flags(parser)
-    output = add_output_flags(parser, "evo_drop")
+    flags.add_evaluation_flags(parser)
+    output = flags.add_output_flags(parser, "evo_drop")
     output.add_argument("--drop_config_dir", metavar="FOLDER", help="write layer_drop_config.txt there too")
     output.add_argument("--save_dir", metavar="FOLDER",
                         help="save the model there with the dropped sub-blocks zeroed, as any runtime loads it")
@@ -280,7 +278,7 @@ def select(offspring: list[Candidate], parents: list[Candidate], steps: list[tup
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    check_search_flags(args)
+    flags.check_search_flags(args)
     budgets = [args.sparsity is not None, args.drop_attn is not None or args.drop_mlp is not None,
                args.drop_params is not None]
     if sum(budgets) != 1:
@@ -329,7 +327,7 @@ def main(argv: list[str] | None = None) -> dict:
         num_blocks = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
         if num_blocks:
             space = build_space(args, [(1, 1)] * num_blocks)   # refuses what cannot be met before the model is loaded
-        search = Search("evo_drop", args, config, flag_defaults(make_parser()))
+        search = Search("evo_drop", args, config, flags.flag_defaults(make_parser()))
         if search.resumed and num_blocks:
             search.run.default_to(default_generations(space, search.saved["start"][0], num_blocks))
         results = ((args.drop_config_dir, "layer_drop_config.txt"), (args.save_dir, "config.json"))

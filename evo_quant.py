@@ -17,13 +17,11 @@ from operator import getitem
 from database.levels import LevelSwitcher, open_database
 from database.sensitivity import estimate_alone
 from database.store import Database
-from utils import distributed
+from utils import distributed, flags
 from utils.allocation import allocate
 from utils.configs import check_configuration_name, write_level_config
 from utils.errors import RunError, user_errors
 from utils.files import check_writable
-from utils.flags import (add_calibration_flags, add_evaluation_flags, add_model_flags, add_output_flags,
-                         add_search_flags, check_search_flags, flag_defaults)
 from utils.model import load_config
 from utils.screening import AdditiveModel
 from utils.search import Search
@@ -35,8 +33,8 @@ FAILED_DRAWS = 200               # draws without a new candidate after which a g
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_model_flags(parser, offload=True, compiled=True)
-    add_calibration_flags(parser, tokens=524288)
+    flags.add_model_flags(parser, offload=True, compiled=True)
+    flags.add_calibration_flags(parser, tokens=524288)
     space = parser.add_argument_group("search space")
     space.add_argument("--quant_weights_path", required=True, metavar="FOLDER",
                        help="database built by python -m database.gptq")
@@ -51,15 +49,15 @@ def make_parser() -> argparse.ArgumentParser:
     add_unit_flags(space)
     space.add_argument("--level_cache_gb", type=float, default=24.0, metavar="GB",
                        help="packed levels kept on the device; the rest is read from disk (default: 24)")
-    add_search_flags(
+    flags.add_search_flags(
         parser, generations=150, offspring=128, survivors=[16, 4, 1], tokens=[2048, 16384, 131072],
         init={"uniform": "the target everywhere, or where that is no candidate as random",
               "random": "the best of --initially_generated",
               "measured": "the best sum of errors, of each unit alone on --initial_tokens"},
         initially_generated=32, initial_tokens=2048, fitness=["kl", "ppl", "sparse_kl"],
         generations_help="default: 150")
-    add_evaluation_flags(parser)
-    add_output_flags(parser, "evo_quant").add_argument(
+    flags.add_evaluation_flags(parser)
+    flags.add_output_flags(parser, "evo_quant").add_argument(
         "--configuration_name", metavar="NAME", help="of the result, in --output_dir and in the database (default: "
                                                      "evo-<fitness>-configuration-<target>.txt)")
     return parser
@@ -242,7 +240,7 @@ def select(offspring: list[Candidate], parents: list[Candidate], steps: list[tup
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    check_search_flags(args)
+    flags.check_search_flags(args)
     check_unit_flags(args)
     if not 0 < args.target_bitwidth < math.inf:
         raise ValueError(f"--target_bitwidth {args.target_bitwidth}: an average in bits is needed, e.g. 2.5")
@@ -284,7 +282,7 @@ def main(argv: list[str] | None = None) -> dict:
         database = open_database(args, "quant")
         config = load_config(args.model_name_or_path, args.trust_remote_code)
         database.check_model(config)
-        search = Search("evo_quant", args, config, flag_defaults(make_parser()))
+        search = Search("evo_quant", args, config, flags.flag_defaults(make_parser()))
         if search.run.finished:
             return search.earlier_summary()
         check_writable(args.quant_weights_path, "--quant_weights_path")

@@ -18,13 +18,11 @@ from operator import mul
 from database.levels import LevelSwitcher, open_database
 from database.sensitivity import REFINE_TOKENS, estimate_alone, estimate_around
 from database.store import Database
-from utils import distributed
+from utils import distributed, flags
 from utils.allocation import allocate
 from utils.configs import check_configuration_name, write_level_config
 from utils.errors import RunError, user_errors
 from utils.files import check_writable
-from utils.flags import (add_calibration_flags, add_evaluation_flags, add_model_flags, add_output_flags,
-                         add_search_flags, check_search_flags, flag_defaults)
 from utils.model import load_config
 from utils.screening import AdditiveModel
 from utils.search import Search
@@ -36,8 +34,8 @@ FAILED_DRAWS = 200               # draws without a new candidate after which a g
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_model_flags(parser, offload=True, compiled=True)
-    add_calibration_flags(parser, tokens=524288)
+    flags.add_model_flags(parser, offload=True, compiled=True)
+    flags.add_calibration_flags(parser, tokens=524288)
     space = parser.add_argument_group("search space")
     space.add_argument("--sparse_weights_path", required=True, metavar="FOLDER",
                        help="database built by python -m database.sparsegpt; its level 0 is the budget")
@@ -47,7 +45,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_unit_flags(space)
     space.add_argument("--level_cache_gb", type=float, default=24.0, metavar="GB",
                        help="packed levels kept on the device; the rest is read from disk (default: 24)")
-    search = add_search_flags(
+    search = flags.add_search_flags(
         parser, generations=400, offspring=64, survivors=[8, 2, 1], tokens=[2048, 16384, 65536],
         init={"uniform": "level 0 everywhere, or as near to it as allowed",
               "random": "the best of --initially_generated, as many random switches from that as there are units",
@@ -57,8 +55,8 @@ def make_parser() -> argparse.ArgumentParser:
     search.add_argument("--refine", type=int, default=0, metavar="GENERATIONS",
                         help="in the first so many generations the offspring is the best sum of changes, of each unit "
                              "a level up or down from the best parent, measured on twice --initial_tokens (default: 0)")
-    add_evaluation_flags(parser)
-    add_output_flags(parser, "evo_unstructured").add_argument(
+    flags.add_evaluation_flags(parser)
+    flags.add_output_flags(parser, "evo_unstructured").add_argument(
         "--configuration_name", default="final_configuration.txt", metavar="NAME",
         help="of the result, in --output_dir and in the database (default: final_configuration.txt)")
     return parser
@@ -198,7 +196,7 @@ def select(offspring: list[Candidate], parents: list[Candidate], steps: list[tup
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    check_search_flags(args)
+    flags.check_search_flags(args)
     check_unit_flags(args)
     for flag in ("max_level", "max_total_deviation"):
         value = getattr(args, flag)
@@ -252,7 +250,7 @@ def main(argv: list[str] | None = None) -> dict:
         database = open_database(args, "sparse")
         config = load_config(args.model_name_or_path, args.trust_remote_code)
         database.check_model(config)
-        search = Search("evo_unstructured", args, config, flag_defaults(make_parser()))
+        search = Search("evo_unstructured", args, config, flags.flag_defaults(make_parser()))
         if search.run.finished:
             return search.earlier_summary()
         check_writable(args.sparse_weights_path, "--sparse_weights_path")

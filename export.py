@@ -28,9 +28,9 @@ from formats.compressed_tensors import Quantized
 from formats.gguf import check_gguf, write_gguf
 from formats.regroup import Regrouped, regroup
 from utils.configs import DROP_WORDS, read_drop_config
+from utils.errors import RunError, user_errors
 from utils.files import check_writable, write_atomic
 from utils.model import DTYPES, load_config, load_decoder, load_tokenizer, save_pretrained
-from utils.errors import RunError, user_errors
 from utils.report import evaluation_rows, format_table
 
 MARK = "export.json"             # in every finished export: --overwrite replaces nothing else

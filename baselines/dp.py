@@ -19,12 +19,12 @@ from database.sensitivity import layer_errors, measure_alone
 from database.store import Database
 from utils.allocation import allocate, interpolate
 from utils.configs import write_level_config
+from utils.errors import RunError, user_errors
 from utils.files import check_writable, write_atomic
 from utils.fitness import Fitness
 from utils.flags import add_calibration_flags, add_model_flags, check_calibration_flags
 from utils.inputs import decoder_of, documents_of, tokenizer_of
 from utils.model import load_config
-from utils.errors import RunError, user_errors
 from utils.report import format_table
 
 Errors = dict[str, dict[int, float]]     # layer -> level -> error

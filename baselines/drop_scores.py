@@ -22,13 +22,13 @@ import torch
 import torch.nn.functional as F
 
 from utils.configs import write_drop_config
+from utils.decoder import BlockInputs, Decoder
+from utils.errors import RunError, user_errors
 from utils.files import check_writable, write_atomic
 from utils.fitness import Fitness, assemble, default_microbatch_tokens, microbatches
 from utils.flags import add_calibration_flags, add_model_flags, check_calibration_flags
 from utils.inputs import decoder_of, documents_of, tokenizer_of
-from utils.decoder import BlockInputs, Decoder
 from utils.model import load_config
-from utils.errors import RunError, user_errors
 from utils.report import format_table
 
 FITNESS = {"kl_div": "kl", "perplexity": "ppl"}

@@ -20,12 +20,12 @@ from database.levels import LevelSwitcher, open_database
 from database.store import Database
 from utils.allocation import allocate
 from utils.configs import write_level_config
+from utils.errors import RunError, user_errors
 from utils.files import check_writable, write_atomic
 from utils.fitness import Fitness, default_microbatch_tokens
 from utils.flags import add_calibration_flags, add_model_flags, check_calibration_flags
 from utils.inputs import decoder_of, documents_of, tokenizer_of
 from utils.model import load_config
-from utils.errors import RunError, user_errors
 from utils.report import format_table
 
 

@@ -21,11 +21,11 @@ from pathlib import Path
 import torch
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)    # this file's own folder would hide the database package
-from database import gptq, sparsegpt  # noqa: E402
-from database.hessian import add_outer_products  # noqa: E402
-from database.packing import pack_quantized, pack_sparse  # noqa: E402
-from database.solver import inverse_factor  # noqa: E402
-from utils.report import format_table  # noqa: E402
+from database import gptq, sparsegpt
+from database.hessian import add_outer_products
+from database.packing import pack_quantized, pack_sparse
+from database.solver import inverse_factor
+from utils.report import format_table
 
 BITWIDTHS = [2, 3, 4, 5, 6]
 MICROBATCH = 8192                # tokens
@@ -217,10 +217,10 @@ def main() -> None:
         count = 17 if method == "sparse" else len(BITWIDTHS)
         runs: dict[str, list] = {"plain": [], "here": []}
         for _ in range(args.repeats):
-            for way in runs:
+            for way, turns in runs.items():
                 with ProcessPoolExecutor(1, mp_context=processes) as pool:
-                    runs[way].append(pool.submit(measure, way, method, layers, args.tokens, args.block_size,
-                                                 args.group_size, args.device, args.threads).result())
+                    turns.append(pool.submit(measure, way, method, layers, args.tokens, args.block_size,
+                                             args.group_size, args.device, args.threads).result())
         solve_flops = sum(count * out * columns**2 for out, columns, _ in layers.values())
         best = {way: {phase: min(seconds[phase] for seconds, _ in measured) for phase in measured[0][0]}
                 for way, measured in runs.items()}

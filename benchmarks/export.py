@@ -20,10 +20,10 @@ from transformers import AutoModelForCausalLM
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])      # and not benchmarks/, which has a database.py of its own
 import export
+from formats.regroup import own_pairs, pair_up
 from utils.configs import write_drop_config
 from utils.decoder import Decoder
 from utils.model import load_decoder
-from formats.regroup import own_pairs, pair_up
 from utils.report import format_table
 
 

@@ -37,24 +37,24 @@ ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)              # and not benchmarks/, which has a database.py of its own
 
-import matplotlib.pyplot  # noqa: E402,F401  imported late otherwise, in every process anew
-import torch  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM  # noqa: E402
+import matplotlib.pyplot  # noqa: F401  imported late otherwise, in every process anew
+import torch
+from tqdm import tqdm
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-import eval_config  # noqa: E402
-import evo_drop  # noqa: E402
-import evo_quant  # noqa: E402
-import evo_unstructured  # noqa: E402
-import export  # noqa: E402
-from baselines import dp, drop_scores, owl  # noqa: E402
-from benchmarks.damage import Failure, Reader, read_damaged, readers  # noqa: E402
-from benchmarks.programs import write_readme  # noqa: E402
-from database import build, gptq, sparsegpt  # noqa: E402
-from database.store import Database  # noqa: E402
-from scripts import convergence, nonmonotonicity  # noqa: E402
-from utils.configs import write_drop_config, write_level_config  # noqa: E402
-from utils.report import format_table  # noqa: E402
+import eval_config
+import evo_drop
+import evo_quant
+import evo_unstructured
+import export
+from baselines import dp, drop_scores, owl
+from benchmarks.damage import Failure, Reader, read_damaged, readers
+from benchmarks.programs import write_readme
+from database import build, gptq, sparsegpt
+from database.store import Database
+from scripts import convergence, nonmonotonicity
+from utils.configs import write_drop_config, write_level_config
+from utils.report import format_table
 
 MODEL = "--model_name_or_path WORK/model"            # WORK is the folder that a program works in
 TEXT = "--calibration_data WORK/text.jsonl --calibration_sequence_length 32 --calibration_tokens 512"

@@ -33,15 +33,14 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)                              # this file's own folder would hide the database package
-from benchmarks.programs import made_by, write_readme  # noqa: E402
-from benchmarks.subjects import SHAPES, load  # noqa: E402
-from benchmarks.ways import (EARLIER, SEARCHES, Generation, compiled, here, parent_looked_up, plain,  # noqa: E402
-                             play, without)
-from utils import model as models  # noqa: E402
-from utils.files import write_atomic  # noqa: E402
-from utils.decoder import Decoder  # noqa: E402
-from utils.model import default_device  # noqa: E402
-from utils.report import format_table  # noqa: E402
+from benchmarks.programs import made_by, write_readme
+from benchmarks.subjects import SHAPES, load
+from benchmarks.ways import EARLIER, SEARCHES, Generation, compiled, here, parent_looked_up, plain, play, without
+from utils import model as models
+from utils.decoder import Decoder
+from utils.files import write_atomic
+from utils.model import default_device
+from utils.report import format_table
 
 DIVIDE = {"demo": 8, "100m": 64, "llama-3-8b": 16}
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}      # of fitness, relative to the plain way's
@@ -313,7 +312,8 @@ def main() -> None:
             generation = play(name, decoder, documents, divide, Path(folder), args.model != "demo")
             if args.plot:
                 return plot_cost(generation, meter, args.plot)
-            results[name] = {"divide": divide, "made": made_by(), **measure(name, generation, args.repeats, meter, args.whole)}
+            results[name] = {"divide": divide, "made": made_by(),
+                             **measure(name, generation, args.repeats, meter, args.whole)}
             print_result(name, results[name], meter.cuda)
         if args.default_allocator:
             continue

@@ -18,9 +18,9 @@ from benchmarks.subjects import DenseFiles, build_database
 from database.levels import LevelSwitcher
 from utils import fitness as walk
 from utils.data import draw_minibatch
+from utils.decoder import Decoder
 from utils.fitness import Fitness
 from utils.measurements import Measurements
-from utils.decoder import Decoder
 from utils.units import build_units
 
 SEARCHES = {"evo_drop": (evo_drop, "--sparsity 0.25"),

@@ -11,15 +11,25 @@ import torch
 from torch import nn
 
 from database.hessian import Calibration
-from database.store import (FORMAT, Database, check_no_foreign_files, config_sha256, differences, intact,
-                            layer_file, read_manifest, write_layer, write_manifest)
+from database.store import (
+    FORMAT,
+    Database,
+    check_no_foreign_files,
+    config_sha256,
+    differences,
+    intact,
+    layer_file,
+    read_manifest,
+    write_layer,
+    write_manifest,
+)
 from utils import distributed
 from utils.data import documents_sha256, sequence_length
+from utils.decoder import Decoder
 from utils.files import check_writable
 from utils.fitness import out_of_memory
 from utils.flags import add_calibration_flags, add_model_flags, add_wandb_flag, check_calibration_flags
 from utils.inputs import documents_of, tokenizer_of
-from utils.decoder import Decoder
 from utils.model import default_device, load_config, load_decoder
 from utils.runs import open_wandb
 
@@ -178,7 +188,8 @@ def build_blocks(args: argparse.Namespace, manifest: dict, calibration: Calibrat
                   f"left {timedelta(seconds=round(left))}", flush=True)
             if wandb:
                 wandb.log({"block": index, "calibration_seconds": measured - started,
-                           "levels_seconds": solved - measured, **mean_errors([entries[name] for name in layers[index]])})
+                           "levels_seconds": solved - measured,
+                           **mean_errors([entries[name] for name in layers[index]])})
         else:
             print(f"block {index + 1}/{len(layers)}: already built", flush=True)
     distributed.report_idle(time.time() - began)

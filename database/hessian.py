@@ -7,9 +7,9 @@ from torch import nn
 
 from database.solver import spans
 from utils import distributed
-from utils.fitness import assemble, default_microbatch_tokens, microbatches, out_of_memory, storage_for
 from utils.decoder import BlockInputs, Decoder
 from utils.errors import RunError
+from utils.fitness import assemble, default_microbatch_tokens, microbatches, out_of_memory, storage_for
 
 CHUNKS = 32                      # of the calibration tokens, dealt out to the processes; no more can share a pass
 SLAB = 2**24                     # elements of a Hessian that travel at once

@@ -7,8 +7,8 @@ from contextlib import nullcontext
 from database.levels import LevelSwitcher
 from database.store import Database
 from utils.allocation import interpolate
-from utils.fitness import Fitness, Row
 from utils.errors import RunError
+from utils.fitness import Fitness, Row
 from utils.units import Unit
 
 REACH = 2                # levels to either side that `estimate_around` measures

@@ -21,8 +21,8 @@ from safetensors.torch import save
 from torch import nn
 
 from database import packing
-from utils.files import read_sealed, seal, write_atomic
 from utils.errors import RunError
+from utils.files import read_sealed, seal, write_atomic
 
 FORMAT = 1
 MANIFEST = "manifest.json"

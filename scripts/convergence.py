@@ -19,12 +19,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from baselines.drop_scores import BATCH, without
 from utils.configs import DROP_WORDS, write_drop_config
 from utils.data import draw_minibatch
+from utils.errors import RunError, user_errors
 from utils.files import check_writable_file, write_atomic
 from utils.fitness import Fitness
 from utils.flags import add_calibration_flags, add_model_flags, check_calibration_flags
 from utils.inputs import decoder_of, documents_of, tokenizer_of
 from utils.model import load_config
-from utils.errors import RunError, user_errors
 from utils.report import format_table
 from utils.runs import read_log
 

@@ -27,8 +27,8 @@ from baselines import dp, drop_scores, owl
 from database import gptq, sparsegpt
 from scripts import convergence, nonmonotonicity
 from utils.data import default_sequence_length
-from utils.model import load_config
 from utils.errors import user_errors
+from utils.model import load_config
 from utils.report import format_table
 from utils.tasks import split_names
 from utils.units import FUSED

@@ -17,12 +17,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from baselines.drop_scores import BATCH, without
 from utils.configs import write_drop_config
+from utils.errors import RunError, user_errors
 from utils.files import check_writable, write_atomic
 from utils.fitness import Fitness
 from utils.flags import add_calibration_flags, add_model_flags, check_calibration_flags
 from utils.inputs import decoder_of, documents_of, tokenizer_of
 from utils.model import load_config
-from utils.errors import RunError, user_errors
 from utils.report import format_table
 
 Blocks = tuple[int, ...]

@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, settings
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import families  # noqa: E402
-from database import gptq, sparsegpt  # noqa: E402
+import families
+from database import gptq, sparsegpt
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("repeatable")                         # a slow machine fails no test

@@ -11,10 +11,10 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import torch  # noqa: E402
+import torch
 
-from database.hessian import InputHessians  # noqa: E402
-from utils import distributed  # noqa: E402
+from database.hessian import InputHessians
+from utils import distributed
 
 
 def run(command: list[str]) -> None:

@@ -3,16 +3,16 @@ import itertools
 import json
 import math
 
-import families
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import families
 from baselines import drop_scores
 from utils.configs import read_drop_config
 from utils.data import calibration_documents
-from utils.fitness import Fitness
 from utils.decoder import Decoder
+from utils.fitness import Fitness
 
 
 @pytest.fixture

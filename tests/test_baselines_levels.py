@@ -2,11 +2,11 @@
 import itertools
 import math
 
-import families
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import families
 from baselines import dp, owl
 from database import gptq, sparsegpt
 from database.store import Database

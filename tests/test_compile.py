@@ -14,8 +14,8 @@ import families
 from database.levels import LevelSwitcher
 from database.store import Database
 from test_fitness import MICROBATCH_TOKENS, MINIBATCH, documents, drop, random_candidates
-from utils.fitness import Fitness
 from utils.decoder import Decoder
+from utils.fitness import Fitness
 from utils.model import load_decoder
 
 needs_compiler = pytest.mark.skipif(not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))),

@@ -1,8 +1,7 @@
 """Configurations in the paper's formats survive reading and writing; a file that does not fit is refused by line."""
 import pytest
 
-from utils.configs import (check_level_config, read_drop_config, read_level_config, write_drop_config,
-                           write_level_config)
+from utils.configs import check_level_config, read_drop_config, read_level_config, write_drop_config, write_level_config
 
 # The layout in which the paper's depth configurations are published: 32 blocks, a quarter of each type dropped.
 PUBLISHED_DROP = "none\n" * 9 + ("mlp\nnone\nattn+mlp\nnone\nattn\nattn\nmlp\nnone\nmlp\nattn\nattn+mlp\nattn+mlp\n"
@@ -106,7 +105,7 @@ def test_levels_that_do_not_fit_the_database_are_named(tmp_path):
     first = next(iter(levels))
     without_first = {name: available[name] for name in list(levels)[1:]}
     for wrong, message in ((without_first, rf"{first}: -4 \(no such layer\)"),
-                           (available | {first: range(0, 5)}, rf"{first}: -4 \(no such level\)"),
+                           (available | {first: range(5)}, rf"{first}: -4 \(no such level\)"),
                            (available | {"layers.32.up_proj": range(3)}, r"layers.32.up_proj \(missing\)")):
         with pytest.raises(ValueError, match=rf"{path}: .*{message}"):
             check_level_config(path, levels, wrong)

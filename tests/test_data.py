@@ -10,10 +10,20 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 
-from utils.data import (C4_REVISION, calibration_documents, check_dataset, default_sequence_length, draw_minibatch,
-                        evaluation_documents, local_texts, stdlib_texts, trimmed_lengths)
+from utils.data import (
+    C4_REVISION,
+    calibration_documents,
+    check_dataset,
+    default_sequence_length,
+    draw_minibatch,
+    evaluation_documents,
+    local_texts,
+    stdlib_texts,
+    trimmed_lengths,
+)
 
 WORDS = "def return import class self None True for while yield lambda async raise except finally assert".split()
 

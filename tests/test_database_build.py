@@ -12,14 +12,14 @@ import textwrap
 import time
 from pathlib import Path
 
-import families
-import plain_solvers
 import pytest
 import torch
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, Gemma3Config
 
+import families
+import plain_solvers
 from database import build, gptq, sparsegpt, store
 from database.store import Database, LevelCache, config_sha256, read_manifest, write_manifest
 from utils.data import calibration_documents
@@ -40,8 +40,8 @@ def model(tmp_path_factory, tokenizer):
     half = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16)
     half.save_pretrained(folder)
     with open(f"{folder}/text.jsonl", "w") as file:
-        for module in (argparse, heapq, json, random, shutil, textwrap):
-            file.write(json.dumps({"text": inspect.getsource(module)}) + "\n")
+        file.writelines(json.dumps({"text": inspect.getsource(module)}) + "\n"
+                        for module in (argparse, heapq, json, random, shutil, textwrap))
     return folder
 
 
@@ -80,7 +80,7 @@ def test_every_level_has_exactly_the_promised_weights_or_bits(built, model):
         size = layer.weight.numel()
         assert database.shape(name) == layer.weight.shape
         with safe_open(built / f"{name}.safetensors", "pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}        # noqa: SIM118 (no dictionary)
         stored = {level: sum(t.nbytes for key, t in tensors.items() if key.startswith(f"{level}."))
                   for level in database.levels(name)}
         assert sum(stored.values()) == sum(t.nbytes for t in tensors.values())
@@ -149,9 +149,9 @@ def test_the_next_block_sees_the_weights_of_the_level_that_feeds_forward(model, 
         whole(input_ids=document[None], use_cache=False)
     x, weight = torch.cat(inputs), layers[name].weight
     assert len(x) == 2048
-    for level in database.levels(name):
-        error = plain_solvers.relative_error(weight, database.weight(name, level), x.T @ x)
-        assert database.error(name, level) == pytest.approx(error, rel=1e-3, abs=1e-9)
+    for stored in database.levels(name):
+        error = plain_solvers.relative_error(weight, database.weight(name, stored), x.T @ x)
+        assert database.error(name, stored) == pytest.approx(error, rel=1e-3, abs=1e-9)
 
 
 def test_layers_that_a_regular_expression_leaves_out(model, tmp_path):

@@ -1,8 +1,8 @@
 """The calibration pass: every distinct layer input has its Hessian, whatever the family and wherever it lives."""
-import families
 import pytest
 import torch
 
+import families
 from database.hessian import Calibration, add_outer_products
 from utils.decoder import Decoder
 

@@ -6,8 +6,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from database.packing import (dequantize, pack_bits, pack_quantized, pack_sparse, packed_bytes, unpack_bits,
-                              unpack_codes, unpack_quantized, unpack_sparse)
+from database.packing import (
+    dequantize,
+    pack_bits,
+    pack_quantized,
+    pack_sparse,
+    packed_bytes,
+    unpack_bits,
+    unpack_codes,
+    unpack_quantized,
+    unpack_sparse,
+)
 
 
 def nbytes(packed):

@@ -1,12 +1,12 @@
 """The stacked, lazy solver gives what the papers' loops give, on layers of the demo model, for every flag."""
 from pathlib import Path
 
-import plain_solvers as plain
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import plain_solvers as plain
 from database import gptq, solver, sparsegpt
 from database.hessian import Calibration
 from utils.data import calibration_documents

@@ -6,15 +6,15 @@ import subprocess
 import sys
 from collections import Counter
 
-import families
-import processes
 import pytest
 import torch
-from conftest import ROOT
 
+import families
+import processes
+from conftest import ROOT
 from utils import distributed
-from utils.fitness import Fitness, microbatches
 from utils.decoder import Decoder
+from utils.fitness import Fitness, microbatches
 
 SEARCH = ["--calibration_tokens", "1024", "--microbatch_tokens", "64", "--initial_tokens", "64",
           "--initially_generated", "4", "--offspring", "6", "--survivors_per_selection", "3", "1",

@@ -105,7 +105,7 @@ def test_tasks_on_a_drop_configuration_equal_the_harness_on_zeroed_weights(check
 
 @pytest.mark.parametrize("kind, uniform", [("sparse", None), ("quant", None), ("sparse", 2), ("quant", 3)])
 def test_tasks_on_levels_equal_the_harness_on_the_same_weights(
-        checkpoint, tokenizer, databases, tasks, dense, tmp_path, kind, uniform):  # noqa: F811
+        checkpoint, tokenizer, databases, tasks, dense, tmp_path, kind, uniform):
     database = Database.open(databases[kind])
     levels = {name: database.levels(name)[i % 3] if uniform is None else uniform
               for i, name in enumerate(database.layers)}

@@ -6,14 +6,14 @@ import shutil
 import time
 from pathlib import Path
 
-import export
-import families
 import pytest
 import torch
-from exports import MIXED_TYPES, greedy, reload, save_model, six_blocks, write_database, write_levels
 from safetensors.torch import load_file
 
+import export
+import families
 from database.store import Database
+from exports import MIXED_TYPES, greedy, reload, save_model, six_blocks, write_database, write_levels
 from utils.configs import write_drop_config
 
 FAMILIES = ["llama", "qwen2", "qwen3", "gemma2", "phi3", "gpt_neox"]

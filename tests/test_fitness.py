@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 import families
 from families import FAMILIES, NUM_BLOCKS, VOCABULARY
-from utils.fitness import Fitness, assemble, microbatches
 from utils.decoder import Decoder
+from utils.fitness import Fitness, assemble, microbatches
 
 LENGTHS = [37, 2, 19, 23, 37, 3, 14, 30, 2]
 MINIBATCH = [(7, 30), (1, 2), (4, 37), (3, 23), (0, 37), (6, 14), (5, 3), (8, 2), (2, 11)]      # the last one trimmed

@@ -2,20 +2,20 @@
 import json
 from pathlib import Path
 
-import export
-import families
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-from exports import greedy, random_quantized, reload, save_model, write_database, write_levels
 from safetensors.torch import load_file
 
+import export
+import families
 from database import packing
 from database.store import Database
-from utils.configs import read_level_config, write_drop_config
+from exports import greedy, random_quantized, reload, save_model, write_database, write_levels
 from formats.compressed_tensors import Quantized, Scheme, choose_schemes, pack, quantization_config, unevenly_packed
+from utils.configs import read_level_config, write_drop_config
 
 FAMILIES = ["llama", "qwen2", "qwen3", "gemma2", "phi3"]
 BITS = [2, 3, 4, 5, 6, 7, 8]
@@ -108,7 +108,7 @@ def test_codes_in_the_file_are_the_databases(tmp_path, mixed):
 
 def test_promotion_changes_no_weight_and_makes_vllms_rule_hold(tmp_path, mixed, capsys):
     _, folder, database, config = mixed
-    plain, before = export_quantized(tmp_path, folder, database, config)
+    _, before = export_quantized(tmp_path, folder, database, config)
     assert "does not hold" in capsys.readouterr().out and not before["vllm_fused_rule"]
     out, report = export_quantized(tmp_path, folder, database, config, "--fuse", "promote")
     assert "holds" in capsys.readouterr().out and report["vllm_fused_rule"]

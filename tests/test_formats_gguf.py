@@ -7,19 +7,19 @@ import json
 import sys
 import urllib.request
 
-import export
-import families
 import pytest
 import torch
-from exports import random_quantized, save_model, write_database, write_levels
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
+import export
+import families
 from database import packing
 from database.store import Database
-from utils.configs import read_level_config, write_drop_config
-from formats.gguf import encode, interleaved_rows
+from exports import random_quantized, save_model, write_database, write_levels
 from formats.compressed_tensors import Quantized
+from formats.gguf import encode, interleaved_rows
+from utils.configs import read_level_config, write_drop_config
 
 needs_gguf = pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason=(
     "the gguf package is not installed: pip install -r requirements-gguf.txt"))

@@ -4,9 +4,9 @@ from copy import deepcopy
 
 import pytest
 import torch
-from exports import MIXED_TYPES, six_blocks
 
 import families
+from exports import MIXED_TYPES, six_blocks
 from formats.regroup import pair_up, regroup
 from utils.decoder import Decoder
 

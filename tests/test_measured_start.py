@@ -5,7 +5,6 @@ import math
 import random
 from pathlib import Path
 
-import families
 import numpy as np
 import pytest
 import torch
@@ -14,14 +13,21 @@ from transformers import AutoModelForCausalLM
 import evo_drop
 import evo_quant
 import evo_unstructured
+import families
 from database.levels import LevelSwitcher
-from database.sensitivity import (REFINE_TOKENS, estimate_alone, estimate_around, halfway_levels, layer_errors,
-                                  measure_alone)
+from database.sensitivity import (
+    REFINE_TOKENS,
+    estimate_alone,
+    estimate_around,
+    halfway_levels,
+    layer_errors,
+    measure_alone,
+)
 from database.store import Database
 from utils.allocation import allocate
 from utils.configs import read_drop_config, read_level_config
-from utils.fitness import Fitness
 from utils.decoder import Decoder
+from utils.fitness import Fitness
 from utils.screening import AdditiveModel
 from utils.units import Unit
 
@@ -95,7 +101,7 @@ def test_units_are_measured_alone_at_two_levels_and_follow_the_layers_errors_bet
                 fresh.get_submodule(name).weight.data.copy_(database.weight(name, level))
             plain = families.plain_values(logits, families.plain_logits(fresh, documents), documents)["kl"]
             assert known[level] == pytest.approx(plain, rel=1e-3, abs=1e-7)
-        assert list(known[level] for level in unit.levels) == sorted(known.values(), reverse=kind == "quant")
+        assert [known[level] for level in unit.levels] == sorted(known.values(), reverse=kind == "quant")
 
 
 def test_measuring_alone_leaves_the_model_uncompressed(checkpoint, databases):
@@ -374,7 +380,7 @@ def test_model_is_the_ridge_regression_whose_predictions_of_candidates_left_out_
     expected = rng.random((30, 3))
     model = AdditiveModel([levels] * 30)
     model.expect([dict(zip(levels, row)) for row in expected])
-    effects, candidates, fitness = planted(4)
+    _, candidates, fitness = planted(4)
     rows, targets, weights = [], [], []
     for step in range(num_steps):
         tokens = (256, 1024)[step % 2]

@@ -8,9 +8,9 @@ import pytest
 import families
 from test_fitness import documents, drop, random_candidates
 from utils.data import draw_minibatch
+from utils.decoder import Decoder
 from utils.fitness import Fitness
 from utils.measurements import Measurements
-from utils.decoder import Decoder
 
 TEXTS = documents([3, 20, 7, 16, 5, 2, 9, 12] * 4)
 

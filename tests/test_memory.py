@@ -17,10 +17,10 @@ from database.hessian import Calibration
 from database.levels import LevelSwitcher
 from database.store import Database, LevelCache
 from test_fitness import documents, drop, random_candidates
-from utils.fitness import Fitness, out_of_memory, storage_for
 from utils.decoder import Decoder
-from utils.model import load_decoder
 from utils.errors import RunError
+from utils.fitness import Fitness, out_of_memory, storage_for
+from utils.model import load_decoder
 from utils.runs import Run
 
 ROOT = Path(__file__).resolve().parents[1]

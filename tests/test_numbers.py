@@ -18,12 +18,18 @@ import evo_unstructured
 import families
 from database import gptq, sparsegpt
 from test_fitness import documents, drop, random_candidates
-from utils.data import (calibration_documents, check_minibatches, default_sequence_length, draw_minibatch,
-                        evaluation_documents, sequence_length)
-from utils.fitness import Fitness, assemble, microbatches
+from utils.data import (
+    calibration_documents,
+    check_minibatches,
+    default_sequence_length,
+    draw_minibatch,
+    evaluation_documents,
+    sequence_length,
+)
 from utils.decoder import Decoder
-from utils.model import load_decoder
 from utils.errors import RunError
+from utils.fitness import Fitness, assemble, microbatches
+from utils.model import load_decoder
 
 TEXT = ["--calibration_sequence_length", "32", "--calibration_tokens", "256", "--calibration_data"]
 SEARCH = ["--no_eval", "--initially_generated", "3", "--initial_tokens", "64", "--generations", "2", "--offspring", "3",

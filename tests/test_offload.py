@@ -2,20 +2,21 @@
 import random
 from copy import deepcopy
 
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
 import eval_config
 import evo_drop
 import evo_quant
 import families
-import pytest
-import torch
 from database.levels import LevelSwitcher
 from database.store import Database
 from families import NUM_BLOCKS
 from test_fitness import MICROBATCH_TOKENS, MINIBATCH, documents, drop, random_candidates
-from transformers import AutoModelForCausalLM
 from utils.configs import write_drop_config
-from utils.fitness import Fitness, microbatches
 from utils.decoder import Decoder
+from utils.fitness import Fitness, microbatches
 from utils.model import load_decoder
 
 CPU = torch.device("cpu")        # plays the device here: an absent block's weights are unusable all the same

@@ -10,7 +10,7 @@ import export
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "scripts"))
-import estimate  # noqa: E402
+import estimate
 
 PARSERS = estimate.PARSERS | {"export.py": export.parse_arguments}
 PAGES = ["README.md", "benchmarks/README.md"]

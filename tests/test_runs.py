@@ -5,8 +5,8 @@ import random
 
 import pytest
 
-from utils.files import check_writable, read_sealed, seal, write_atomic
 from utils.errors import RunError, user_errors
+from utils.files import check_writable, read_sealed, seal, write_atomic
 from utils.report import evaluation_rows, format_table, plot_search
 from utils.runs import Run, default_folder, open_wandb, rng_state, set_rng_state
 

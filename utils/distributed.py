@@ -62,7 +62,7 @@ def world_size() -> int:
 
 def local_rank() -> int:
     """Number of this process on its machine, which is also that of its GPU."""
-    return int(os.environ.get("LOCAL_RANK", 0))
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def is_main() -> bool:

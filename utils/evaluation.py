@@ -4,8 +4,8 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 import torch
 
 from utils.data import evaluation_documents
-from utils.fitness import Candidate, Fitness
 from utils.decoder import Decoder
+from utils.fitness import Candidate, Fitness
 
 
 def load_evaluation_documents(names: list[str], tokenizer, num_tokens: int, sequence_length: int,

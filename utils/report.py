@@ -1,5 +1,6 @@
 """What a person reads of results: Markdown tables, and the picture of a search."""
 import io
+import math
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -68,7 +69,7 @@ def plot_search(path: str | Path, records: list[dict], levels: Sequence[Sequence
     picture.xaxis.get_major_locator().set_params(integer=True)
     for edge in range(1, len(levels[0])):
         picture.axvline(edge - 0.5, color="white", linewidth=0.5)
-    values = sorted({value for row in levels for value in row if value == value})
+    values = sorted({value for row in levels for value in row if not math.isnan(value)})
     bar = figure.colorbar(image, ax=picture, label=level_label)
     if len(values) <= 8:
         bar.set_ticks(values, labels=[f"{value:.3g}" for value in values])

@@ -41,7 +41,7 @@ def parse_bounds(args: argparse.Namespace) -> list[tuple[str, str, int, int]]:
     bounds = []
     for flag, items in (("--bounds", args.bounds), ("--pin", args.pin)):
         for item in items:
-            pattern, equals, value = item.rpartition("=")
+            pattern, _, value = item.rpartition("=")
             low, colon, high = value.partition(":")
             try:
                 if not pattern or bool(colon) != (flag == "--bounds"):
