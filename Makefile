@@ -1,8 +1,8 @@
 # make setup: a virtual environment in .venv      make test: set-up, then the tests
-# make demo: set-up, then all three searches on the demo model
+# make demo: set-up, then all three searches on the demo model      make lint: ruff, see ruff.toml
 PYTHON ?= python3
 
-.PHONY: setup demo test tables-small clean
+.PHONY: setup demo test lint tables-small clean
 
 setup: .venv/ready
 
@@ -18,6 +18,9 @@ demo: setup
 test: setup
 	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 .venv/bin/python -m pytest -q tests \
 	    -o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true
+
+lint: setup
+	.venv/bin/ruff check .
 
 clean:
 	rm -rf .venv

@@ -8,9 +8,11 @@ import os
 import random
 import shutil
 import signal
+import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -407,6 +409,20 @@ def test_mistakes_are_told_before_the_model_is_loaded(model, tmp_path, monkeypat
     with pytest.raises(ValueError, match=named):
         run(method, model, tmp_path / "db", *flags)
     assert not (tmp_path / "db").exists()
+
+
+def test_errors_of_every_block_go_to_wandb_and_the_database_stays_the_same(built, model, tmp_path, monkeypatch):
+    logged = []
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda config: SimpleNamespace(log=logged.append)))
+    run(built.name, model, tmp_path / "db", "--log_wandb")
+    assert contents(tmp_path / "db") == contents(built)
+    database = Database.open(built)
+    assert [record["block"] for record in logged] == [0, 1, 2]
+    for index, record in enumerate(logged):
+        names = [name for name in database.layers if name.startswith(f"model.layers.{index}.")]
+        for level in database.levels(names[0]):
+            errors = [database.error(name, level) for name in names if level in database.levels(name)]
+            assert record[f"error at {level}"] == pytest.approx(sum(errors) / len(errors))
 
 
 def test_a_mistake_ends_the_command_with_one_sentence(monkeypatch, capsys, tmp_path):

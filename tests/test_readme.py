@@ -64,7 +64,17 @@ def test_every_flag_named_is_one_of_some_program(page):
     assert {flag for flag in named if f'"--{flag}"' not in sources} <= put_together | of_others
 
 
-@pytest.mark.parametrize("page", PAGES)
+def test_every_file_that_contributors_are_sent_to_exists_and_has_what_is_named():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    rooms = re.findall(r"`([\w/]+(?:\.(?:py|toml)|/))`", text)
+    assert len(rooms) > 20
+    for room in rooms:
+        assert any((folder / room).exists() for folder in (ROOT, ROOT / "database")), room
+    scripts = (ROOT / "evo_quant.py").read_text()
+    assert all(f"def {name}(" in scripts for name in ("switch", "mutate", "first_candidates", "select", "make_parser"))
+
+
+@pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md"])
 def test_nothing_is_left_to_fill_in_and_every_link_leads_somewhere(page):
     text = (ROOT / page).read_text()
     assert not re.search(r"@@|TODO|TBD|XXX", text)
