@@ -139,6 +139,9 @@ def build_space(args: argparse.Namespace, sizes: list[tuple[int, int]]) -> Space
     return Space(tuple(units), counts)
 
 
+# ---- the start -------------------------------------------------------------------------------------------------------
+
+
 def random_candidate(space: Space, rng: random.Random) -> Candidate | None:
     """One candidate drawn at random; None where a few tries meet no budget of parameters."""
     legal = [i for i, unit in enumerate(space.units) if unit.legal]
@@ -194,6 +197,9 @@ def droppable(space: Space, candidate: Candidate) -> list[int]:
     left = {kind: count - sum(unit.kind == kind and dropped for unit, dropped in zip(space.units, candidate))
             for kind, count in space.counts.items()}
     return [i for i in kept if left[space.units[i].kind]]
+
+
+# ---- mutation and selection ------------------------------------------------------------------------------------------
 
 
 def switch(space: Space, candidate: Candidate, rng: random.Random) -> Candidate | None:
@@ -356,10 +362,11 @@ def main(argv: list[str] | None = None) -> dict:
         initial = first_candidates(args, search, space, measure)
         search.begin(measure(initial, args.initial_tokens))
     search.run.default_to(default_generations(space, search.start, len(blocks)))
-    parents = search.population
+    parents = search.parents
     print(f"budget: {describe(space, parents[0], blocks)}")
 
     steps = list(zip(args.survivors_per_selection, args.tokens_per_selection))
+    # Algorithm 1: offspring of the parents, selected in steps of fewer on more tokens each; the survivors are the parents
     for _ in search.generations():
         offspring = draw_distinct(lambda: mutate(space, parents, args.max_mutations, search.rng, args.fixed_mutations),
                                   args.offspring, set(parents))

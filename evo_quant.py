@@ -54,8 +54,8 @@ def make_parser() -> argparse.ArgumentParser:
         init={"uniform": "the target everywhere, or where that is no candidate as random",
               "random": "the best of --initially_generated",
               "measured": "the best sum of errors, of each unit alone on --initial_tokens"},
-        initially_generated=32, initial_tokens=2048, fitness=["kl", "ppl", "sparse_kl"],
-        generations_help="default: 150")
+        initially_generated=32, initial_tokens=2048, generations_help="default: 150",
+        fitness=["kl", "ppl", "sparse_kl"])              # how each is measured: utils/fitness.py
     flags.add_evaluation_flags(parser)
     flags.add_output_flags(parser, "evo_quant").add_argument(
         "--configuration_name", metavar="NAME", help="of the result, in --output_dir and in the database (default: "
@@ -124,6 +124,9 @@ def build_space(args: argparse.Namespace, database: Database, units: list[Unit])
     return Space(units, bits, [keys.index(key) for key in keys], budget, args.step_size)
 
 
+# ---- the start -------------------------------------------------------------------------------------------------------
+
+
 def uniform_candidate(space: Space, target: float) -> Candidate | None:
     """The target everywhere, where it is a level of every unit and meets the budget."""
     uniform = tuple(int(target) for _ in space.units)
@@ -166,6 +169,9 @@ def fill_budget(space: Space, candidate: Candidate, rng: random.Random) -> Candi
         i = rng.choice(affordable)
         candidate = moved(candidate, i, space.up[i][candidate[i]])
     return candidate
+
+
+# ---- mutation and selection ------------------------------------------------------------------------------------------
 
 
 def switch(space: Space, candidate: Candidate, rng: random.Random) -> Candidate | None:
@@ -252,7 +258,7 @@ def check_flags(args: argparse.Namespace) -> None:
 
 
 def first_candidates(args: argparse.Namespace, search: Search, space: Space, switcher: LevelSwitcher,
-                     database: Database, model: AdditiveModel) -> list[Candidate]:
+                     database: Database, predictor: AdditiveModel) -> list[Candidate]:
     """Candidates of which the best are the first parents, as --init says. Raises RunError where there is none."""
     uniform = uniform_candidate(space, args.target_bitwidth)
     if args.init == "measured":
@@ -260,7 +266,7 @@ def first_candidates(args: argparse.Namespace, search: Search, space: Space, swi
                                                   search.draw(args.initial_tokens))
         search.tokens += measured * args.initial_tokens
         if args.fitness_fn != "ppl":                         # errors are KL divergences
-            model.expect(errors)
+            predictor.expect(errors)
         allocated = (allocated_candidates(space, within, search.rng)
                      or allocated_candidates(space, [errors], search.rng))
         if not allocated and not uniform:
@@ -292,27 +298,28 @@ def main(argv: list[str] | None = None) -> dict:
         space = build_space(args, database, build_units(switcher.names, levels, args))
     search.prepare(switcher.set_block, lambda candidate: switcher.states(space.levels(candidate)),
                    logged=lambda candidate: {"levels": candidate}, divergences=args.init == "measured")
-    model = AdditiveModel([unit.levels for unit in space.units])         # of fitness, for --screen
+    predictor = AdditiveModel([unit.levels for unit in space.units])     # of fitness, for --screen
 
     def measure(candidates: list[Candidate], num_tokens: int) -> list[tuple[float, Candidate]]:
         """(fitness, candidate), best first, on a minibatch of that many tokens."""
         values = search.measure(candidates, search.draw(num_tokens))
         ranked = sorted(zip(values, candidates), key=lambda pair: pair[0])
-        model.observe(ranked, num_tokens)
+        predictor.observe(ranked, num_tokens)
         return ranked
 
     def state() -> dict:
-        return {"model": model.state if args.screen > 1 else None}
+        return {"model": predictor.state if args.screen > 1 else None}
 
     if not search.resumed:
-        initial = first_candidates(args, search, space, switcher, database, model)
+        initial = first_candidates(args, search, space, switcher, database, predictor)
         search.begin(measure(initial, args.initial_tokens), **state())
     elif args.screen > 1:
-        model.restore(search.saved["model"])
-    parents = search.population
+        predictor.restore(search.saved["model"])
+    parents = search.parents
     print(f"budget: {describe(space, parents[0], database)}")
 
     steps = list(zip(args.survivors_per_selection, args.tokens_per_selection))
+    # Algorithm 1: offspring of the parents, selected in steps of fewer on more tokens each; the survivors are the parents
     for _ in search.generations():
         offspring = draw_distinct(lambda: mutate(space, parents, args.max_mutations, search.rng, args.fixed_mutations),
                                   args.offspring * args.screen, set(parents))
@@ -320,7 +327,7 @@ def main(argv: list[str] | None = None) -> dict:
             print("no other candidate meets the budget: nothing to search")
             break
         if args.screen > 1:
-            offspring = model.screen(offspring, args.offspring, search.rng)
+            offspring = predictor.screen(offspring, args.offspring, search.rng)
         survivors = select(offspring, parents, steps, measure, args.strategy)
         parents = [candidate for _, candidate in survivors]
         search.record(survivors, **state())

@@ -50,8 +50,8 @@ def make_parser() -> argparse.ArgumentParser:
         init={"uniform": "level 0 everywhere, or as near to it as allowed",
               "random": "the best of --initially_generated, as many random switches from that as there are units",
               "measured": "the best sum of errors, of each unit alone on --initial_tokens"},
-        initially_generated=32, initial_tokens=2048, fitness=["kl", "ppl", "sparse_kl"],
-        generations_help="default: 400")
+        initially_generated=32, initial_tokens=2048, generations_help="default: 400",
+        fitness=["kl", "ppl", "sparse_kl"])              # how each is measured: utils/fitness.py
     search.add_argument("--refine", type=int, default=0, metavar="GENERATIONS",
                         help="in the first so many generations the offspring is the best sum of changes, of each unit "
                              "a level up or down from the best parent, measured on twice --initial_tokens (default: 0)")
@@ -103,6 +103,9 @@ class Space:
         return (*candidate[:index], level, *candidate[index + 1:]) if level in self.units[index].levels else None
 
 
+# ---- the start -------------------------------------------------------------------------------------------------------
+
+
 def start_candidate(space: Space, rng: random.Random) -> Candidate | None:
     """Level 0 everywhere where that is allowed; else levels as near to it as allowed, moved at random to the budget."""
     nearest = tuple(min(unit.levels, key=abs) for unit in space.units)
@@ -138,6 +141,9 @@ def balance(space: Space, candidate: Candidate, fixed: set[int], rng: random.Ran
             return None
         candidate = space.moved(candidate, rng.choice(moves), direction)
     return candidate if space.feasible(candidate) else None
+
+
+# ---- mutation and selection ------------------------------------------------------------------------------------------
 
 
 def switch(space: Space, candidate: Candidate, rng: random.Random) -> Candidate | None:
@@ -209,7 +215,7 @@ def check_flags(args: argparse.Namespace) -> None:
 
 
 def first_candidates(args: argparse.Namespace, search: Search, space: Space, switcher: LevelSwitcher,
-                     database: Database, model: AdditiveModel) -> list[Candidate]:
+                     database: Database, predictor: AdditiveModel) -> list[Candidate]:
     """Candidates of which the best are the first parents, as --init says. Raises RunError where there is none."""
     uniform = tuple(0 for _ in space.units)
     draw = random_candidate if args.init == "random" else start_candidate
@@ -223,22 +229,22 @@ def first_candidates(args: argparse.Namespace, search: Search, space: Space, swi
                                                   search.draw(args.initial_tokens))
         search.tokens += measured * args.initial_tokens
         if args.fitness_fn != "ppl":                         # errors are KL divergences
-            model.expect(errors)
+            predictor.expect(errors)
         allocated = allocated_candidates(space, within) or allocated_candidates(space, [errors])
         initial = list(dict.fromkeys([*allocated, initial[0]]))
     return initial
 
 
 def refined_candidates(args: argparse.Namespace, search: Search, space: Space, switcher: LevelSwitcher,
-                       database: Database, model: AdditiveModel) -> list[Candidate]:
+                       database: Database, predictor: AdditiveModel) -> list[Candidate]:
     """The best sum of changes, of each unit a level up or down from the best parent; none where that is a parent."""
     num_tokens = min(args.calibration_tokens, REFINE_TOKENS * args.initial_tokens)
-    changes, measured = estimate_around(search.fitness, switcher, database, space.units, search.population[0],
+    changes, measured = estimate_around(search.fitness, switcher, database, space.units, search.parents[0],
                                         search.draw(num_tokens))
     search.tokens += len(measured) * num_tokens
     if args.fitness_fn != "ppl":                             # what is measured here is KL divergence
-        model.observe(measured, num_tokens)
-    return [candidate for candidate in allocated_candidates(space, [changes]) if candidate not in search.population]
+        predictor.observe(measured, num_tokens)
+    return [candidate for candidate in allocated_candidates(space, [changes]) if candidate not in search.parents]
 
 
 @user_errors(RunError)
@@ -262,36 +268,37 @@ def main(argv: list[str] | None = None) -> dict:
     search.prepare(switcher.set_block, lambda candidate: switcher.states(space.levels(candidate)),
                    logged=lambda candidate: {"levels": candidate},
                    divergences=args.init == "measured" or args.refine > 0)
-    model = AdditiveModel([unit.levels for unit in space.units])         # of fitness, for --screen
+    predictor = AdditiveModel([unit.levels for unit in space.units])     # of fitness, for --screen
 
     def measure(candidates: list[Candidate], num_tokens: int) -> list[tuple[float, Candidate]]:
         """(fitness, candidate), best first, on a minibatch of that many tokens."""
         values = search.measure(candidates, search.draw(num_tokens))
         ranked = sorted(zip(values, candidates), key=lambda pair: pair[0])
-        model.observe(ranked, num_tokens)
+        predictor.observe(ranked, num_tokens)
         return ranked
 
     def state() -> dict:
-        return {"model": model.state if args.screen > 1 else None}
+        return {"model": predictor.state if args.screen > 1 else None}
 
     if not search.resumed:
-        initial = first_candidates(args, search, space, switcher, database, model)
+        initial = first_candidates(args, search, space, switcher, database, predictor)
         search.begin(measure(initial, args.initial_tokens), **state())
     elif args.screen > 1:
-        model.restore(search.saved["model"])
-    parents = search.population
+        predictor.restore(search.saved["model"])
+    parents = search.parents
     print(f"budget: {describe(space, parents[0], database)}")
 
     steps = list(zip(args.survivors_per_selection, args.tokens_per_selection))
+    # Algorithm 1: offspring of the parents, selected in steps of fewer on more tokens each; the survivors are the parents
     for generation in search.generations():
-        offspring = (refined_candidates(args, search, space, switcher, database, model) if generation <= args.refine
+        offspring = (refined_candidates(args, search, space, switcher, database, predictor) if generation <= args.refine
                      else [])
         if not offspring:
             offspring = draw_distinct(
                 lambda: mutate(space, parents, args.max_mutations, search.rng, args.fixed_mutations),
                 args.offspring * args.screen, set(parents))
             if args.screen > 1 and offspring:
-                offspring = model.screen(offspring, args.offspring, search.rng)
+                offspring = predictor.screen(offspring, args.offspring, search.rng)
         if not offspring:
             print("no other candidate meets the budget: nothing to search")
             break

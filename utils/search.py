@@ -86,7 +86,7 @@ class Search:
             set_rng_state(self.rng, saved["rng"])
             self.measurements.restore(saved.get("measurements", []))
             self.generation, self.best, self.tokens = saved["generation"], saved["fitness"], saved["tokens"]
-            self.population, starts = ([tuple(c) for c in saved[key]] for key in ("population", "start"))
+            self.parents, starts = ([tuple(c) for c in saved[key]] for key in ("population", "start"))
             self.start = starts[0]
             print(f"{self.run.folder}: resumed after generation {self.generation}")
 
@@ -127,7 +127,7 @@ class Search:
         self._searching += time.time() - self._started
         line = self._log_line()
         if self.evaluation_sets and args.eval_every and self.generation % args.eval_every == 0:
-            line["evaluation"] = self.evaluation(self.states(self.population[0]))
+            line["evaluation"] = self.evaluation(self.states(self.parents[0]))
         seconds = time.time() - self._began
         rate = (self.tokens - self._tokens_before) / self._searching
         left = seconds / (self.generation - self._first + 1) * (total - self.generation)
@@ -143,7 +143,7 @@ class Search:
         candidate on the evaluation texts, if there are any."""
         if self.evaluation_sets:
             self.evaluations = {"dense": self.evaluation.dense, start: self.evaluation(self.states(self.start)),
-                                "search": self.evaluation(self.states(self.population[0]))}
+                                "search": self.evaluation(self.states(self.parents[0]))}
             print(format_table(evaluation_rows(self.evaluations)))
 
     def finish(self, budget: str, values: Sequence[Sequence[float]], row_names: Sequence[str], label: str,
@@ -166,15 +166,15 @@ class Search:
         return summary
 
     def _keep(self, survivors: Ranked) -> None:
-        self.best, self.population = survivors[0][0], [candidate for _, candidate in survivors]
-        self.measurements.keep(self.population)
+        self.best, self.parents = survivors[0][0], [candidate for _, candidate in survivors]
+        self.measurements.keep(self.parents)
 
     def _log_line(self) -> dict:
         return {"generation": self.generation, "fitness": self.best, "tokens": self.tokens,
-                **self.logged(self.population[0])}
+                **self.logged(self.parents[0])}
 
     def _checkpoint(self, state: dict) -> None:
-        self.run.checkpoint(generation=self.generation, rng=rng_state(self.rng), population=self.population,
+        self.run.checkpoint(generation=self.generation, rng=rng_state(self.rng), population=self.parents,
                             start=[self.start], fitness=self.best, tokens=self.tokens,
                             microbatch_tokens={"fitness": self.fitness.sizes, "evaluation": self.evaluation.sizes},
                             measurements=self.measurements.state, **state)
