@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils import distributed, flags
-from utils.configs import DROP_WORDS, read_drop_config, write_drop_config
+from utils.configs import drop_words, read_drop_config, write_drop_config
 from utils.errors import RunError, user_errors
 from utils.files import check_writable
 from utils.model import load_config, save_dropped
@@ -357,7 +357,7 @@ def main(argv: list[str] | None = None) -> dict:
                        for value, candidate in zip(values, candidates)), key=lambda pair: pair[0])
 
     search.prepare(set_block, lambda candidate: space.states(candidate, len(blocks)),
-                   logged=lambda candidate: {"dropped": config_line(space, candidate, len(blocks))})
+                   logged=lambda candidate: {"dropped": " ".join(drop_words(space.states(candidate, len(blocks))))})
     if not search.resumed:
         initial = first_candidates(args, search, space, measure)
         search.begin(measure(initial, args.initial_tokens))
@@ -366,7 +366,7 @@ def main(argv: list[str] | None = None) -> dict:
     print(f"budget: {describe(space, parents[0], blocks)}")
 
     steps = list(zip(args.survivors_per_selection, args.tokens_per_selection))
-    # Algorithm 1: offspring of the parents, selected in steps of fewer on more tokens each; the survivors are the parents
+    # Algorithm 1: offspring of the parents, selected in steps of fewer on more tokens each; survivors are parents next
     for _ in search.generations():
         offspring = draw_distinct(lambda: mutate(space, parents, args.max_mutations, search.rng, args.fixed_mutations),
                                   args.offspring, set(parents))
@@ -387,13 +387,7 @@ def main(argv: list[str] | None = None) -> dict:
             set_block(index, state)
         save_dropped(search.decoder, search.tokenizer, args.save_dir)
     return search.finish(describe(space, parents[0], blocks), [[state[half] for state in winner] for half in (0, 1)],
-                         ["attention", "MLP"], "dropped", files, dropped=config_line(space, parents[0], len(blocks)))
-
-
-def config_line(space: Space, candidate: Candidate, num_blocks: int) -> str:
-    """The configuration's words in one line, for the log."""
-    words = {state: word for word, state in DROP_WORDS.items()}
-    return " ".join(words[state] for state in space.states(candidate, num_blocks))
+                         ["attention", "MLP"], "dropped", files, dropped=" ".join(drop_words(winner)))
 
 
 def describe(space: Space, candidate: Candidate, blocks: list) -> str:

@@ -319,7 +319,7 @@ def main(argv: list[str] | None = None) -> dict:
     print(f"budget: {describe(space, parents[0], database)}")
 
     steps = list(zip(args.survivors_per_selection, args.tokens_per_selection))
-    # Algorithm 1: offspring of the parents, selected in steps of fewer on more tokens each; the survivors are the parents
+    # Algorithm 1: offspring of the parents, selected in steps of fewer on more tokens each; survivors are parents next
     for _ in search.generations():
         offspring = draw_distinct(lambda: mutate(space, parents, args.max_mutations, search.rng, args.fixed_mutations),
                                   args.offspring * args.screen, set(parents))

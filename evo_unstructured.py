@@ -289,7 +289,7 @@ def main(argv: list[str] | None = None) -> dict:
     print(f"budget: {describe(space, parents[0], database)}")
 
     steps = list(zip(args.survivors_per_selection, args.tokens_per_selection))
-    # Algorithm 1: offspring of the parents, selected in steps of fewer on more tokens each; the survivors are the parents
+    # Algorithm 1: offspring of the parents, selected in steps of fewer on more tokens each; survivors are parents next
     for generation in search.generations():
         offspring = (refined_candidates(args, search, space, switcher, database, predictor) if generation <= args.refine
                      else [])

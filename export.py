@@ -27,7 +27,7 @@ from formats import compressed_tensors
 from formats.compressed_tensors import Quantized
 from formats.gguf import check_gguf, write_gguf
 from formats.regroup import Regrouped, regroup
-from utils.configs import DROP_WORDS, read_drop_config
+from utils.configs import drop_words, read_drop_config
 from utils.errors import RunError, user_errors
 from utils.files import check_writable, write_atomic
 from utils.model import DTYPES, load_config, load_decoder, load_tokenizer, save_pretrained
@@ -158,8 +158,7 @@ def read_evaluation(args: argparse.Namespace) -> dict | None:
     try:
         summary = json.loads(beside.read_text(encoding="utf-8"))
         if args.drop_config:
-            words = {state: word for word, state in DROP_WORDS.items()}
-            same = summary["dropped"] == " ".join(words[state] for state in read_drop_config(args.drop_config))
+            same = summary["dropped"] == " ".join(drop_words(read_drop_config(args.drop_config)))
         else:
             same = summary["levels"] == open_configuration(args)[1]
         return summary["evaluation"] or None if same else None

@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from baselines.drop_scores import BATCH, without
-from utils.configs import DROP_WORDS, write_drop_config
+from utils.configs import DROP_WORDS, drop_words, write_drop_config
 from utils.data import draw_minibatch
 from utils.errors import RunError, user_errors
 from utils.files import check_writable_file, write_atomic
@@ -79,7 +79,6 @@ def main(argv: list[str] | None = None) -> dict:
     fitness = Fitness(decoder, documents, lambda i, state: decoder.blocks[i].drop(*state),
                       microbatch_tokens=args.microbatch_tokens, progress="uncompressed model on calibration data")
     minibatch = draw_minibatch(documents, args.brute_force_tokens, random.Random(args.seed))
-    words = {state: word for word, state in DROP_WORDS.items()}
     divergences: dict[str, float] = {}
     count = pairs_dropped(args.sparsity, num_blocks)
     total = math.comb(num_blocks // 2, count)
@@ -89,7 +88,7 @@ def main(argv: list[str] | None = None) -> dict:
         candidates = [without(tuple(block for pair in pairs for block in (2 * pair, 2 * pair + 1)), num_blocks)
                       for pairs in batch]
         for candidate, (value,) in zip(candidates, fitness.measure(candidates, minibatch)):
-            divergences[" ".join(words[state] for state in candidate)] = value
+            divergences[" ".join(drop_words(candidate))] = value
         if time.time() - shown > 10:
             shown = time.time()
             print(f"brute force: {len(divergences):,} of {total:,}, "

@@ -29,8 +29,13 @@ def read_drop_config(path: str | Path, num_blocks: int | None = None) -> list[tu
 @distributed.main_only
 def write_drop_config(path: str | Path, dropped: Sequence[tuple[bool, bool]]) -> None:
     """One line a block, as `read_drop_config` reads it."""
+    write_atomic(path, "".join(f"{word}\n" for word in drop_words(dropped)))
+
+
+def drop_words(dropped: Sequence[tuple[bool, bool]]) -> list[str]:
+    """The word of every block, of which (attention, MLP) are dropped."""
     words = {state: word for word, state in DROP_WORDS.items()}
-    write_atomic(path, "".join(f"{words[bool(attn), bool(mlp)]}\n" for attn, mlp in dropped))
+    return [words[bool(attn), bool(mlp)] for attn, mlp in dropped]
 
 
 def check_configuration_name(name: str) -> None:

@@ -1,0 +1,83 @@
+"""utils/search.py: a run of whatever candidates, here sets of dropped blocks, is logged, resumed and finished alike."""
+import json
+from contextlib import suppress
+
+import pytest
+
+import evo_drop
+from utils import flags
+from utils.errors import RunError
+from utils.model import load_config
+from utils.search import Search
+
+LINE = ("--calibration_data stdlib --calibration_tokens 256 --calibration_sequence_length 32 --initial_tokens 64 "
+        "--tokens_per_selection 64 128 --sparsity 0.5 --eval_datasets stdlib --eval_tokens 64 --eval_every 2 "
+        "--eval_sequence_length 32 --device cpu").split()
+BLOCKS = [(0,), (1,), (2,), (3,), (4,), (5,)]
+
+
+@pytest.fixture
+def opened(checkpoint, tmp_path, monkeypatch):
+    """opened(generations): a search, whose candidates are the blocks that are dropped, in tmp_path / "run"."""
+    monkeypatch.setattr("utils.search.plot_search", lambda *_: None)
+
+    def build(generations: int) -> Search:
+        args = evo_drop.parse_arguments(["--model_name_or_path", checkpoint, *LINE, "--generations", str(generations),
+                                         "--output_dir", str(tmp_path / "run")])
+        flags.check_search_flags(args)
+        search = Search("blocks", args, load_config(checkpoint), {})
+        if not search.run.finished:
+            search.load()
+            blocks = search.decoder.blocks
+            search.prepare(lambda index, state: blocks[index].drop(state, state),
+                           lambda candidate: tuple(block.index in candidate for block in blocks),
+                           logged=lambda candidate: {"blocks": candidate})
+        return search
+
+    return build
+
+
+def ranked(search: Search, candidates: list, tokens: int) -> list:
+    return sorted(zip(search.measure(candidates, search.draw(tokens)), candidates))
+
+
+def test_tokens_are_counted_the_best_are_the_parents_and_the_log_says_so(opened, tmp_path):
+    search = opened(3)
+    search.begin(ranked(search, BLOCKS, 64))
+    assert search.tokens == 6 * 64 and len(search.parents) == 1
+    for generation in search.generations():
+        survivors = ranked(search, [(0, 1), (1, 2), (generation,)], 128)[:1]
+        search.record(survivors)
+        assert search.parents == [survivors[0][1]] and search.best == survivors[0][0]
+    search.evaluate("start")
+    summary = search.finish("a third", [[0]], ["blocks"], "dropped", [], extra=7)
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [record["tokens"] for record in log] == sorted(record["tokens"] for record in log)
+    assert log[-1]["blocks"] == list(search.parents[0]) and log[-1]["tokens"] == summary["tokens"] == search.tokens
+    assert ["evaluation" in record for record in log] == [False, False, True, False]
+    assert list(summary["evaluation"]) == ["dense", "start", "search"] and summary["extra"] == 7
+    assert summary["evaluation"]["search"]["stdlib"]["kl"] > 0 == summary["evaluation"]["dense"]["stdlib"]["kl"]
+    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == summary
+    assert opened(3).earlier_summary() == summary and not opened(4).run.finished
+
+
+def test_resumed_run_has_its_random_numbers_tokens_parents_and_what_the_script_saved(opened):
+    first = opened(4)
+    first.begin(ranked(first, BLOCKS, 64), note=0)
+    with suppress(StopIteration):
+        for generation in first.generations():
+            if generation == 3:
+                raise StopIteration
+            first.record(ranked(first, [(generation,), (0, generation)], 128)[:1], note=generation)
+    again = opened(4)
+    assert again.resumed and again.saved["note"] == 2 and again.generation == 2
+    assert (again.tokens, again.parents, again.start, again.best) == (first.tokens, first.parents, first.start,
+                                                                      first.best)
+    assert again.draw(128) == first.draw(128)
+    assert list(again.generations()) == [3, 4]
+
+
+def test_a_start_of_which_nothing_is_finite_is_refused(opened):
+    search = opened(1)
+    with pytest.raises(RunError, match="--fitness_fn kl: not finite for any start; use --dtype bfloat16 or float32"):
+        search.begin([(float("inf"), (0,)), (float("inf"), (1,))])
