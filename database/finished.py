@@ -1,0 +1,191 @@
+"""What finish.py has finished so far, on disk block by block, so that it can be killed and resumed anywhere."""
+import argparse
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load, save
+from torch import nn
+
+from database.build import NOT_COMPARED, check_same, find_manifest, forget_damaged, start_writing, weights_sha256
+from database.store import FORMAT, Database, config_sha256, write_layer, write_manifest
+from database.tuning import DenseWeight, HiddenStates, QuantizedWeight, SparseWeight, Weight
+from formats.regroup import regroup
+from utils import distributed
+from utils.data import documents_sha256
+from utils.decoder import Block, Decoder
+from utils.files import PARTIAL, read_sealed, seal, write_atomic
+from utils.model import save_pretrained
+
+MARK = "finish.json"             # what a checkpoint that is being finished depends on
+SOURCE = "finished_from"         # flag of a database of trained levels, whose codes are where training starts again
+# flags that decide where and how blocks are trained, or of whose files the content is compared
+ELSEWHERE = (*NOT_COMPARED, "microbatch_tokens", "level_cache_gb", "drop_config", "drop_budget", "quant_weights_path",
+             "quant_config_path", "quant_budget", "sparse_weights_path", "sparse_config_path", "sparse_budget")
+
+
+def header_of(args: argparse.Namespace, config, decoder: Decoder, documents: Sequence[torch.Tensor],
+              dropped: Sequence[tuple[bool, bool]]) -> dict:
+    """What a result depends on: one begun on anything else is not resumed."""
+    flags = {key: value for key, value in vars(args).items() if key not in ELSEWHERE}
+    return {"format": FORMAT, "model": args.model_name_or_path, "config_sha256": config_sha256(config),
+            "weights_sha256": weights_sha256(decoder.layers), "calibration_sha256": documents_sha256(documents),
+            "flags": {**flags, "dropped": "".join("01"[half] for halves in dropped for half in halves)}}
+
+
+def _within(block: Block, name: str) -> str:
+    """A layer's name within its block."""
+    return name.removeprefix(f"{block.name}.")
+
+
+def _dropped_modules(block: Block, dropped: tuple[bool, bool]) -> set[nn.Module]:
+    return {inner for half, gone in zip((block.attn, block.mlp), dropped) if gone
+            for module in half.modules for inner in module.modules()}
+
+
+class FinishedDatabase:
+    """A database with the levels of some configurations, of which every block is trained by itself."""
+
+    def __init__(self, args: argparse.Namespace, header: dict, decoder: Decoder, source: Database,
+                 configurations: Sequence[Mapping[str, int]], dropped: Sequence[tuple[bool, bool]]):
+        """Raises ValueError where the folder holds anything else."""
+        self.path, self.decoder, self.source = args.save_dir, decoder, source
+        self.configurations, self.dropped = configurations, dropped
+        self.learning_rate = {} if args.learning_rate is None else {"learning_rate": args.learning_rate}
+        levels = hashlib.sha256(json.dumps(list(configurations), sort_keys=True).encode()).hexdigest()
+        header = {**header, "method": source.method,
+                  "flags": {**source.manifest["flags"], **header["flags"], SOURCE: source.sha256,
+                            "levels": levels}}
+        manifest = find_manifest(self.path)
+        check_same(manifest, header, self.path)
+        self.manifest = (forget_damaged(self.path, manifest) if manifest else
+                         {**header, "layers": dict.fromkeys(source.layers)})
+        start_writing(self.path, self.manifest)
+
+    def names(self, block: Block) -> list[str]:
+        """Full names of the block's layers that the database has."""
+        return [name for name in block.layers if name in self.manifest["layers"]]
+
+    @property
+    def complete(self) -> bool:
+        return all(self.manifest["layers"].values())
+
+    def has(self, block: Block) -> bool:
+        return all(self.manifest["layers"][name] for name in self.names(block))
+
+    def weights(self, block: Block) -> list[dict[str, Weight]]:
+        """Of every configuration what is to be trained, by the parameter's name within the block."""
+        gone = _dropped_modules(block, self.dropped[block.index])
+        return [{f"{_within(block, name)}.weight": self._weight(name, levels[name]) for name in self.names(block)
+                 if block.layers[name] not in gone} for levels in self.configurations]
+
+    def _weight(self, name: str, level: int) -> Weight:
+        weight = self.decoder.layers[name].weight
+        packed = self.source.packed(name, level, weight.device)
+        if self.source.method == "sparsegpt":
+            return SparseWeight(packed, self.source.shape(name), **self.learning_rate)
+        return QuantizedWeight(weight, packed, level, self.source.group_size(name),
+                               keep_codes=SOURCE in self.source.manifest["flags"], **self.learning_rate)
+
+    def save(self, block: Block, trained: Sequence[Mapping[str, Weight]], calibration: HiddenStates,
+             states: list | None) -> None:
+        """Write the block's layers. The block is still uncompressed; `states`: what it is given."""
+        packed: dict[str, dict] = {}             # layer -> level -> packed
+        for name in self.names(block):
+            own = [weights.get(f"{_within(block, name)}.weight") for weights in trained]
+            packed[name] = {levels[name]: weight.packed() if weight else self.source.packed(name, levels[name])
+                            for levels, weight in zip(self.configurations, own)}
+        errors = calibration.relative_errors(block.index, states, {
+            _within(block, name): {level: self.source.unpack(name, level, parts) for level, parts in levels.items()}
+            for name, levels in packed.items()})
+        self.manifest["layers"].update(self._write(packed, {name: errors[_within(block, name)] for name in packed}))
+        distributed.main_only(write_manifest)(self.path, self.manifest)
+
+    def _write(self, packed: dict[str, dict], errors: dict[str, dict[int, float]]) -> dict[str, dict]:
+        """Layer -> its entry in the manifest."""
+        def write() -> dict:
+            entries = {name: self.source.manifest["layers"][name]["levels"] for name in packed}
+            return {name: write_layer(self.path, name, self.source.shape(name), {
+                level: (parts, {**entries[name][str(level)], "error": errors[name][level]})
+                for level, parts in levels.items()}) for name, levels in packed.items()}
+        return distributed.from_main(write)()
+
+    def load(self, block: Block) -> None:
+        """Give the block its finished weights; of several configurations none is the one."""
+        if len(self.configurations) == 1:
+            database = Database(self.path, finished=False)
+            for name in self.names(block):
+                weight = block.layers[name].weight
+                weight.data.copy_(database.weight(name, self.configurations[0][name], weight.device))
+
+    def end(self, tokenizer) -> None:
+        """All is in place once every block is written."""
+
+
+class FinishedCheckpoint:
+    """A checkpoint without what was dropped, of which every block is trained by itself; until all are, a file each."""
+
+    def __init__(self, args: argparse.Namespace, header: dict, decoder: Decoder,
+                 dropped: Sequence[tuple[bool, bool]]):
+        """Raises ValueError where the folder holds anything else."""
+        self.path, self.decoder, self.dropped = args.save_dir, decoder, dropped
+        self.learning_rate = {} if args.learning_rate is None else {"learning_rate": args.learning_rate}
+        self._begin(json.loads(json.dumps(header, default=str)))
+
+    @distributed.from_main
+    def _begin(self, header: dict) -> None:
+        mark = self.path / MARK
+        found = read_sealed(mark) if mark.is_file() else None
+        if found is None and any(self.path.iterdir()):
+            raise ValueError(f"--save_dir {self.path}: is not empty, and not from finish.py; name another folder")
+        check_same(found and {**found, "method": None}, {**header, "method": None}, self.path)
+        if found is None:
+            write_atomic(mark, seal(header))
+
+    @property
+    def complete(self) -> bool:
+        return (self.path / "config.json").is_file()
+
+    def has(self, block: Block) -> bool:
+        return all(self.dropped[block.index]) or self._file(block).is_file()
+
+    def weights(self, block: Block) -> list[dict[str, Weight]]:
+        """What is to be trained, by the parameter's name within the block."""
+        gone = {id(parameter) for module in _dropped_modules(block, self.dropped[block.index])
+                for parameter in module.parameters()}
+        return [{name: DenseWeight(parameter, **self.learning_rate) for name, parameter in
+                 block.module.named_parameters() if id(parameter) not in gone and parameter.is_floating_point()}]
+
+    @distributed.main_only
+    def save(self, block: Block, trained: Sequence[Mapping[str, Weight]], calibration: HiddenStates,
+             states: list | None) -> None:
+        """Write the block's parameters."""
+        write_atomic(self._file(block), save({name: weight.value().detach().to(self.decoder.dtype).cpu().contiguous()
+                                              for name, weight in trained[0].items()}))
+
+    def load(self, block: Block) -> None:
+        """Give the block its finished parameters."""
+        distributed.gather(None)                 # the file has been written
+        if not all(self.dropped[block.index]):
+            parameters = dict(block.module.named_parameters())
+            for name, value in load(self._file(block).read_bytes()).items():
+                parameters[name].data.copy_(value)
+
+    @distributed.main_only
+    def end(self, tokenizer) -> None:
+        """Write the checkpoint: the kept halves regrouped into as few blocks as give the same function."""
+        partial = self.path / f".model{PARTIAL}"
+        shutil.rmtree(partial, ignore_errors=True)
+        save_pretrained(regroup(self.decoder, self.dropped).model, tokenizer, partial)
+        for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):      # last
+            os.replace(file, self.path / file.name)
+        partial.rmdir()
+        for file in self.path.glob("block-*.safetensors"):
+            file.unlink()
+
+    def _file(self, block: Block) -> Path:
+        return self.path / f"block-{block.index:03}.safetensors"

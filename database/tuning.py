@@ -1,0 +1,251 @@
+"""Train a block's compressed weights together, so that it gives what the uncompressed block gave.
+
+What is trained depends on how a weight is compressed, and never changes its size: of a quantized one the rounding of
+every code and every scale (as in AutoRound, arXiv 2309.05516), of a sparse one the values that are kept, of one that
+is neither all of it. Gradients pass through rounding unchanged.
+"""
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch.func import functional_call
+
+from database.packing import Packed, pack_quantized, pack_sparse, unpack_bits
+from utils import distributed
+from utils.decoder import Decoder
+from utils.fitness import assemble, microbatches, storage_for
+
+SMALLEST_SCALE = 2.0**-24        # above zero in half precision
+CODE_EDGE = 0.48                 # of a step: where an unrounded code starts whose rounding is not the nearest
+PARTS = 4                        # microbatches of a step, at least: so many processes can share it
+ERROR_MICROBATCHES = 16          # on which layers' errors are measured
+
+
+# ---- weights that are trained ----------------------------------------------------------------------------------------
+
+
+class QuantizedWeight:
+    """A weight scale * (code - zero) of which the codes, unrounded, and the scales are trained. The zeros stay."""
+    by_sign = True                               # trained by the signs of gradients, as in AutoRound
+
+    def __init__(self, weight: torch.Tensor, packed: Packed, bits: int, group_size: int, keep_codes: bool,
+                 learning_rate: float = 0.02):
+        """weight: uncompressed [out, in]; packed: see `pack_quantized`. Training starts from `packed`'s grids and the
+        codes nearest to `weight`, with `keep_codes` from its codes. learning_rate: in steps of a grid, and of a scale
+        in shares of it."""
+        self.learning_rate = learning_rate
+        self.bits, self.group_size, self.columns = bits, group_size, weight.shape[1]
+        self.zeros, self.scales = packed["zeros"].float(), packed["scales"].float()
+        unrounded = weight.float() / self._spread(self.scales)
+        if keep_codes:
+            steps = unpack_bits(packed["codes"], bits, weight.numel()).view(weight.shape) - self._spread(self.zeros)
+            unrounded = unrounded.clamp(steps - CODE_EDGE, steps + CODE_EDGE)
+        self.steps = unrounded.requires_grad_()                          # from the zero, in those of the grid
+        self.growth = torch.zeros_like(self.scales).requires_grad_()     # of the scales, relative
+        self.trained = [self.steps, self.growth]
+
+    def value(self) -> torch.Tensor:
+        """float32 [out, in], of which gradients pass to what is trained."""
+        return self._spread(self._scales()) * (self._codes() - self._spread(self.zeros))
+
+    @torch.no_grad()
+    def packed(self) -> Packed:
+        return pack_quantized(self._codes().to(torch.uint8), self._scales().half(), self.zeros.to(torch.uint8),
+                              self.bits)
+
+    def _codes(self) -> torch.Tensor:
+        return (_straight_through(self.steps, self.steps.round()) + self._spread(self.zeros)).clamp(0, 2**self.bits - 1)
+
+    def _scales(self) -> torch.Tensor:
+        scales = self.scales * (1 + self.growth)
+        return _straight_through(scales, scales.half().float().clamp(min=SMALLEST_SCALE))
+
+    def _spread(self, grids: torch.Tensor) -> torch.Tensor:
+        """[out or 1, groups] to [out or 1, in or 1]."""
+        return grids if grids.shape[1] == 1 else grids.repeat_interleave(self.group_size, dim=1)[:, :self.columns]
+
+
+class SparseWeight:
+    """A weight of which the kept values are trained; what is pruned stays zero."""
+    by_sign = False                              # trained by Adam
+
+    def __init__(self, packed: Packed, shape: tuple[int, int], learning_rate: float = 0.02):
+        """learning_rate: in root mean squares of the kept values."""
+        self.keep = unpack_bits(packed["mask"], 1, shape[0] * shape[1]).bool().view(shape)
+        self.dtype = packed["values"].dtype
+        self.trained = [torch.zeros(shape, device=self.keep.device).masked_scatter_(
+            self.keep, packed["values"].float()).requires_grad_()]
+        self.learning_rate = learning_rate * _root_mean_square(packed["values"])
+
+    def value(self) -> torch.Tensor:
+        """float32 [out, in], of which gradients pass to what is kept."""
+        return self.trained[0] * self.keep
+
+    @torch.no_grad()
+    def packed(self) -> Packed:
+        return pack_sparse(self.trained[0].to(self.dtype), self.keep)
+
+
+class DenseWeight:
+    """A parameter of a block of which nothing is compressed: every value is trained."""
+    by_sign = False
+
+    def __init__(self, weight: torch.Tensor, learning_rate: float = 0.02):
+        """learning_rate: in root mean squares of the weight."""
+        self.trained = [weight.detach().float().clone().requires_grad_()]
+        self.learning_rate = learning_rate * _root_mean_square(weight)
+
+    def value(self) -> torch.Tensor:
+        return self.trained[0]
+
+
+Weight = QuantizedWeight | SparseWeight | DenseWeight
+
+
+def _root_mean_square(values: torch.Tensor) -> float:
+    return float(values.float().square().mean().sqrt()) if values.numel() else 0.0
+
+
+def _straight_through(value: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
+    return value + (rounded - value).detach()
+
+
+# ---- the hidden states it is trained on ------------------------------------------------------------------------------
+
+
+class HiddenStates:
+    """The calibration documents at the input of one block after another, in microbatches of `tokens` at most.
+
+    Every process holds all of them and runs a share. states: of every microbatch [rows, tokens, hidden], None before
+    the first block.
+    """
+
+    def __init__(self, decoder: Decoder, documents: Sequence[torch.Tensor], tokens: int, device: torch.device):
+        self.decoder, self.documents, self.device = decoder, documents, device
+        self.rows = microbatches([(i, len(document)) for i, document in enumerate(documents)], tokens,
+                                 decoder.packed_rows)
+        hidden_size = decoder.config.get_text_config(decoder=True).hidden_size
+        needed = 3 * sum(map(len, documents)) * hidden_size * decoder.dtype.itemsize     # two streams, one being made
+        self.storage = storage_for(needed, device, 1 / 4)
+
+    def tokens(self, i: int) -> int:
+        return sum(length for row in self.rows[i] for _, length in row)
+
+    @torch.no_grad()
+    def inputs(self, states: list | None, index: int, i: int) -> tuple[torch.Tensor, tuple, dict]:
+        """(hidden states, other arguments, keywords) that block `index` is called with for microbatch `i`."""
+        input_ids, position_ids, _ = assemble(self.documents, self.rows[i])
+        given = self.decoder.block_inputs(input_ids.to(self.device),
+                                          None if position_ids is None else position_ids.to(self.device))
+        return (given.hidden_states if states is None else states[i].to(self.device), *given.calls[index])
+
+    @torch.no_grad()
+    def run(self, states: list | None, index: int) -> list[torch.Tensor]:
+        """The output of block `index` as it is now, for every microbatch."""
+        leaving = []
+        for i in range(len(self.rows)):
+            owner, output = i % distributed.world_size(), None
+            if owner == distributed.rank():
+                output = self._output(index, *self.inputs(states, index, i)).to(self.storage)
+            leaving.append(distributed.broadcast(output, owner, self.storage))
+        return leaving
+
+    def _output(self, index: int, hidden_states: torch.Tensor, args: tuple, kwargs: dict,
+                values: Mapping[str, torch.Tensor] | None = None) -> torch.Tensor:
+        """Of a block whose parameters, by name within it, are `values`, or its own."""
+        output = functional_call(self.decoder.blocks[index].module, dict(values or {}), (hidden_states, *args), kwargs)
+        return output if isinstance(output, torch.Tensor) else output[0]
+
+    # ---- training ----------------------------------------------------------------------------------------------------
+
+    def train(self, index: int, weights: Mapping[str, Weight], states: list | None, targets: list[torch.Tensor],
+              steps: int, batch_tokens: int, seed: int) -> tuple[float, float]:
+        """Train `weights`, by their names within block `index`, until its outputs for `states` are near `targets`.
+
+        A step takes microbatches of `batch_tokens` in all, drawn without replacement until all were seen. The loss is
+        ‖output − target‖² / ‖target‖²; the learning rate falls linearly to 0. Several processes compute the gradients
+        of a step's microbatches side by side; they are added in order, so that all their numbers give the same weights.
+        Returns the mean loss of the first and of the last tenth of the steps.
+        """
+        adam = torch.optim.Adam([{"params": weight.trained, "lr": weight.learning_rate}
+                                 for weight in weights.values() if not weight.by_sign] or [torch.zeros(0)],
+                                betas=(0.9, 0.99))           # there are few steps
+        by_sign = [(tensor, weight.learning_rate) for weight in weights.values() if weight.by_sign
+                   for tensor in weight.trained]
+        rates = [group["lr"] for group in adam.param_groups]
+        batches = self._batches(batch_tokens, torch.Generator().manual_seed(seed))
+        losses = []
+        for step in range(steps):
+            share = 1 - step / steps             # of the learning rate
+            losses.append(self._backward(index, weights, states, targets, next(batches)))
+            for group, rate in zip(adam.param_groups, rates):
+                group["lr"] = share * rate
+            adam.step()
+            with torch.no_grad():
+                for tensor, rate in by_sign:
+                    tensor.sub_(tensor.grad.sign_(), alpha=share * rate)
+            for weight in weights.values():
+                for tensor in weight.trained:
+                    tensor.grad = None
+        tenth = max(1, steps // 10)
+        return sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
+
+    def _batches(self, batch_tokens: int, generator: torch.Generator):
+        """Lists of microbatches, without end."""
+        batch, size = [], 0
+        while True:
+            for i in torch.randperm(len(self.rows), generator=generator).tolist():
+                batch.append(i)
+                size += self.tokens(i)
+                if size >= batch_tokens:
+                    yield batch
+                    batch, size = [], 0
+
+    def _backward(self, index: int, weights: Mapping[str, Weight], states: list | None, targets: list[torch.Tensor],
+                  batch: list[int]) -> float:
+        """Leave a batch's gradients in what is trained; returns its loss."""
+        with torch.enable_grad():
+            values = [weight.value() for weight in weights.values()]
+        leaves = {name: value.detach().to(self.decoder.dtype).requires_grad_() for name, value in zip(weights, values)}
+        shares = {}                              # of this process: microbatch's place -> (loss, gradients)
+        for place in range(distributed.rank(), len(batch), distributed.world_size()):
+            target = targets[batch[place]].to(self.device).float()
+            with torch.enable_grad():
+                output = self._output(index, *self.inputs(states, index, batch[place]), leaves)
+                loss = (output.float() - target).square().sum()      # divided later: half precision would underflow
+                gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+            shares[place] = torch.cat([loss.detach()[None], target.square().sum()[None], *(
+                torch.zeros_like(value).flatten() if gradient is None else gradient.float().flatten()
+                for value, gradient in zip(values, gradients))])
+        summed = 0.0
+        for place in range(len(batch)):
+            owner = place % distributed.world_size()
+            summed = summed + distributed.broadcast(shares.get(place), owner, self.device)
+        loss, energy = summed[:2]
+        gradients = (summed[2:] / energy).split([value.numel() for value in values])
+        torch.autograd.backward(values, [gradient.view_as(value) for value, gradient in zip(values, gradients)])
+        return float(loss / energy)
+
+    @torch.no_grad()
+    def relative_errors(self, index: int, states: list | None, alternatives: Mapping[str, Mapping[int, torch.Tensor]]
+                        ) -> dict[str, dict[int, float]]:
+        """Relative output error ‖(W−Ŵ)X‖² / ‖WX‖² of every alternative [out, in] of some of the block's layers, by name
+        within it and level; X: their inputs in the block as it is, in the first microbatches."""
+        layers = {name: self.decoder.blocks[index].module.get_submodule(name) for name in alternatives}
+        energies = {name: dict.fromkeys((None, *levels), 0.0) for name, levels in alternatives.items()}
+
+        def hook(name: str):
+            def add(layer, args):
+                x = args[0].flatten(0, -2).float()
+                energies[name][None] += float((x @ layer.weight.float().T).square().sum(dtype=torch.float64))
+                for level, weight in alternatives[name].items():
+                    delta = weight.to(x.device).float() - layer.weight.float()
+                    energies[name][level] += float((x @ delta.T).square().sum(dtype=torch.float64))
+            return add
+
+        hooks = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
+        for i in range(min(len(self.rows), ERROR_MICROBATCHES)):
+            self._output(index, *self.inputs(states, index, i))
+        for registered in hooks:
+            registered.remove()
+        return {name: {level: energy / (found[None] or 1.0) for level, energy in found.items() if level is not None}
+                for name, found in energies.items()}

@@ -1,0 +1,158 @@
+"""Finish what a search has found: train the compressed weights, block after block, in their own mixture.
+
+    python finish.py --model_name_or_path meta-llama/Meta-Llama-3-8B --quant_weights_path db \\
+        --quant_config_path evo-kl-configuration-2.5.txt --save_dir db/finished-2.5
+    python finish.py --model_name_or_path meta-llama/Meta-Llama-3-8B --drop_config layer_drop_config.txt --save_dir out
+
+Each block is trained to give what the uncompressed model's block gave, on what the blocks finished so far pass to it.
+The budget stays. Of bits and sparsity comes a database with one level a layer, which eval_config.py and export.py take
+with the same configuration; of depth a checkpoint without what was dropped. With --levels it is a database to search
+on: all layers at each of some levels, on what the uncompressed model passes to them, so that blocks can be mixed.
+"""
+import argparse
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+
+from database.finished import FinishedCheckpoint, FinishedDatabase, header_of
+from database.levels import add_configuration_flags, check_configuration_flags, open_configuration
+from database.store import Database
+from database.tuning import PARTS, HiddenStates
+from utils import distributed
+from utils.configs import read_drop_config
+from utils.data import check_dataset, sequence_length
+from utils.errors import RunError, user_errors
+from utils.files import check_writable
+from utils.fitness import default_microbatch_tokens, out_of_memory
+from utils.flags import add_calibration_flags, add_model_flags
+from utils.inputs import documents_of, tokenizer_of
+from utils.model import default_device, load_config, load_decoder
+
+SEQUENCE_LENGTH = 2048           # of calibration documents by default: gradients need memory
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_flags(parser, offload=True)
+    add_calibration_flags(parser, tokens=262144)
+    add_configuration_flags(parser)
+    group = parser.add_argument_group("training")
+    group.add_argument("--levels", type=int, nargs="+", metavar="LEVEL",
+                       help="instead of a configuration: every layer at each of these, for a search on trained levels")
+    group.add_argument("--steps", type=int, default=200, help="of the optimizer, a block (default: 200)")
+    group.add_argument("--batch_size", type=int, default=8, metavar="DOCUMENTS",
+                       help="a step, each of --calibration_sequence_length tokens (default: 8)")
+    group.add_argument("--learning_rate", type=float, metavar="RATE",
+                       help="at first, falling linearly to 0: of quantized weights in steps of their grid, of others in "
+                            "their root mean square (default: 0.02 and 0.05)")
+    group.add_argument("--seed", type=int, default=0, help="of documents and batches (default: 0)")
+    group.add_argument("--save_dir", type=Path, required=True, metavar="DIR",
+                       help="of the database, or for depth of the checkpoint; run again to resume")
+    return parser
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    return make_parser().parse_args(argv)
+
+
+def check_flags(args: argparse.Namespace, config) -> None:
+    """Raise ValueError, naming the flag, its value and the remedy. Sets the sequence length where it was left out."""
+    for flag, least in (("steps", 1), ("batch_size", 1), ("calibration_tokens", 2), ("microbatch_tokens", 1),
+                        ("calibration_sequence_length", 2)):
+        value = getattr(args, flag)
+        if value is not None and value < least:
+            raise ValueError(f"--{flag} {value}: must be at least {least}")
+    if args.learning_rate is not None and not 0 < args.learning_rate <= 1:
+        raise ValueError(f"--learning_rate {args.learning_rate:g}: must be above 0 and at most 1, e.g. 0.02")
+    check_dataset(args.calibration_data, "--calibration_data")
+    args.calibration_sequence_length = args.calibration_sequence_length or min(
+        SEQUENCE_LENGTH, sequence_length(None, config, "--calibration_sequence_length"))
+    if args.batch_size * args.calibration_sequence_length > args.calibration_tokens:
+        raise ValueError(f"--batch_size {args.batch_size}: takes {args.batch_size} documents of "
+                         f"{args.calibration_sequence_length} tokens, more than --calibration_tokens "
+                         f"{args.calibration_tokens}; raise those or lower it")
+    check_writable(args.save_dir, "--save_dir")
+
+
+def read_configurations(args: argparse.Namespace, config) -> tuple[Database | None, list[dict[str, int]]]:
+    """The database, None for depth alone, and the level of every layer by name: of the configuration, or of each of
+    --levels. Raises ValueError as `check_configuration_flags` does."""
+    if args.levels:
+        kind = "sparse" if args.sparse_weights_path else "quant"
+        if not getattr(args, f"{kind}_weights_path") or getattr(args, f"{kind}_config_path") or args.drop_config:
+            raise ValueError("--levels: is for all layers of a database; give --quant_weights_path or "
+                             "--sparse_weights_path, and no configuration")
+    configurations = []
+    for level in sorted(set(args.levels or [])) or [None]:
+        if level is not None:
+            setattr(args, f"{kind}_config_path", str(level))
+        check_configuration_flags(args, config)
+        database, levels = open_configuration(args) or (None, None)
+        configurations.append(levels)
+    if database is None and not args.drop_config:
+        raise ValueError("--quant_config_path, --sparse_config_path, --drop_config: nothing to finish; give a "
+                         "configuration, or --levels")
+    return database, configurations
+
+
+@user_errors(RunError)
+def main(argv: list[str] | None = None) -> None:
+    """Finish what the flags name, or what is left of it."""
+    args = parse_arguments(argv)
+    with user_errors():
+        config = load_config(args.model_name_or_path, args.trust_remote_code)
+        database, configurations = read_configurations(args, config)
+        num_blocks = config.get_text_config(decoder=True).num_hidden_layers
+        dropped = read_drop_config(args.drop_config, num_blocks) if args.drop_config else [(False, False)] * num_blocks
+        check_flags(args, config)
+        tokenizer = tokenizer_of(args)
+        documents = documents_of(args, config, tokenizer)
+        device = default_device(args.device)
+        home = torch.device("cpu") if args.cpu_offload_modules else device
+        decoder = load_decoder(args.model_name_or_path, args.dtype, home, args.attn_implementation,
+                               args.trust_remote_code)
+        header = header_of(args, config, decoder, documents, dropped)
+        result = (FinishedDatabase(args, header, decoder, database, configurations, dropped) if database else
+                  FinishedCheckpoint(args, header, decoder, dropped))
+        if result.complete:
+            print(f"{args.save_dir}: finished")
+            return
+    decoder.move_surroundings(device)
+    decoder.blocks[0].module.to(device)
+    batch_tokens = args.batch_size * args.calibration_sequence_length
+    tokens = args.microbatch_tokens or min(default_microbatch_tokens(decoder), -(-batch_tokens // PARTS))
+    calibration = HiddenStates(decoder, documents, tokens, device)
+
+    began, trained_blocks = time.time(), 0
+    given = passed = None            # to the uncompressed block, and by the finished ones before it; None: embeddings
+    for block in decoder.blocks:
+        block.module.to(device)
+        targets = calibration.run(given, block.index)
+        note = "finished before"
+        if not result.has(block):
+            weights, losses = result.weights(block), []
+            block.drop(*dropped[block.index])
+            for own in weights:
+                losses.append(calibration.train(block.index, own, given if args.levels else passed, targets, args.steps,
+                                                batch_tokens, args.seed + 1_000_003 * block.index))
+            block.drop(False, False)
+            result.save(block, weights, calibration, given)
+            trained_blocks += 1
+            left = (time.time() - began) / trained_blocks * sum(not result.has(other) for other in decoder.blocks)
+            note = (f"relative error {', '.join(f'{first:.3g} -> {last:.3g}' for first, last in losses)}; "
+                    f"left {timedelta(seconds=round(left))}")
+        result.load(block)
+        block.drop(*dropped[block.index])
+        passed = None if args.levels else calibration.run(passed, block.index)
+        given = targets
+        block.module.to(home)
+        print(f"block {block.index + 1}/{len(decoder.blocks)}: {note}", flush=True)
+    result.end(tokenizer)
+    distributed.report_idle(time.time() - began)
+    print(f"{args.save_dir}: finished in {timedelta(seconds=round(time.time() - began))}")
+
+
+if __name__ == "__main__":
+    distributed.launch(main)
