@@ -30,6 +30,7 @@ from utils.flags import add_calibration_flags, add_model_flags
 from utils.inputs import documents_of, tokenizer_of
 from utils.model import default_device, load_config, load_decoder
 
+SEED_STRIDE = 1_000_003          # from one block's batches to the next one's
 SEQUENCE_LENGTH = 2048           # of calibration documents by default: gradients need memory
 
 
@@ -46,7 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
                        help="a step, each of --calibration_sequence_length tokens (default: 8)")
     group.add_argument("--learning_rate", type=float, metavar="RATE",
                        help="at first, falling linearly to 0: of quantized weights in steps of their grid, of others in "
-                            "their root mean square (default: 0.02 and 0.05)")
+                            "their root mean square (default: 0.02 and 0.04)")
     group.add_argument("--seed", type=int, default=0, help="of documents and batches (default: 0)")
     group.add_argument("--save_dir", type=Path, required=True, metavar="DIR",
                        help="of the database, or for depth of the checkpoint; run again to resume")
@@ -130,13 +131,12 @@ def main(argv: list[str] | None = None) -> None:
     for block in decoder.blocks:
         block.module.to(device)
         targets = calibration.run(given, block.index)
-        note = "finished before"
+        note = "dropped" if all(dropped[block.index]) else "finished before"
         if not result.has(block):
-            weights, losses = result.weights(block), []
+            weights = result.weights(block)
             block.drop(*dropped[block.index])
-            for own in weights:
-                losses.append(calibration.train(block.index, own, given if args.levels else passed, targets, args.steps,
-                                                batch_tokens, args.seed + 1_000_003 * block.index))
+            losses = [calibration.train(block.index, own, given if args.levels else passed, targets, args.steps,
+                                        batch_tokens, args.seed + SEED_STRIDE * block.index) for own in weights if own]
             block.drop(False, False)
             result.save(block, weights, calibration, given)
             trained_blocks += 1

@@ -16,6 +16,8 @@ from utils.fitness import assemble, microbatches, storage_for
 
 SMALLEST_SCALE = 2.0**-24        # above zero in half precision
 CODE_EDGE = 0.48                 # of a step: where an unrounded code starts whose rounding is not the nearest
+SCALE_RATE = 0.25                # learning rate of scales, relative, to that of codes, in steps of the grid
+BETAS = (0.9, 0.95)              # of Adam: there are few steps
 PARTS = 4                        # microbatches of a step, at least: so many processes can share it
 ERROR_MICROBATCHES = 16          # on which layers' errors are measured
 
@@ -25,14 +27,10 @@ ERROR_MICROBATCHES = 16          # on which layers' errors are measured
 
 class QuantizedWeight:
     """A weight scale * (code - zero) of which the codes, unrounded, and the scales are trained. The zeros stay."""
-    by_sign = True                               # trained by the signs of gradients, as in AutoRound
-
     def __init__(self, weight: torch.Tensor, packed: Packed, bits: int, group_size: int, keep_codes: bool,
                  learning_rate: float = 0.02):
         """weight: uncompressed [out, in]; packed: see `pack_quantized`. Training starts from `packed`'s grids and the
-        codes nearest to `weight`, with `keep_codes` from its codes. learning_rate: in steps of a grid, and of a scale
-        in shares of it."""
-        self.learning_rate = learning_rate
+        codes nearest to `weight`, with `keep_codes` from its codes. learning_rate: in steps of a grid."""
         self.bits, self.group_size, self.columns = bits, group_size, weight.shape[1]
         self.zeros, self.scales = packed["zeros"].float(), packed["scales"].float()
         unrounded = weight.float() / self._spread(self.scales)
@@ -42,6 +40,7 @@ class QuantizedWeight:
         self.steps = unrounded.requires_grad_()                          # from the zero, in those of the grid
         self.growth = torch.zeros_like(self.scales).requires_grad_()     # of the scales, relative
         self.trained = [self.steps, self.growth]
+        self.learning_rates = [learning_rate, SCALE_RATE * learning_rate]
 
     def value(self) -> torch.Tensor:
         """float32 [out, in], of which gradients pass to what is trained."""
@@ -66,15 +65,13 @@ class QuantizedWeight:
 
 class SparseWeight:
     """A weight of which the kept values are trained; what is pruned stays zero."""
-    by_sign = False                              # trained by Adam
-
-    def __init__(self, packed: Packed, shape: tuple[int, int], learning_rate: float = 0.02):
+    def __init__(self, packed: Packed, shape: tuple[int, int], learning_rate: float = 0.04):
         """learning_rate: in root mean squares of the kept values."""
         self.keep = unpack_bits(packed["mask"], 1, shape[0] * shape[1]).bool().view(shape)
         self.dtype = packed["values"].dtype
         self.trained = [torch.zeros(shape, device=self.keep.device).masked_scatter_(
             self.keep, packed["values"].float()).requires_grad_()]
-        self.learning_rate = learning_rate * _root_mean_square(packed["values"])
+        self.learning_rates = [learning_rate * _root_mean_square(packed["values"])]
 
     def value(self) -> torch.Tensor:
         """float32 [out, in], of which gradients pass to what is kept."""
@@ -87,12 +84,10 @@ class SparseWeight:
 
 class DenseWeight:
     """A parameter of a block of which nothing is compressed: every value is trained."""
-    by_sign = False
-
-    def __init__(self, weight: torch.Tensor, learning_rate: float = 0.02):
+    def __init__(self, weight: torch.Tensor, learning_rate: float = 0.04):
         """learning_rate: in root mean squares of the weight."""
         self.trained = [weight.detach().float().clone().requires_grad_()]
-        self.learning_rate = learning_rate * _root_mean_square(weight)
+        self.learning_rates = [learning_rate * _root_mean_square(weight)]
 
     def value(self) -> torch.Tensor:
         return self.trained[0]
@@ -166,26 +161,17 @@ class HiddenStates:
         of a step's microbatches side by side; they are added in order, so that all their numbers give the same weights.
         Returns the mean loss of the first and of the last tenth of the steps.
         """
-        adam = torch.optim.Adam([{"params": weight.trained, "lr": weight.learning_rate}
-                                 for weight in weights.values() if not weight.by_sign] or [torch.zeros(0)],
-                                betas=(0.9, 0.99))           # there are few steps
-        by_sign = [(tensor, weight.learning_rate) for weight in weights.values() if weight.by_sign
-                   for tensor in weight.trained]
+        adam = torch.optim.Adam([{"params": [tensor], "lr": rate} for weight in weights.values()
+                                 for tensor, rate in zip(weight.trained, weight.learning_rates)], betas=BETAS)
         rates = [group["lr"] for group in adam.param_groups]
         batches = self._batches(batch_tokens, torch.Generator().manual_seed(seed))
         losses = []
         for step in range(steps):
-            share = 1 - step / steps             # of the learning rate
-            losses.append(self._backward(index, weights, states, targets, next(batches)))
             for group, rate in zip(adam.param_groups, rates):
-                group["lr"] = share * rate
+                group["lr"] = (1 - step / steps) * rate
+            losses.append(self._backward(index, weights, states, targets, next(batches)))
             adam.step()
-            with torch.no_grad():
-                for tensor, rate in by_sign:
-                    tensor.sub_(tensor.grad.sign_(), alpha=share * rate)
-            for weight in weights.values():
-                for tensor in weight.trained:
-                    tensor.grad = None
+            adam.zero_grad()
         tenth = max(1, steps // 10)
         return sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
 

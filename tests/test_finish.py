@@ -1,0 +1,290 @@
+"""finish.py: training a found configuration lowers its loss and changes neither budget nor format."""
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import eval_config
+import evo_quant
+import export
+import finish
+from database.packing import unpack_bits, unpack_quantized
+from database.store import Database
+from database.tuning import HiddenStates, QuantizedWeight
+from utils.configs import write_drop_config, write_level_config
+from utils.decoder import Decoder
+from utils.fitness import Fitness
+
+DROPPED = [(False, False), (True, False), (False, True), (True, True), (False, False), (False, False)]
+
+
+@pytest.fixture(scope="module")
+def configurations(databases, tmp_path_factory):
+    """{"sparse": file, "quant": file, "drop": file}: levels that differ from layer to layer."""
+    folder = tmp_path_factory.mktemp("configurations")
+    files = {kind: folder / f"{kind}.txt" for kind in ("sparse", "quant", "drop")}
+    for kind, levels in (("sparse", (-1, 0, 2)), ("quant", (2, 3))):
+        names = Database.open(databases[kind]).layers
+        write_level_config(files[kind], {name: levels[i % len(levels)] for i, name in enumerate(names)})
+    write_drop_config(files["drop"], DROPPED)
+    return files
+
+
+@pytest.fixture(scope="module")
+def finished(checkpoint, text, databases, configurations, tmp_path_factory):
+    """finished(kind, folder, *flags) runs finish.py; finished.flags(kind) are those of a configuration."""
+    def flags(kind: str) -> list[str]:
+        if kind == "drop":
+            return ["--drop_config", str(configurations["drop"])]
+        return [f"--{kind}_weights_path", str(databases[kind]), f"--{kind}_config_path", str(configurations[kind])]
+
+    def run(kind: str, folder, *more: str):
+        finish.main(["--model_name_or_path", str(checkpoint), "--calibration_data", text, "--calibration_tokens", "768",
+                     "--calibration_sequence_length", "32", "--batch_size", "4", "--steps", "30",
+                     "--save_dir", str(folder), *flags(kind), *more])
+        return folder
+
+    run.flags = flags
+    run.folders = {}
+
+    def once(kind: str):
+        if kind not in run.folders:
+            run.folders[kind] = run(kind, tmp_path_factory.mktemp("finished") / kind)
+        return run.folders[kind]
+
+    run.once = once
+    return run
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def divergence(checkpoint, text, *flags: str) -> float:
+    results = eval_config.main(["--model_name_or_path", str(checkpoint), "--eval_datasets", text, "--eval_tokens", "512",
+                                "--eval_sequence_length", "32", *map(str, flags)])
+    return results["compressed"][text]["kl"]
+
+
+# ---- what comes of it ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["sparse", "quant"])
+def test_finishing_lowers_the_divergence_of_a_mixture(finished, checkpoint, text, configurations, kind):
+    before = divergence(checkpoint, text, *finished.flags(kind))
+    after = divergence(checkpoint, text, f"--{kind}_weights_path", finished.once(kind), f"--{kind}_config_path",
+                       configurations[kind])
+    assert 0 < after < 0.8 * before
+
+
+def test_a_finished_depth_checkpoint_has_fewer_blocks_and_diverges_less(finished, checkpoint, text):
+    dense = AutoModelForCausalLM.from_pretrained(checkpoint)
+    model, found = AutoModelForCausalLM.from_pretrained(finished.once("drop"), output_loading_info=True)
+    assert not found["missing_keys"] and not found["unexpected_keys"]
+    assert model.config.num_hidden_layers == 5          # of six: 0, 1's MLP, 2's attention, 4, 5
+    assert sum(p.numel() for p in model.parameters()) < sum(p.numel() for p in dense.parameters())
+    flags = finish.parse_arguments(["--model_name_or_path", str(checkpoint), "--calibration_data", text,
+                                    "--calibration_tokens", "768", "--calibration_sequence_length", "32",
+                                    "--save_dir", "-"])
+    documents = finish.documents_of(flags, dense.config, finish.tokenizer_of(flags))
+    decoder = Decoder(AutoModelForCausalLM.from_pretrained(checkpoint))
+    for block, dropped in zip(decoder.blocks, DROPPED):
+        block.drop(*dropped)
+
+    def kl(other) -> float:
+        with torch.no_grad():
+            pairs = [[m(document[None]).logits.log_softmax(-1) for m in (dense, other)] for document in documents]
+        return sum(float((p.exp() * (p - q)).sum()) for p, q in pairs)
+
+    assert 0 < kl(model) < 0.8 * kl(decoder.model)
+    assert not list(finished.once("drop").glob("block-*"))
+
+
+def test_codes_stay_in_range_and_nothing_that_costs_bits_changes(finished, databases, configurations):
+    source, result = Database.open(databases["quant"]), Database.open(finished.once("quant"))
+    changed = 0
+    for name in source.layers:
+        [level] = result.levels(name)
+        before, after = source.packed(name, level), result.packed(name, level)
+        assert {part: (t.shape, t.dtype) for part, t in before.items()} == {
+            part: (t.shape, t.dtype) for part, t in after.items()}
+        assert torch.equal(before["zeros"], after["zeros"]) and (after["scales"] > 0).all()
+        assert int(unpack_bits(after["codes"], level, 64).max()) < 2**level
+        assert result.bits(name, level, overhead=True) == source.bits(name, level, overhead=True)
+        changed += not torch.equal(before["codes"], after["codes"])
+    assert changed == len(source.layers)
+
+
+def test_what_is_pruned_stays_pruned(finished, databases):
+    source, result = Database.open(databases["sparse"]), Database.open(finished.once("sparse"))
+    for name in source.layers:
+        [level] = result.levels(name)
+        before, after = source.packed(name, level), result.packed(name, level)
+        assert torch.equal(before["mask"], after["mask"]) and result.kept(name, level) == source.kept(name, level)
+        assert before["values"].dtype == after["values"].dtype and not torch.equal(before["values"], after["values"])
+
+
+def test_an_export_of_a_finished_database_has_its_weights_to_the_bit(finished, checkpoint, configurations, tmp_path):
+    folder = finished.once("quant")
+    export.main(["--model_name_or_path", str(checkpoint), "--quant_weights_path", str(folder), "--quant_config_path",
+                 str(configurations["quant"]), "--save_dir", str(tmp_path / "out")])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    database = Database.open(folder)
+    with torch.no_grad():
+        model(torch.zeros(1, 2, dtype=torch.int64))     # compressed-tensors decompresses at the first forward
+    for name in database.layers:
+        assert torch.equal(model.get_submodule(name).weight, database.weight(name, database.levels(name)[0])), name
+
+
+def test_errors_are_those_of_the_finished_levels(finished, checkpoint, text):
+    database = Database.open(finished.once("sparse"))
+    decoder = Decoder(AutoModelForCausalLM.from_pretrained(checkpoint))
+    inputs, name = [], database.layers[0]
+    hook = decoder.layers[name].register_forward_pre_hook(lambda layer, args: inputs.append(args[0].flatten(0, -2)))
+    flags = finish.parse_arguments(["--model_name_or_path", str(checkpoint), "--calibration_data", text,
+                                    "--calibration_tokens", "768", "--calibration_sequence_length", "32",
+                                    "--save_dir", "-"])
+    config = decoder.config
+    documents = finish.documents_of(flags, config, finish.tokenizer_of(flags))
+    with torch.no_grad():
+        for document in documents:
+            decoder.model(document[None])
+    hook.remove()
+    x, weight = torch.cat(inputs), decoder.layers[name].weight
+    [level] = database.levels(name)
+    delta = database.weight(name, level, dtype=torch.float32) - weight
+    expected = (x @ delta.T).square().sum() / (x @ weight.T).square().sum()
+    assert database.error(name, level) == pytest.approx(float(expected), rel=0.1)    # of the first microbatches
+
+
+def test_a_drop_configuration_may_go_with_levels(finished, checkpoint, text, configurations, databases, tmp_path):
+    both = [*finished.flags("drop"), *finished.flags("quant")]
+    folder = finished("quant", tmp_path / "both", *finished.flags("drop"))
+    after = divergence(checkpoint, text, *finished.flags("drop"), "--quant_weights_path", folder, "--quant_config_path",
+                       configurations["quant"])
+    assert after < 0.8 * divergence(checkpoint, text, *both)
+    source, result = Database.open(databases["quant"]), Database.open(folder)
+    for name in source.layers:                           # what nobody runs is as it was
+        [level] = result.levels(name)
+        same = torch.equal(source.packed(name, level)["codes"], result.packed(name, level)["codes"])
+        assert same == (".3." in name or (".1." in name and "attn" in name) or (".2." in name and "mlp" in name)), name
+
+
+# ---- levels to search on ---------------------------------------------------------------------------------------------
+
+
+def test_a_database_of_trained_levels_is_searched_and_finished_again(finished, checkpoint, text, databases, tmp_path):
+    inputs = ["--model_name_or_path", str(checkpoint), "--calibration_data", text, "--calibration_sequence_length",
+              "32", "--calibration_tokens", "768"]
+    folder = tmp_path / "levels"
+    finish.main([*inputs, "--steps", "20", "--batch_size", "4", "--quant_weights_path", str(databases["quant"]),
+                 "--levels", "2", "3", "--save_dir", str(folder)])
+    source, tuned = Database.open(databases["quant"]), Database.open(folder)
+    assert all(tuned.levels(name) == [2, 3] for name in source.layers)
+    for level in ("2", "3"):
+        assert divergence(checkpoint, text, "--quant_weights_path", folder, "--quant_config_path", level) < divergence(
+            checkpoint, text, "--quant_weights_path", databases["quant"], "--quant_config_path", level)
+    found = evo_quant.main([*inputs, "--quant_weights_path", str(folder), "--target_bitwidth", "2.5", "--init",
+                            "measured", "--initial_tokens", "64", "--generations", "1", "--offspring", "4",
+                            "--survivors_per_selection", "2", "1", "--tokens_per_selection", "64", "256",
+                            "--eval_datasets", text, "--eval_tokens", "512", "--eval_sequence_length", "32",
+                            "--output_dir", str(tmp_path / "run")])
+    configuration = tmp_path / "run" / "evo-kl-configuration-2.5.txt"
+    finish.main([*inputs, "--steps", "20", "--batch_size", "4", "--quant_weights_path", str(folder),
+                 "--quant_config_path", str(configuration), "--save_dir", str(tmp_path / "end")])
+    after = divergence(checkpoint, text, "--quant_weights_path", tmp_path / "end", "--quant_config_path", configuration)
+    assert after < found["evaluation"]["search"][text]["kl"]
+
+
+# ---- a trained weight ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep_codes", [True, False])
+def test_a_quantized_weight_is_trained_as_what_is_stored(databases, checkpoint, keep_codes):
+    database, model = Database.open(databases["quant"]), AutoModelForCausalLM.from_pretrained(checkpoint)
+    for name in database.layers[:7]:
+        for level in (2, 3, 8):
+            packed = database.packed(name, level)
+            weight = QuantizedWeight(model.get_submodule(name).weight, packed, level, 16, keep_codes)
+            assert torch.equal(weight.packed()["codes"], packed["codes"]) or not keep_codes
+            with torch.no_grad():
+                weight.steps.add_(torch.randn(weight.steps.shape, generator=torch.Generator().manual_seed(0)))
+                weight.growth.sub_(0.03)
+            stored = weight.packed()
+            assert not torch.equal(stored["codes"], packed["codes"])
+            assert torch.allclose(weight.value(), unpack_quantized(stored, database.shape(name), level, 16), rtol=1e-6,
+                                  atol=0)
+
+
+def test_every_microbatch_is_seen_before_any_is_seen_again(checkpoint):
+    decoder = Decoder(AutoModelForCausalLM.from_pretrained(checkpoint))
+    documents = [torch.zeros(length, dtype=torch.int64) for length in [16] * 12 + [9, 7]]
+    calibration = HiddenStates(decoder, documents, 32, torch.device("cpu"))
+    batches, seen = calibration._batches(64, torch.Generator().manual_seed(0)), []
+    while len(seen) < 3 * len(calibration.rows):
+        batch = next(batches)
+        assert sum(map(calibration.tokens, batch)) >= 64 > sum(map(calibration.tokens, batch[:-1]))
+        seen += batch
+    for start in range(0, 3 * len(calibration.rows), len(calibration.rows)):
+        assert sorted(seen[start:start + len(calibration.rows)]) == list(range(len(calibration.rows)))
+
+
+# ---- killed, and mistakes --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["sparse", "quant", "drop"])
+def test_killed_and_resumed_it_leaves_the_same_bytes(finished, tmp_path, monkeypatch, capsys, kind):
+    train, calls = HiddenStates.train, []
+
+    def dying(self, *args):
+        calls.append(args)
+        if len(calls) in (2, 4):
+            raise KeyboardInterrupt
+        return train(self, *args)
+
+    monkeypatch.setattr(HiddenStates, "train", dying)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            finished(kind, tmp_path / kind)
+    finished(kind, tmp_path / kind)
+    assert contents(tmp_path / kind) == contents(finished.once(kind))
+    capsys.readouterr()
+    finished(kind, tmp_path / kind)
+    assert capsys.readouterr().out.strip().endswith("finished") and len(calls) == 6 + 2 - (kind == "drop")
+
+
+def test_a_folder_of_another_run_is_refused(finished, tmp_path):
+    for kind, found in (("quant", "--steps 31"), ("drop", "--steps 31"), ("sparse", "--learning_rate 0.5")):
+        with pytest.raises(SystemExit, match=f"holds another build, which differs in {found}"):
+            finished(kind, finished.once(kind), *found.split())
+    with pytest.raises(SystemExit, match="method sparsegpt"):
+        finished("sparse", finished.once("quant"))
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(SystemExit, match="is not empty, and not from finish.py; name another folder"):
+        finished("drop", tmp_path)
+
+
+@pytest.mark.parametrize("flags, named", [
+    ([], "nothing to finish; give a configuration, or --levels"),
+    (["--levels", "2"], "--levels: is for all layers of a database; give --quant_weights_path"),
+    (["quant", "--levels", "2"], "--levels: .* and no configuration"),
+    (["quant", "--steps", "0"], "--steps 0: must be at least 1"),
+    (["quant", "--learning_rate", "0"], "--learning_rate 0: must be above 0"),
+    (["quant", "--batch_size", "99"], "--batch_size 99: takes 99 documents of 32 tokens, more than"),
+    (["quant", "--quant_budget", "2.1"], "misses --quant_budget 2.1"),
+])
+def test_mistakes_end_in_a_sentence_before_the_model_is_loaded(finished, checkpoint, text, tmp_path, monkeypatch, flags,
+                                                               named, capsys):
+    monkeypatch.setattr(finish, "load_decoder", lambda *args: pytest.fail("the model was loaded"))
+    kind, own = (flags[0], flags[1:]) if flags[:1] == ["quant"] else (None, flags)
+    with pytest.raises(SystemExit, match=named):
+        finish.main(["--model_name_or_path", str(checkpoint), "--calibration_data", text, "--calibration_tokens", "768",
+                     "--calibration_sequence_length", "32", *(finished.flags(kind) if kind else ()), "--save_dir",
+                     str(tmp_path / "new"), *own])
+
+
+def test_the_manifest_says_what_it_was_finished_from(finished, databases):
+    manifest = json.loads((finished.once("quant") / "manifest.json").read_text())
+    assert manifest["flags"]["finished_from"] == Database.open(databases["quant"]).sha256
+    assert manifest["flags"]["group_size"] == 16 and manifest["flags"]["steps"] == 30
