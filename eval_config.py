@@ -1,6 +1,7 @@
-"""Perplexity, KL divergence from the uncompressed model, and lm-eval tasks, of found configurations.
+"""Perplexity, KL divergence from the uncompressed model, and lm-eval tasks, of found configurations and checkpoints.
 
     python eval_config.py --model_name_or_path meta-llama/Meta-Llama-3-8B --drop_config layer_drop_config.txt
+    python eval_config.py --model_name_or_path meta-llama/Meta-Llama-3-8B --checkpoint finished-25
     python eval_config.py --model_name_or_path meta-llama/Meta-Llama-3-8B --quant_weights_path db \\
         --quant_config_path 3 --tasks arc_easy,arc_challenge,winogrande,hellaswag,piqa
 
@@ -26,6 +27,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add_configuration_flags(parser)
     add_evaluation_flags(parser, in_search=False)
     add_task_flags(parser)
+    parser.add_argument("--checkpoint", metavar="FOLDER",
+                        help="instead of a configuration: what finish.py, export.py or another tool made of the model")
     parser.add_argument("--no_perplexity", action="store_true", help="run the tasks alone")
     parser.add_argument("--output", metavar="FILE", help="write the results as JSON there")
     return parser.parse_args(argv)
@@ -40,6 +43,9 @@ def main(argv: list[str] | None = None) -> dict:
         check_task_flags(args)
         if args.no_perplexity and not args.tasks:
             raise ValueError("--no_perplexity: leaves nothing to evaluate; name --tasks, or leave it out")
+        if args.checkpoint and (args.drop_config or args.sparse_config_path or args.quant_config_path or args.tasks):
+            raise ValueError(f"--checkpoint {args.checkpoint}: is compared with the uncompressed model; leave "
+                             f"configurations out, and run --tasks with it as --model_name_or_path")
         if args.tasks and args.cpu_offload_modules:
             raise ValueError("--cpu_offload_modules: --tasks run the whole model at once; leave one of them out, or "
                              "run the tasks on what export.py saves, in a runtime that spreads it over devices")
@@ -59,6 +65,8 @@ def main(argv: list[str] | None = None) -> dict:
         decoder = load_decoder(args.model_name_or_path, args.dtype, args.device, args.attn_implementation,
                                args.trust_remote_code, args.cpu_offload_modules)
         set_block, candidate = load_configuration(args, decoder)
+        checkpoint = load_decoder(args.checkpoint, args.dtype, args.device, args.attn_implementation,
+                                  args.trust_remote_code) if args.checkpoint else None
 
     compressed = bool(args.drop_config or args.sparse_config_path or args.quant_config_path)
     results = {}
@@ -67,6 +75,9 @@ def main(argv: list[str] | None = None) -> dict:
         results["dense"] = evaluation.dense
         if compressed:
             results["compressed"] = evaluation(candidate)
+        elif checkpoint:
+            with user_errors():
+                results["compressed"] = evaluation.of(checkpoint)
         print(format_table(evaluation_rows(results)))
     if tasks:
         for index, state in enumerate(candidate):

@@ -11,6 +11,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks import manager as harness_manager
 
 import eval_config
+import export
 import families
 from database.store import Database
 from utils.configs import write_drop_config, write_level_config
@@ -191,3 +192,21 @@ def test_skipped_attentions_generate_with_a_cache_as_zeroed_ones_do(family, stat
     generated, expected = (m.generate(tokens, **options) for m in (model, zeroed))
     assert torch.equal(generated.sequences, expected.sequences)
     assert torch.allclose(torch.stack(generated.logits), torch.stack(expected.logits), atol=1e-4)
+
+
+def test_a_checkpoint_is_measured_as_the_configuration_it_was_exported_from(checkpoint, text, tmp_path):
+    write_drop_config(tmp_path / "drop.txt", DROPPED)
+    model = ["--model_name_or_path", str(checkpoint)]
+    export.main([*model, "--drop_config", str(tmp_path / "drop.txt"), "--save_dir", str(tmp_path / "out")])
+    evaluation = [*model, "--eval_datasets", text, "--eval_tokens", "512", "--eval_sequence_length", "32"]
+    found, expected = (eval_config.main([*evaluation, *flags])["compressed"][text] for flags in (
+        ["--checkpoint", str(tmp_path / "out")], ["--drop_config", str(tmp_path / "drop.txt")]))
+    assert found["kl"] == pytest.approx(expected["kl"], rel=1e-5) and found["kl"] > 0.01
+    assert found["ppl"] == pytest.approx(expected["ppl"], rel=1e-5)
+
+
+def test_a_checkpoint_of_another_vocabulary_is_refused(checkpoint, text, tokenizer, tmp_path):
+    families.build("llama", vocab_size=len(tokenizer) + 8, num_hidden_layers=1).save_pretrained(tmp_path)
+    with pytest.raises(SystemExit, match="its vocabulary has .* give a checkpoint that was made from this model"):
+        eval_config.main(["--model_name_or_path", str(checkpoint), "--eval_datasets", text, "--eval_tokens", "512",
+                          "--eval_sequence_length", "32", "--checkpoint", str(tmp_path)])

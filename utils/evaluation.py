@@ -31,6 +31,7 @@ class Evaluation:
                  set_block: Callable[[int, Hashable], None], microbatch_tokens: int | None = None,
                  sizes: Mapping[str, Sequence[int]] | None = None):
         """`sizes`, of a run that is resumed: its `sizes`."""
+        self.decoder = decoder
         self.sets = {name: Fitness(decoder, texts, set_block, microbatch_tokens=microbatch_tokens,
                                    progress=f"uncompressed model on {name}", sizes=(sizes or {}).get(name))
                      for name, texts in documents.items()}
@@ -47,4 +48,17 @@ class Evaluation:
         for name, fitness in self.sets.items():
             perplexity, divergence = fitness.measure([candidate], kinds=("ppl", "kl"))[0]
             results[name] = {"ppl": perplexity, "kl": divergence}
+        return results
+
+    def of(self, other: Decoder) -> dict[str, dict[str, float]]:
+        """The same of another model as it is, while this one is uncompressed. Raises ValueError where its vocabulary is
+        not of the same size."""
+        sizes = [decoder.config.get_text_config(decoder=True).vocab_size for decoder in (self.decoder, other)]
+        if sizes[0] != sizes[1]:
+            raise ValueError(f"its vocabulary has {sizes[1]} words and the model's {sizes[0]}; give a checkpoint that "
+                             f"was made from this model")
+        results = {}
+        for name, fitness in self.sets.items():
+            own = Fitness(other, fitness.documents, fitness.set_block, microbatch_tokens=fitness.microbatch_tokens)
+            results[name] = {"ppl": own.teacher_perplexity(), "kl": fitness.divergence_of(own)}
         return results

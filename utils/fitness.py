@@ -135,6 +135,21 @@ class Fitness:
         total = sum(distributed.merge_(losses).tolist())
         return _exp(total / sum(len(document) - 1 for document in self.documents))
 
+    @torch.no_grad()
+    def divergence_of(self, other: "Fitness") -> float:
+        """KL divergence, in nats a token, of another model, of as large a vocabulary, from this one on all documents,
+        which are the same: from the hidden states of both as they were when these were created."""
+        sums = torch.zeros(len(self.documents), dtype=torch.float64)
+        for i, owner in enumerate(distributed.shares([len(document) for document in self.documents])):
+            if owner == distributed.rank():
+                step = self._chunk_tokens()
+                for chunk, states in enumerate(self.teacher[i][:-1].split(step)):
+                    log_p = self._log_probabilities(states.to(self.decoder.device))
+                    other_states = other.teacher[i][chunk * step:][:len(states)].to(other.decoder.device)
+                    log_q = other._log_probabilities(other_states).to(log_p.device)
+                    sums[i] += torch.linalg.vecdot(log_p.exp(), log_p - log_q).sum(dtype=torch.float64).cpu()
+        return sum(distributed.merge_(sums).tolist()) / sum(len(document) - 1 for document in self.documents)
+
     def _own_sums(self, candidates: Sequence[Candidate], batches: list[list[Row]],
                   kinds: Sequence[str]) -> dict[int, torch.Tensor]:
         """Document -> sums over its predicted tokens, float64 [candidates, kinds] on the host; zeros where another
