@@ -103,7 +103,7 @@ class FinishedDatabase:
             _within(block, name): {level: self.source.unpack(name, level, parts) for level, parts in levels.items()}
             for name, levels in packed.items()})
         self.manifest["layers"].update(self._write(packed, {name: errors[_within(block, name)] for name in packed}))
-        distributed.main_only(write_manifest)(self.path, self.manifest)
+        distributed.from_main(write_manifest)(self.path, self.manifest)
 
     def _write(self, packed: dict[str, dict], errors: dict[str, dict[int, float]]) -> dict[str, dict]:
         """Layer -> its entry in the manifest."""
@@ -160,7 +160,7 @@ class FinishedCheckpoint:
         return [{name: DenseWeight(parameter, **self.learning_rate) for name, parameter in
                  block.module.named_parameters() if id(parameter) not in gone and parameter.is_floating_point()}]
 
-    @distributed.main_only
+    @distributed.from_main
     def save(self, block: Block, trained: Sequence[Mapping[str, Weight]], calibration: HiddenStates,
              states: list | None) -> None:
         """Write the block's parameters."""
@@ -169,7 +169,6 @@ class FinishedCheckpoint:
 
     def load(self, block: Block) -> None:
         """Give the block its finished parameters."""
-        distributed.gather(None)                 # the file has been written
         if not all(self.dropped[block.index]):
             parameters = dict(block.module.named_parameters())
             for name, value in load(self._file(block).read_bytes()).items():

@@ -16,6 +16,8 @@ def main(folder: Path) -> None:
     evaluations = {task: dict(summary["evaluation"]) for task, summary in summaries.items()}
     evaluations["drop"] = {"dense": evaluations["drop"].pop("dense"), "ShortGPT ranking": shortgpt,
                            **evaluations["drop"]}
+    for task, results in evaluations.items():
+        results["search, finished"] = json.loads((folder / f"{task}_finished.json").read_text())["compressed"]
     names = {"drop": "depth, 25%", "sparse": "sparsity, 60%", "quant": "quantization, 2.5 bits"}
     rows = [["task", "configuration", "perplexity", "KL, nats a token"]]
     for task, results in evaluations.items():

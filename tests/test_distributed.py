@@ -52,6 +52,13 @@ def inputs(checkpoint, text) -> list[str]:
     return ["--model_name_or_path", str(checkpoint), "--calibration_sequence_length", "32", "--calibration_data", text]
 
 
+def finish_commands(inputs: list[str], databases, folder) -> list[list[str]]:
+    own = {"finish-sparsegpt": ["--sparse_weights_path", str(databases / "sparsegpt"), "--sparse_config_path", "0"],
+           "finish-gptq": ["--quant_weights_path", str(databases / "gptq"), "--quant_config_path", "2"]}
+    return [["finish", *inputs, "--calibration_tokens", "512", "--batch_size", "4", "--steps", "3", *flags,
+             "--save_dir", str(folder / name)] for name, flags in own.items()]
+
+
 @pytest.fixture(scope="module")
 def runs(inputs, tmp_path_factory):
     """{"one": folder, "two": folder} of the same programs run by one process and by two."""
@@ -62,10 +69,12 @@ def runs(inputs, tmp_path_factory):
     processes.run(resumed)                                              # by one process; two go on
     processes.run(["hessians", str(folders["one"] / "hessians.json")])
     finished = torchrun([["hessians", str(folders["two"] / "hessians.json")], *build_commands(inputs, folders["two"]),
-                         *search_commands(inputs, folders["one"], folders["two"], 3)])
+                         *search_commands(inputs, folders["one"], folders["two"], 3),
+                         *finish_commands(inputs, folders["one"], folders["two"])])
     assert finished.returncode == 0, finished.stderr
     folders["printed"] = finished.stdout
-    for command in search_commands(inputs, folders["one"], folders["one"], 3):
+    for command in (*search_commands(inputs, folders["one"], folders["one"], 3),
+                    *finish_commands(inputs, folders["one"], folders["one"])):
         processes.run(command)
     return folders
 
@@ -82,7 +91,7 @@ def test_two_processes_find_what_one_finds(runs, search):
     assert summaries[0] | timing == summaries[1] | timing
 
 
-@pytest.mark.parametrize("method", ["sparsegpt", "gptq"])
+@pytest.mark.parametrize("method", ["sparsegpt", "gptq", "finish-sparsegpt", "finish-gptq"])
 def test_two_processes_build_the_database_that_one_builds(runs, method):
     one, two = ({file.name: file.read_bytes() for file in (runs[name] / method).iterdir()
                  if file.suffix in (".safetensors", ".json")} for name in ("one", "two"))
@@ -98,7 +107,7 @@ def test_layers_that_only_one_process_sees_have_their_hessian(runs):
 
 def test_one_process_prints_and_says_how_long_they_waited(runs):
     assert runs["printed"].count("generation 3/3") == 3
-    assert runs["printed"].count("2 processes, idle ") == 5
+    assert runs["printed"].count("2 processes, idle ") == 7
 
 
 def test_one_process_goes_on_where_two_left_off(runs, inputs, tmp_path):
