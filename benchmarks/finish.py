@@ -25,9 +25,9 @@ from benchmarks.programs import claim, run, sparsity_step, write_readme
 from utils.files import write_atomic
 from utils.report import format_table
 
-DEPTH = ["--generations", 20, "--offspring", 24, "--tokens_per_selection", 1024, 8192,
+DEPTH = ["--generations", 10, "--offspring", 24, "--tokens_per_selection", 1024, 8192,
          "--survivors_per_selection", 2, 1, "--initial_tokens", 1024, "--init", "measured"]
-LEVELS = ["--generations", 10, "--offspring", 24, "--tokens_per_selection", 512, 2048, 4096,
+LEVELS = ["--generations", 8, "--offspring", 24, "--tokens_per_selection", 512, 2048, 4096,
           "--survivors_per_selection", 4, 2, 1, "--initial_tokens", 1024, "--init", "measured", "--screen", 4]
 RANDOM = ["--generations", 0, "--init", "random", "--initially_generated", 1, "--initial_tokens", 256, "--offspring", 1,
           "--survivors_per_selection", 1, "--tokens_per_selection", 256]
@@ -60,10 +60,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--other_data", help="evaluation text of another kind")
     parser.add_argument("--calibration_tokens", type=int, default=131072)
     parser.add_argument("--sequence_length", type=int, default=256)
-    parser.add_argument("--eval_tokens", type=int, default=32768)
+    parser.add_argument("--eval_tokens", type=int, default=16384)
     parser.add_argument("--budgets", nargs="+", default=[*BITS, *SPARSITIES, *DEPTHS], metavar="NAME",
                         help="e.g. '2.5 bits' '60%% sparsity' '25%% depth' (default: all)")
-    parser.add_argument("--steps", type=int, default=150, help="of finish.py (default: 150)")
+    parser.add_argument("--steps", type=int, default=100, help="of finish.py (default: 100)")
     parser.add_argument("--batch_size", type=int, default=4, help="of finish.py (default: 4)")
     parser.add_argument("--tuned", action="store_true", help="search on trained levels, too")
     parser.add_argument("--auto_round", metavar="PYTHON", help="interpreter of an environment that has auto-round")
