@@ -13,7 +13,7 @@ from torch import nn
 
 from database.build import add_build_flags, build, run
 from database.checkpoints import Checkpoint, fingerprint, open_checkpoint
-from database.packing import Packed, dequantize, pack_quantized
+from database.packing import Packed, pack_quantized, unpack_quantized
 from database.solver import output_errors
 from utils.model import Decoder
 
@@ -74,19 +74,22 @@ def read_levels(checkpoints: Mapping[str, Checkpoint], name: str, weight: torch.
                 args: argparse.Namespace) -> tuple[dict[int, tuple[Packed, dict]], None]:
     """bitwidth -> (packed tensors, manifest entry) of a layer, for `build`. Raises ValueError, naming the checkpoint,
     where its weights are nothing like the layer's."""
-    w = weight.float().T.contiguous()
-    levels = {}
+    weight, levels = weight.float(), {}
     for path, checkpoint in checkpoints.items():
         bits, grid = checkpoint.stored(name).bits, checkpoint.grid(name)
         codes, scales, zeros = (tensor.to(weight.device) for tensor in (checkpoint.codes(name), grid.scales, grid.zeros))
-        level = dequantize(codes, scales, zeros, grid.group_size).T
-        if (w * level).sum() < LEAST_COSINE * w.norm() * level.norm():
+        packed = pack_quantized(codes, scales, zeros, bits)
+        level = unpack_quantized(packed, weight.shape, bits, grid.group_size)
+        if (weight * level).sum() < LEAST_COSINE * weight.norm() * level.norm():
             raise ValueError(f"--checkpoints {path}: its weights are nothing like the model's; give a checkpoint of "
                              f"this model")
-        packed = pack_quantized(codes, scales, zeros, bits)
-        levels[bits] = packed, {"bits": codes.numel() * bits, "group_size": grid.group_size,
-                                "overhead_bits": 8 * (scales.nbytes + zeros.nbytes),
-                                "error": output_errors(w, [level], hessian)[0]}
+        levels[bits] = packed, {"bits": codes.numel() * bits, "overhead_bits": 8 * (scales.nbytes + zeros.nbytes),
+                                "group_size": grid.group_size}
+    unpacked = (unpack_quantized(packed, weight.shape, bits, entry["group_size"]).T
+                for bits, (packed, entry) in levels.items())
+    errors = output_errors(weight.T.contiguous(), unpacked, hessian)
+    for (_, entry), error in zip(levels.values(), errors, strict=True):
+        entry["error"] = error
     return levels, None
 
 
