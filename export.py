@@ -235,9 +235,9 @@ def write_checkpoint(folder: Path, model: nn.Module, tokenizer, quantized: Mappi
                for layer in quantized.values()):
         kinds = sorted({str(layer.scales.dtype).removeprefix("torch.") for layer in quantized.values()})
         exact = "float32" if len(kinds) > 1 or kinds == ["float32"] else f"{kinds[0]} or float32"
-        notes.append(f"Scales are {' and '.join(kinds)}, and loading in {str(model.dtype).removeprefix('torch.')}, this "
-                     f"file's default, rounds them; load it in {exact}, or export with that --dtype, for the weights "
-                     f"to the bit.")
+        here = str(model.dtype).removeprefix("torch.")
+        notes.append(f"Scales are {' and '.join(kinds)}, and loading in {here}, this file's default, rounds them; load "
+                     f"it in {exact}, or export with that --dtype, for the weights to the bit.")
     return {"vllm_fused_rule": not uneven, "unevenly_packed": uneven, "notes": notes,
             **pack_quantized.bits_a_weight(quantized.values(), stored)}
 

@@ -57,7 +57,8 @@ def open_checkpoint(path: str, config) -> Checkpoint:
     found = read_json(place / "config.json").get("quantization_config")
     if found is None and (place / "quantize_config.json").is_file():
         found = {"quant_method": "gptq"} | read_json(place / "quantize_config.json")     # of AutoGPTQ
-    method, packing = (found.get("quant_method"), found.get("packing_format")) if isinstance(found, dict) else (None,) * 2
+    found = found if isinstance(found, dict) else {}
+    method, packing = found.get("quant_method"), found.get("packing_format")
     if method == "compressed-tensors" and found.get("format") == "pack-quantized":
         return CompressedTensors(place, found)
     layout = found.get("checkpoint_format", found.get("format", "gptq")) if method == "gptq" else {
@@ -266,8 +267,8 @@ def unpack(words: torch.Tensor, bits: int, shape: tuple[int, int], dim: int) -> 
     expected = [*shape]
     expected[dim] = -(-shape[dim] * bits // 32)
     if words.dtype != torch.int32 or list(words.shape) != expected:
-        raise ValueError(f"{words.dtype} {list(words.shape)} where int32 {expected} holds {list(shape)} codes of {bits} "
-                         f"bits")
+        raise ValueError(f"{words.dtype} {list(words.shape)} where int32 {expected} holds {list(shape)} codes of "
+                         f"{bits} bits")
     return (unpack_from_int32(words, bits, torch.Size(shape), dim).short() + (1 << (bits - 1))).to(torch.uint8)
 
 

@@ -6,7 +6,6 @@
 import argparse
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -77,7 +76,7 @@ def read_levels(checkpoints: Mapping[str, Checkpoint], name: str, weight: torch.
     weight, levels = weight.float(), {}
     for path, checkpoint in checkpoints.items():
         bits, grid = checkpoint.stored(name).bits, checkpoint.grid(name)
-        codes, scales, zeros = (tensor.to(weight.device) for tensor in (checkpoint.codes(name), grid.scales, grid.zeros))
+        codes, scales, zeros = (part.to(weight.device) for part in (checkpoint.codes(name), grid.scales, grid.zeros))
         packed = pack_quantized(codes, scales, zeros, bits)
         level = unpack_quantized(packed, weight.shape, bits, grid.group_size)
         if (weight * level).sum() < LEAST_COSINE * weight.norm() * level.norm():
@@ -98,8 +97,8 @@ def main(args: argparse.Namespace) -> None:
     if doubled:
         raise ValueError(f"--checkpoints {doubled[0]}: given twice; leave it out once")
     checkpoints: dict[str, Checkpoint] = {}
-    build(args, "gptq", "quantizable_modules", partial(read_levels, checkpoints), partial(open_checkpoints, checkpoints),
-          None, partial(check, checkpoints))
+    build(args, "gptq", "quantizable_modules", partial(read_levels, checkpoints),
+          partial(open_checkpoints, checkpoints), None, partial(check, checkpoints))
 
 
 def make_parser() -> argparse.ArgumentParser:

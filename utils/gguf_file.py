@@ -183,7 +183,7 @@ def tensor_names(config) -> Callable[[str], str | None]:
 
 
 def interleaved_heads(config) -> dict[str, int]:
-    """Layers whose output rows GGUF has in another order, see `interleaved_rows`: the last part of the name -> heads."""
+    """Layers whose output rows GGUF has in another order, see `interleaved_rows`: last part of the name -> heads."""
     if ARCHITECTURES[config.model_type] != "llama":
         return {}
     return {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
