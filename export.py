@@ -204,7 +204,7 @@ def quantized_layers(regrouped: Regrouped, database: Database, levels: Mapping[s
             layers[name] = compressed_tensors.zero_layer(database.shape(source))
         elif source in levels:
             level = levels[source]
-            layers[name] = Quantized(*database.codes(source, level), level, database.group_size(source))
+            layers[name] = Quantized(*database.codes(source, level), level, database.group_size(source, level))
     return layers
 
 
@@ -231,9 +231,13 @@ def write_checkpoint(folder: Path, model: nn.Module, tokenizer, quantized: Mappi
              f"are not."] if odd else []
     notes.append("Written for compressed-tensors 0.18 and read back with transformers 5.20. transformers 5.23 does not "
                  "load layers of different bitwidths, or gives all of them the first one's.")
-    if model.dtype == torch.bfloat16:
-        notes.append("Scales are float16, and loading in bfloat16, this file's default, rounds them; load it in "
-                     "float16 or float32, or export with that --dtype, for the weights to the bit.")
+    if not all(torch.equal(layer.scales, layer.scales.to(model.dtype).to(layer.scales.dtype))
+               for layer in quantized.values()):
+        kinds = sorted({str(layer.scales.dtype).removeprefix("torch.") for layer in quantized.values()})
+        exact = "float32" if len(kinds) > 1 or kinds == ["float32"] else f"{kinds[0]} or float32"
+        here = str(model.dtype).removeprefix("torch.")
+        notes.append(f"Scales are {' and '.join(kinds)}, and loading in {here}, this file's default, rounds them; load "
+                     f"it in {exact}, or export with that --dtype, for the weights to the bit.")
     return {"vllm_fused_rule": not uneven, "unevenly_packed": uneven, "notes": notes,
             **compressed_tensors.bits_a_weight(quantized.values(), stored)}
 

@@ -25,7 +25,7 @@ from utils.configs import read_drop_config
 from utils.data import check_dataset, sequence_length
 from utils.errors import RunError, user_errors
 from utils.files import check_writable
-from utils.fitness import default_microbatch_tokens, out_of_memory
+from utils.fitness import default_microbatch_tokens
 from utils.flags import add_calibration_flags, add_model_flags
 from utils.inputs import documents_of, tokenizer_of
 from utils.model import default_device, load_config, load_decoder

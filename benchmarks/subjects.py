@@ -72,7 +72,7 @@ def build_database(decoder: Decoder, method: str, folder: Path, one_block: bool)
                 manifest["layers"][name] = manifest["layers"][first]
             else:
                 identity = torch.eye(layer.in_features, device=layer.weight.device)
-                levels, _ = module.solve_layer(layer.weight, identity, args)
+                levels, _ = module.solve_layer(name, layer.weight, identity, args)
                 manifest["layers"][name] = write_layer(folder, name, tuple(layer.weight.shape), levels)
     write_manifest(folder, manifest)
     return Database.open(folder)

@@ -1,4 +1,4 @@
-"""What both database builds share: flags, checks, and the loop over blocks that can be killed and resumed anywhere."""
+"""What all database builds share: flags, checks, and the loop over blocks that can be killed and resumed anywhere."""
 import argparse
 import hashlib
 import re
@@ -39,7 +39,8 @@ NOT_COMPARED = ("model_name_or_path", "tokenizer_name", "use_fast_tokenizer", "d
                 "block_modules", "post_block_modules", "log_wandb")
 
 
-def add_build_flags(parser: argparse.ArgumentParser, layers_flag: str) -> None:
+def add_build_flags(parser: argparse.ArgumentParser, layers_flag: str, solves: bool = True) -> None:
+    """`solves`: the build compresses layers itself."""
     add_model_flags(parser, offload=True)
     add_calibration_flags(parser, tokens=8388608)
     group = parser.add_argument_group("build")
@@ -47,10 +48,11 @@ def add_build_flags(parser: argparse.ArgumentParser, layers_flag: str) -> None:
                        help="of the database: manifest.json and a file a layer; run again to resume a killed build")
     group.add_argument(layers_flag, metavar="REGEX", help="layers to compress, by full name, e.g. "
                        "'.*layers.*((q|k|v|o|gate|up|down)_proj)$' (default: every linear layer of the blocks)")
-    group.add_argument("--rel_damp", type=float, default=1e-2, metavar="SHARE",
-                       help="added to the Hessian's diagonal, as a share of its mean (default: 0.01)")
-    group.add_argument("--block_size", type=int, default=128, metavar="COLUMNS",
-                       help="compressed before the columns after them are updated (default: 128)")
+    if solves:
+        group.add_argument("--rel_damp", type=float, default=1e-2, metavar="SHARE",
+                           help="added to the Hessian's diagonal, as a share of its mean (default: 0.01)")
+        group.add_argument("--block_size", type=int, default=128, metavar="COLUMNS",
+                           help="compressed before the columns after them are updated (default: 128)")
     group.add_argument("--seed", type=int, default=0, help="of the choice of documents (default: 0)")
     group.add_argument("--cpu_offload_activations", action="store_true",
                        help="keep only the working microbatch's hidden states on the device, as is done anyway where "
@@ -81,9 +83,9 @@ def run(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], No
 def check_build_flags(args: argparse.Namespace) -> None:
     """Raise ValueError, naming the flag, its value and the remedy, for what needs neither model nor data to see."""
     check_calibration_flags(args)
-    if args.block_size < 1:
+    if getattr(args, "block_size", 1) < 1:
         raise ValueError(f"--block_size {args.block_size}: must be at least 1")
-    if not 0 <= args.rel_damp < float("inf"):
+    if not 0 <= getattr(args, "rel_damp", 0) < float("inf"):
         raise ValueError(f"--rel_damp {args.rel_damp}: must be 0 or more, e.g. 0.01")
     default_device(args.device)
     for flag in ("pre_block_modules", "block_modules", "post_block_modules"):
@@ -101,12 +103,13 @@ def check_regex(pattern: str | None, flag: str) -> None:
 
 
 def build(args: argparse.Namespace, method: str, layers_flag: str, solve_layer: Callable, resolve: Callable,
-          feed_forward: int | None) -> None:
+          feed_forward: int | None, check: Callable | None = None) -> None:
     """Build the database of `args`, or what is missing of it.
 
-    solve_layer(weight, hessian, args) -> ({level: (packed, manifest entry)}, relative damping used);
+    solve_layer(name, weight, hessian, args) -> ({level: (packed, manifest entry)}, relative damping used, or None);
     resolve(args, config) replaces missing flags that depend on the model; `feed_forward` is the level whose weights the
-    next block's inputs come from, None: the model's own.
+    next block's inputs come from, None: the model's own. check(decoder, layers of every block) may raise ValueError
+    before anything is written.
     """
     check_build_flags(args)
     pattern = getattr(args, layers_flag)
@@ -140,6 +143,8 @@ def build(args: argparse.Namespace, method: str, layers_flag: str, solve_layer: 
     layers = choose_layers(decoder, pattern, f"--{layers_flag}")
     header["weights_sha256"] = weights_sha256({name: layer for block in layers for name, layer in block.items()})
     check_same(manifest, header, args.save_dir)
+    if check:
+        check(decoder, layers)
     if manifest is None:
         manifest = {**header, "layers": {name: None for block in layers for name in block}}
     start_writing(args.save_dir, manifest)
@@ -213,13 +218,14 @@ def solve(name: str, weight: torch.Tensor, hessian: torch.Tensor | None, args: a
         raise ValueError(f"{name}: NaN or infinite weights; check the model, or use another --dtype (bfloat16, "
                          f"float32)")
     if hessian is None:
-        note(f"{name}: saw no calibration token, so it is rounded to nearest or pruned by magnitude")
+        note(f"{name}: saw no calibration token, so its errors are those of its weights, which are rounded to nearest, "
+             f"pruned by magnitude or imported")
         hessian = torch.eye(weight.shape[1], device=weight.device)
     try:
-        levels, damping = solve_layer(weight, hessian, args)
+        levels, damping = solve_layer(name, weight, hessian, args)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-    if damping > args.rel_damp:
+    if damping is not None and damping > args.rel_damp:
         note(f"{name}: its Hessian is not positive definite with --rel_damp {args.rel_damp:g}; used {damping:g}")
     if args.verbose:
         note(f"{name}: error " + ", ".join(f"{level}: {entry['error']:.3g}" for level, (_, entry) in levels.items()))

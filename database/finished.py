@@ -88,7 +88,7 @@ class FinishedDatabase:
         packed = self.source.packed(name, level, weight.device)
         if self.source.method == "sparsegpt":
             return SparseWeight(packed, self.source.shape(name), **self.learning_rate)
-        return QuantizedWeight(weight, packed, level, self.source.group_size(name),
+        return QuantizedWeight(weight, packed, level, self.source.group_size(name, level),
                                keep_codes=SOURCE in self.source.manifest["flags"], **self.learning_rate)
 
     def save(self, block: Block, trained: Sequence[Mapping[str, Weight]], calibration: HiddenStates,

@@ -113,7 +113,7 @@ def pack_levels(weight: torch.Tensor, hessian: torch.Tensor, bitwidths: list[int
     return levels
 
 
-def solve_layer(weight: torch.Tensor, hessian: torch.Tensor, args: argparse.Namespace
+def solve_layer(name: str, weight: torch.Tensor, hessian: torch.Tensor, args: argparse.Namespace
                 ) -> tuple[dict[int, tuple[Packed, dict]], float]:
     """bitwidth -> (packed tensors, manifest entry) of a layer, and the relative damping that was needed."""
     *quantized, damping = quantize(weight.float(), hessian, args.bitwidth_options, args.group_size, args.perchannel,

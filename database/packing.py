@@ -59,12 +59,12 @@ def unpack_sparse(packed: Packed, shape: tuple[int, int]) -> torch.Tensor:
 
 
 def pack_quantized(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, bits: int) -> Packed:
-    """codes uint8 [out, in]; scales float16 and zeros uint8 [out or 1, groups], one row where all outputs share it."""
+    """codes uint8 [out, in]; scales (any float) and zeros uint8 [out or 1, groups], one row where all outputs share it."""
     return {"codes": pack_bits(codes, bits), "scales": scales, "zeros": zeros}
 
 
 def unpack_quantized(packed: Packed, shape: tuple[int, int], bits: int, group_size: int) -> torch.Tensor:
-    """scale * (code - zero), float32 [out, in] and exact."""
+    """scale * (code - zero), float32 [out, in]; exact but for float32 scales, whose products are rounded."""
     if kernels := _kernels(packed["codes"].device):
         return kernels.unpack_quantized(packed, shape, bits, group_size)
     codes = unpack_bits(packed["codes"], bits, shape[0] * shape[1]).view(shape)
@@ -72,13 +72,13 @@ def unpack_quantized(packed: Packed, shape: tuple[int, int], bits: int, group_si
 
 
 def unpack_codes(packed: Packed, shape: tuple[int, int], bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(codes uint8 [out, in], scales float16 [out, groups], zeros uint8 [out, groups])."""
+    """(codes uint8 [out, in], scales [out, groups], zeros uint8 [out, groups])."""
     codes = unpack_bits(packed["codes"], bits, shape[0] * shape[1]).view(shape)
     return codes, packed["scales"].expand(shape[0], -1), packed["zeros"].expand(shape[0], -1)
 
 
 def dequantize(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, group_size: int) -> torch.Tensor:
-    """scale * (code - zero), float32 [out, in] and exact; columns `group_size` at a time share a column of `scales`."""
+    """scale * (code - zero), float32 [out, in]; columns `group_size` at a time share a column of `scales`."""
     columns = codes.shape[1]
     if scales.shape[1] > 1:
         scales, zeros = (t.repeat_interleave(group_size, dim=1)[:, :columns] for t in (scales, zeros))

@@ -78,7 +78,7 @@ def values_dtype(dtype: torch.dtype, values: torch.Tensor) -> torch.dtype:
     return torch.bfloat16 if dtype == torch.bfloat16 or overflows else torch.float16
 
 
-def solve_layer(weight: torch.Tensor, hessian: torch.Tensor, args: argparse.Namespace
+def solve_layer(name: str, weight: torch.Tensor, hessian: torch.Tensor, args: argparse.Namespace
                 ) -> tuple[dict[int, tuple[Packed, dict]], float]:
     """level -> (packed tensors, manifest entry) of a layer, and the relative damping that was needed."""
     kept = kept_weights(weight.numel(), args.sparsity, args.num_levels, args.weights_diff)

@@ -4,10 +4,12 @@ manifest.json
   format, method ("sparsegpt" or "gptq"), model, config_sha256, weights_sha256, calibration_sha256, flags
   sha256: of all the rest
   layers: name -> null while the layer is not built, then
-    shape [out, in]; bytes and sha256 of its file; levels: level -> {kept or bits and overhead_bits, error}
-A layer file has a level's tensors under "<level>.<part>" (parts: see packing.py). Files appear whole or not at all, and
-a file is in use only once the manifest names its checksum, so a build may be killed at any moment; what is truncated,
-altered, swapped or comes from another database never passes the checksum.
+    shape [out, in]; bytes and sha256 of its file; levels: level -> {kept or bits and overhead_bits, error}, and
+    group_size where it is not the one of the flags
+The method "gptq" stands for quantized levels, those of other tools included (import_levels.py). A layer file has a
+level's tensors under "<level>.<part>" (parts: see packing.py). Files appear whole or not at all, and a file is in use
+only once the manifest names its checksum, so a build may be killed at any moment; what is truncated, altered, swapped
+or comes from another database never passes the checksum.
 """
 import hashlib
 import json
@@ -85,7 +87,7 @@ class Database:
         return self._level(name, level)["kept"]
 
     def bits(self, name: str, level: int, overhead: bool = False) -> int:
-        """Bits of all codes (gptq); with `overhead`, also of the float16 scales and the uint8 zeros as stored."""
+        """Bits of all codes (gptq); with `overhead`, also of the scales and the uint8 zeros as stored."""
         entry = self._level(name, level)
         return entry["bits"] + (entry["overhead_bits"] if overhead else 0)
 
@@ -99,12 +101,13 @@ class Database:
         return self.unpack(name, level, self.packed(name, level, device)).to(dtype)
 
     def codes(self, name: str, level: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """A gptq level as (codes uint8 [out, in], scales float16 [out, groups], zeros uint8 [out, groups])."""
+        """A gptq level as (codes uint8 [out, in], scales [out, groups], zeros uint8 [out, groups])."""
         return packing.unpack_codes(self.packed(name, level), self.shape(name), level)
 
-    def group_size(self, name: str) -> int:
+    def group_size(self, name: str, level: int) -> int:
         """Input columns that share a scale (gptq): the whole row without --group_size."""
-        return self.manifest["flags"]["group_size"] or self.shape(name)[1]
+        size = self._level(name, level).get("group_size") or self.manifest["flags"].get("group_size")
+        return size or self.shape(name)[1]
 
     def check_model(self, config) -> None:
         """Raises ValueError when the database was built for a model with another configuration."""
@@ -127,7 +130,7 @@ class Database:
         """Weight [out, in] on the device of `packed`."""
         if self.method == "sparsegpt":
             return packing.unpack_sparse(packed, self.shape(name))
-        return packing.unpack_quantized(packed, self.shape(name), level, self.group_size(name))
+        return packing.unpack_quantized(packed, self.shape(name), level, self.group_size(name, level))
 
     def _level(self, name: str, level: int) -> dict:
         try:

@@ -17,7 +17,7 @@ FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 class Quantized(NamedTuple):
     """One layer: scale * (code - zero)."""
     codes: torch.Tensor          # uint8 [out, in], below 2**bits
-    scales: torch.Tensor         # float16 [out, groups]
+    scales: torch.Tensor         # float16 [out, groups], or as another tool wrote them
     zeros: torch.Tensor          # uint8 [out, groups]
     bits: int                    # 1 to 8
     group_size: int              # input columns that share a scale; the last group may have fewer

@@ -1,4 +1,4 @@
-"""Write a model as a GGUF file for llama.cpp, with the optional `gguf` package (requirements-gguf.txt).
+"""Write a model as a GGUF file for llama.cpp, with the optional `gguf` package (requirements-gguf.txt); read blocks.
 
 Quantized layers go, tensor by tensor and without rounding again, into the smallest of GGUF's legacy blocks of 32 that
 holds their integers: Q4_0 from -8 to 7, Q5_0 from -16 to 15, Q8_0 from -128 to 127, each with a float16 scale. What
@@ -6,7 +6,7 @@ does not fit (asymmetric 8-bit levels, rows or groups that blocks of 32 do not d
 """
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from formats.compressed_tensors import Quantized, bits_a_weight
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 BLOCK = 32
 HALF_RANGES = {"Q4_0": 8, "Q5_0": 16, "Q8_0": 128}      # a type holds integers from minus this to this less one
+BITS = {"Q4_0": 4, "Q4_1": 4, "Q5_0": 5, "Q5_1": 5, "Q8_0": 8}      # of a code in the types that `decode` reads
 # regular expressions with which tokenizers split text, and llama.cpp's names for them
 _SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
           r"\s+(?!\S)|\s+")
@@ -58,18 +59,14 @@ def write_gguf(path: Path, model: nn.Module, tokenizer, quantized: Mapping[str, 
     writer = gguf.GGUFWriter(path, architecture)
     write_hyperparameters(writer, config)
     write_tokenizer(writer, tokenizer, config.vocab_size)
-    names = gguf.get_tensor_name_map(next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == architecture),
-                                     config.num_hidden_layers)
-    heads = {}
-    if architecture == "llama":
-        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    names, heads = tensor_names(config), interleaved_heads(config)
     if config.rope_parameters.get("rope_type", "default") != "default":
         writer.add_tensor("rope_freqs.weight", rope_factors(model).numpy())
     stored, as_f32 = 0, []
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue                                 # llama.cpp takes the embedding when there is no output
-        target = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        target = names(name)
         if target is None:
             raise ValueError(f"--format gguf: {name} has no place in GGUF's {architecture}; use another --format")
         layer_name, _, part = name.rpartition(".")
@@ -119,7 +116,9 @@ def encode(layer: Quantized) -> tuple[str, np.ndarray | str]:
     kind = next((kind for kind, half in HALF_RANGES.items() if -half <= low and high < half), None)
     if kind is None:
         return "F32", f"integers from {low} to {high}"
-    scale = scales[:, ::BLOCK].contiguous().view(torch.uint8).numpy().reshape(out, -1, 2)
+    if not torch.equal(scales, scales.half().to(scales.dtype)):
+        return "F32", "scales that float16 cannot hold"
+    scale = scales[:, ::BLOCK].half().contiguous().view(torch.uint8).numpy().reshape(out, -1, 2)
     if kind == "Q8_0":
         numbers = values.to(torch.int8).view(torch.uint8).numpy().reshape(out, -1, BLOCK)
         return kind, np.concatenate([scale, numbers], axis=-1).reshape(out, -1)
@@ -140,6 +139,54 @@ def dequantize(layer: Quantized) -> torch.Tensor:
     """float32 [out, in], exact."""
     scales, zeros = expand(layer)
     return (layer.codes.float() - zeros) * scales
+
+
+def decode(kind: str, data: np.ndarray) -> Quantized:
+    """A tensor of a type in BITS from its bytes, uint8 [out, bytes a row]: the inverse of `encode`.
+
+    Q4_1 and Q5_1 are scale * code + minimum. Raises ValueError where a minimum is not the scale times an integer.
+    """
+    bits, minimum = BITS[kind], kind.endswith("1")
+    size = 2 * (1 + minimum) + BLOCK * bits // 8
+    blocks = torch.from_numpy(np.array(data)).view(len(data), -1, size)
+    halves = blocks[..., :2 * (1 + minimum)].contiguous().view(torch.float16)
+    scales, numbers = halves[..., 0].contiguous(), blocks[..., 2 * (1 + minimum):]
+    if bits == 8:
+        codes = (numbers.contiguous().view(torch.int8).short() + HALF_RANGES[kind]).to(torch.uint8)
+    else:
+        nibbles = numbers[..., -BLOCK // 2:]
+        codes = torch.cat([nibbles & 15, nibbles >> 4], dim=-1)
+        if bits == 5:
+            fifth_bits = numbers[..., :4, None] >> torch.arange(8, dtype=torch.uint8) & 1
+            codes |= fifth_bits.flatten(-2) << 4
+    if minimum:
+        scale, least = halves.float().unbind(-1)
+        zeros = torch.where(scale == 0, 0, (-least / scale).round())
+        inexact = ~((zeros * scale == -least) & (zeros >= 0) & (zeros < 1 << bits))
+        if inexact.any():
+            row, block = inexact.nonzero()[0].tolist()
+            raise ValueError(f"{kind} holds scale * code + minimum, and in row {row}, block {block} the minimum "
+                             f"{float(least[row, block]):g} is not minus the scale {float(scale[row, block]):g} times "
+                             f"an integer from 0 to {(1 << bits) - 1}")
+        zeros = zeros.to(torch.uint8)
+    else:
+        zeros = torch.full(scales.shape, HALF_RANGES[kind], dtype=torch.uint8)
+    return Quantized(codes.flatten(1), scales, zeros, bits, BLOCK)
+
+
+def tensor_names(config) -> Callable[[str], str | None]:
+    """Parameter of transformers' model -> its name in GGUF, None for one without a place."""
+    import gguf
+    architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == ARCHITECTURES[config.model_type])
+    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+    return lambda name: names.get_name(name, try_suffixes=(".weight", ".bias"))
+
+
+def interleaved_heads(config) -> dict[str, int]:
+    """Layers whose output rows GGUF has in another order, see `interleaved_rows`: last part of the name -> heads."""
+    if ARCHITECTURES[config.model_type] != "llama":
+        return {}
+    return {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
 
 
 def interleaved_rows(rows: int, num_heads: int | None) -> torch.Tensor:

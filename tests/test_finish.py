@@ -14,7 +14,6 @@ from database.store import Database
 from database.tuning import HiddenStates, QuantizedWeight
 from utils.configs import write_drop_config, write_level_config
 from utils.decoder import Decoder
-from utils.fitness import Fitness
 
 DROPPED = [(False, False), (True, False), (False, True), (True, True), (False, False), (False, False)]
 

@@ -103,7 +103,7 @@ def test_codes_in_the_file_are_the_databases(tmp_path, mixed):
         groups = tensors[f"{name}.weight_scale"].shape[1]
         read = unpack_from_int32(tensors[f"{name}.weight_zero_point"], bits, (len(codes), groups), packed_dim=0)
         columns = torch.arange(groups) * (codes.shape[1] // groups)       # the file's groups divide the database's
-        assert torch.equal(read.short() + 2**(bits - 1), zeros[:, columns // database.group_size(name)].short())
+        assert torch.equal(read.short() + 2**(bits - 1), zeros[:, columns // database.group_size(name, bits)].short())
 
 
 def test_promotion_changes_no_weight_and_makes_vllms_rule_hold(tmp_path, mixed, capsys):

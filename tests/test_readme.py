@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 
 import export
+from database import import_levels
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "scripts"))
 import estimate
 
-PARSERS = estimate.PARSERS | {"export.py": export.parse_arguments}
+PARSERS = estimate.PARSERS | {"export.py": export.parse_arguments,
+                              "database.import_levels": lambda argv: import_levels.make_parser().parse_args(argv)}
 PAGES = ["README.md", "benchmarks/README.md"]
 
 
@@ -38,7 +40,7 @@ def test_every_python_command_is_understood_by_its_program():
             PARSERS[program](arguments)
         seen.append(program)
     assert set(seen) == {"evo_drop.py", "evo_unstructured.py", "evo_quant.py", "database.sparsegpt", "database.gptq",
-                         "eval_config.py", "export.py"}
+                         "database.import_levels", "eval_config.py", "export.py"}
 
 
 def test_every_make_target_and_script_exists():

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ["evo_drop", "evo_unstructured", "evo_quant", "eval_config", "export"]
+SCRIPTS = ["evo_drop", "evo_unstructured", "evo_quant", "finish", "eval_config", "export"]
 ROOMS = ["utils", "database", "formats", "baselines", "scripts", "benchmarks", "demo"]
-MAY_IMPORT = {"utils": {"utils"}, "database": {"utils", "database"}, "formats": {"utils", "formats"},
+MAY_IMPORT = {"utils": {"utils"}, "database": {"utils", "formats", "database"}, "formats": {"utils", "formats"},
               "baselines": {"utils", "database", "baselines"},
               **{script: {"utils", "database", "formats"} for script in SCRIPTS}}
 
