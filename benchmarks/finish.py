@@ -3,8 +3,8 @@
     python benchmarks/finish.py --out results/finish --jobs 2 --seeds 3 --write_readme
 
 At every budget: uniform (for depth ShortGPT's), random and searched, as they are and finished. Databases are built
-once, with --mse for bits; seeds differ in calibration text, search and training. With --tuned, levels are trained before
-the search, too (finish.py --levels). --other_data is text of another kind, on which the same is evaluated. With
+once, with --mse for bits; seeds differ in calibration text, search and training. With --tuned, levels are trained
+before the search, too (finish.py --levels). --other_data is text of another kind, on which the same is evaluated. With
 --auto_round PYTHON, an interpreter that has auto-round 0.16.1, uniform bitwidths by that with its defaults. Finished
 parts are not run again.
 """

@@ -59,7 +59,7 @@ def unpack_sparse(packed: Packed, shape: tuple[int, int]) -> torch.Tensor:
 
 
 def pack_quantized(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, bits: int) -> Packed:
-    """codes uint8 [out, in]; scales (any float) and zeros uint8 [out or 1, groups], one row where all outputs share it."""
+    """codes uint8 [out, in]; scales (any float) and zeros uint8 [out or 1, groups], one row for all outputs."""
     return {"codes": pack_bits(codes, bits), "scales": scales, "zeros": zeros}
 
 

@@ -61,8 +61,8 @@ def contents(folder) -> dict[str, bytes]:
 
 
 def divergence(checkpoint, text, *flags: str) -> float:
-    results = eval_config.main(["--model_name_or_path", str(checkpoint), "--eval_datasets", text, "--eval_tokens", "512",
-                                "--eval_sequence_length", "32", *map(str, flags)])
+    results = eval_config.main(["--model_name_or_path", str(checkpoint), "--eval_datasets", text, "--eval_tokens",
+                                "512", "--eval_sequence_length", "32", *map(str, flags)])
     return results["compressed"][text]["kl"]
 
 

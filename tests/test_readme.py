@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import export
+import finish
 from database import import_levels
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,7 +41,7 @@ def test_every_python_command_is_understood_by_its_program():
             PARSERS[program](arguments)
         seen.append(program)
     assert set(seen) == {"evo_drop.py", "evo_unstructured.py", "evo_quant.py", "database.sparsegpt", "database.gptq",
-                         "database.import_levels", "eval_config.py", "export.py"}
+                         "database.import_levels", "eval_config.py", "export.py", "finish.py"}
 
 
 def test_every_make_target_and_script_exists():
