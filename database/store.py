@@ -126,11 +126,11 @@ class Database:
         parts = ("mask", "values") if self.method == "sparsegpt" else ("codes", "scales", "zeros")
         return {part: self._files[name].get_tensor(f"{level}.{part}").to(device) for part in parts}
 
-    def unpack(self, name: str, level: int, packed: packing.Packed) -> torch.Tensor:
-        """Weight [out, in] on the device of `packed`."""
+    def unpack(self, name: str, level: int, packed: packing.Packed, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Weight [out, in] on the device of `packed`; into `out`, which may have another dtype, where it is given."""
         if self.method == "sparsegpt":
-            return packing.unpack_sparse(packed, self.shape(name))
-        return packing.unpack_quantized(packed, self.shape(name), level, self.group_size(name, level))
+            return packing.unpack_sparse(packed, self.shape(name), out)
+        return packing.unpack_quantized(packed, self.shape(name), level, self.group_size(name, level), out)
 
     def _level(self, name: str, level: int) -> dict:
         try:
@@ -141,17 +141,23 @@ class Database:
 
 
 class LevelCache:
-    """Packed levels on the device within a budget of bytes; the one used longest ago goes first."""
+    """Packed levels on the device within a budget of bytes; the one used longest ago goes first. Where blocks take
+    turns (`in_turn`), that one would be needed next, and none would ever be found: there the first ones stay."""
 
-    def __init__(self, database: Database, device: str | torch.device, dtype: torch.dtype, max_bytes: int):
+    def __init__(self, database: Database, device: str | torch.device, dtype: torch.dtype, max_bytes: int,
+                 in_turn: bool = False):
         self.database, self.device, self.dtype, self.max_bytes = database, device, dtype, max_bytes
+        self.in_turn = in_turn
         self.bytes = 0
         self._levels: OrderedDict[tuple[str, int], packing.Packed] = OrderedDict()
 
     def copy_(self, parameter: nn.Parameter, name: str, level: int) -> None:
         """Unpack a level into `parameter.data` ([out, in], on the cache's device), rounded to the cache's dtype."""
-        weight = self.database.unpack(name, level, self._packed(name, level))
-        parameter.data.copy_(weight.to(self.dtype))
+        packed, weight = self._packed(name, level), parameter.data
+        if weight.dtype == self.dtype and weight.is_contiguous():
+            self.database.unpack(name, level, packed, weight)
+        else:
+            weight.copy_(self.database.unpack(name, level, packed).to(self.dtype))
 
     def give_back(self) -> int:
         """Drop all levels and from now on keep half as many bytes as they took; returns those. For when memory does not
@@ -168,7 +174,7 @@ class LevelCache:
             return self._levels[key]
         packed = self.database.packed(name, level, self.device)
         size = _bytes(packed)
-        if size <= self.max_bytes:
+        if size <= self.max_bytes - (self.bytes if self.in_turn else 0):
             while self.bytes + size > self.max_bytes:
                 self.bytes -= _bytes(self._levels.popitem(last=False)[1])
             self._levels[key] = packed

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "scripts"))
 import estimate
 
-PARSERS = estimate.PARSERS | {"export.py": export.parse_arguments,
+PARSERS = estimate.PARSERS | {"export.py": export.parse_arguments, "finish.py": finish.parse_arguments,
                               "database.import_levels": lambda argv: import_levels.make_parser().parse_args(argv)}
 PAGES = ["README.md", "benchmarks/README.md"]
 

@@ -12,13 +12,12 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
-import torch.nn.functional as F
 
 from utils import distributed
 from utils.decoder import BlockInputs, Decoder
 from utils.errors import RunError
+from utils.losses import Teacher, fused, teacher_distribution, token_losses
 
-KINDS = ("kl", "ppl", "sparse_kl")
 Candidate = Sequence[Hashable]           # a state for every block, whatever `set_block` understands
 Row = list[tuple[int, int]]              # documents packed into one row: (index, length)
 T = TypeVar("T")
@@ -90,7 +89,8 @@ class Fitness:
         already."""
         given_back = False
         while True:
-            batches = microbatches(minibatch, self.microbatch_tokens, self.decoder.packed_rows)
+            batches = microbatches(minibatch, self.microbatch_tokens, self.decoder.packed_rows,
+                                   self.decoder.by_document)
             failure = result = None
             try:
                 result = compute(batches)
@@ -108,8 +108,8 @@ class Fitness:
                     print(f"out of memory: {freed / 1e9:.1f} GB of cached levels given back, from now on half as many "
                           f"are kept", flush=True)
                     continue
-            if all(len(rows) == 1 for rows in batches):
-                longest = max(sum(length for _, length in row) for rows in batches for row in rows)
+            longest = max(sum(length for _, length in row) for rows in batches for row in rows)
+            if all(len(rows) == 1 for rows in batches) and longest <= max(length for _, length in minibatch):
                 raise RunError(f"out of memory with a single row of {longest} tokens ({failure}); lower "
                                f"--calibration_sequence_length, --eval_sequence_length or --level_cache_gb, or use "
                                f"another --dtype")
@@ -186,10 +186,10 @@ class Fitness:
         """Sums over each document's predicted tokens, float64 [documents, candidates, kinds]."""
         lengths = [length - 1 for row in rows for _, length in row]
         input_ids, position_ids, predicting = assemble(self.documents, rows)
-        targets = input_ids.flatten()[predicting + 1].to(self.decoder.device)
-        predicting = predicting.to(self.decoder.device)
-        inputs = self._block_inputs(input_ids, position_ids)
-        teacher = self._teacher_distributions(rows) if set(kinds) & {"kl", "sparse_kl"} else None
+        targets = input_ids.flatten()[predicting + 1].to(self.decoder.device, non_blocking=True)
+        predicting = predicting.to(self.decoder.device, non_blocking=True)
+        inputs = self.decoder.block_inputs(input_ids, position_ids)
+        teacher = self._teacher_distributions(rows, kinds) if set(kinds) & {"kl", "sparse_kl"} else None
         sums = torch.zeros(len(lengths), len(candidates), len(kinds), dtype=torch.float64, device=self.decoder.device)
         walk = self._block_by_block if self.decoder.offloaded else self._candidate_by_candidate
         for current, hidden_states in walk(candidates, inputs):
@@ -237,47 +237,29 @@ class Fitness:
         self.blocks_run += 1
         return self.decoder.run_block(index, hidden_states, inputs)
 
-    def _losses(self, hidden_states: torch.Tensor, teacher: list[torch.Tensor] | None, targets: torch.Tensor,
+    def _losses(self, hidden_states: torch.Tensor, teacher: list[Teacher] | None, targets: torch.Tensor,
                 kinds: Sequence[str]) -> torch.Tensor:
         """Of each kind at each predicted token, float64 [predicted, kinds]; hidden_states [predicted, hidden]."""
-        losses = torch.empty(len(hidden_states), len(kinds), dtype=torch.float64, device=hidden_states.device)
         step = self._chunk_tokens()
-        for chunk, start in enumerate(range(0, len(hidden_states), step)):
-            log_q = self._log_probabilities(hidden_states[start:start + step])
-            log_p = teacher[chunk] if teacher is not None else None
-            for k, kind in enumerate(kinds):
-                if kind == "ppl":
-                    values = F.nll_loss(log_q, targets[start:start + step], reduction="none")
-                elif kind == "sparse_kl":
-                    top, indices = log_p.topk(min(self.kl_topk, log_p.shape[-1]), dim=-1)
-                    top = top.log_softmax(-1)
-                    values = (top.exp() * (top - log_q.gather(-1, indices).log_softmax(-1))).sum(-1)
-                else:
-                    values = torch.linalg.vecdot(log_p.exp(), log_p - log_q)
-                losses[start:start + step, k] = values
-        return losses
+        return torch.cat([token_losses(self._logits(hidden_states[start:start + step]),
+                                       teacher[chunk] if teacher is not None else None, targets[start:start + step],
+                                       kinds, self.kl_topk)
+                          for chunk, start in enumerate(range(0, len(hidden_states), step))])
 
-    def _teacher_distributions(self, rows: list[Row]) -> list[torch.Tensor]:
-        """Log-probabilities [chunk, vocabulary] at the microbatch's predicted tokens."""
+    def _teacher_distributions(self, rows: list[Row], kinds: Sequence[str]) -> list[Teacher]:
+        """What losses of these kinds are computed from, by chunk of the microbatch's predicted tokens."""
         hidden_states = torch.cat([self.teacher[i][:length - 1] for row in rows for i, length in row])
-        return [self._log_probabilities(chunk.to(self.decoder.device, non_blocking=True))
+        return [teacher_distribution(self._logits(chunk.to(self.decoder.device, non_blocking=True)), kinds)
                 for chunk in hidden_states.split(self._chunk_tokens())]
 
-    def _log_probabilities(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """float32 (float64 for a float64 model): half precision loses the small divergences that matter here."""
-        logits = self.decoder.logits(hidden_states[None])[0]
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.decoder.logits(hidden_states[None])[0]
 
     def _chunk_tokens(self) -> int:
         """Tokens whose logits are in memory at once: 256 MB of float32 on a GPU, what a cache holds on a CPU."""
         budget = 2**28 if self.decoder.device.type != "cpu" else 2**22
         vocabulary = self.decoder.config.get_text_config(decoder=True).vocab_size
         return max(128, budget // (4 * vocabulary))
-
-    def _block_inputs(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None):
-        device = self.decoder.device
-        return self.decoder.block_inputs(input_ids.to(device),
-                                         None if position_ids is None else position_ids.to(device))
 
     def _teacher_storage(self) -> torch.device:
         """Where the teacher's hidden states are kept: on the device if an eighth of what is free there will do."""
@@ -297,7 +279,7 @@ class Fitness:
             if owner != distributed.rank():
                 continue
             input_ids, position_ids, _ = assemble(self.documents, rows)
-            inputs = self._block_inputs(input_ids, position_ids)
+            inputs = self.decoder.block_inputs(input_ids, position_ids)
             hidden_states = inputs.hidden_states
             for i in range(len(self.decoder.blocks)):
                 hidden_states = self.decoder.run_block(i, hidden_states, inputs)
@@ -323,17 +305,18 @@ def mean_of(sums: Sequence[float], minibatch: Row, kind: str) -> float:
     return value if math.isfinite(value) else math.inf
 
 
-def microbatches(minibatch: Row, max_tokens: int, packed_rows: int) -> list[list[Row]]:
+def microbatches(minibatch: Row, max_tokens: int, packed_rows: int, by_document: bool = False) -> list[list[Row]]:
     """Group documents, without padding, into microbatches of rows of equal length.
 
-    Where documents can be packed (`packed_rows` > 0), rows are filled up to the longest document's length; such rows
-    share a microbatch with at most `packed_rows` others. A microbatch has at most `max_tokens` tokens, or one row.
+    Where documents can be packed (`packed_rows` > 0), rows are filled up to the longest document's length, or where
+    each document attends by itself (`by_document`) up to `max_tokens`; such rows share a microbatch with at most
+    `packed_rows` others. A microbatch has at most `max_tokens` tokens, or one row.
     """
     if not minibatch:
         return []
     rows: list[Row] = []
     open_rows: list[tuple[int, Row]] = []                            # (room left, row)
-    capacity = max(length for _, length in minibatch)
+    capacity = max(max_tokens if by_document else 0, *(length for _, length in minibatch))
     for document in sorted(minibatch, key=lambda document: -document[1]):
         length = document[1]
         fitting = next((k for k, (room, _) in enumerate(open_rows) if room >= length), None) if packed_rows else None
@@ -372,8 +355,11 @@ def assemble(documents: list[torch.Tensor], rows: list[Row]
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether a device, or a CPU's allocator, which has no exception of its own, ran out of memory."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    """Whether a device ran out of memory, or a CPU's allocator, which has no exception of its own. On a device it may
+    be torch's allocator, the driver, cuBLAS, cuDNN or Triton that says so."""
+    words = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words))
 
 
 def storage_for(num_bytes: int, device: torch.device, share: float) -> torch.device:
@@ -398,7 +384,7 @@ def default_microbatch_tokens(decoder: Decoder) -> int:
     decoder.run_block(0, inputs.hidden_states, inputs)
     a_token = ((torch.cuda.max_memory_allocated(device) - before) / trial
                + len(decoder.blocks) * config.hidden_size * decoder.dtype.itemsize      # the inputs of all blocks
-               + 4 * config.vocab_size)                                                # the teacher's distribution
+               + config.vocab_size * (decoder.dtype.itemsize if fused(device, decoder.dtype) else 8))    # the teacher's
     return min(distributed.gather(min(8192, max(512, int(room / a_token) // 512 * 512))))   # processes agree
 
 
