@@ -253,9 +253,8 @@ def main(argv: list[str] | None = None) -> dict:
     args = parse_arguments(argv)
     with user_errors():
         check_flags(args)
-        database = open_database(args, "sparse")
         config = load_config(args.model_name_or_path, args.trust_remote_code)
-        database.check_model(config)
+        database = open_database(args, "sparse", config)
         search = Search("evo_unstructured", args, config, flags.flag_defaults(make_parser()))
         if search.run.finished:
             return search.earlier_summary()

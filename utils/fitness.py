@@ -18,7 +18,6 @@ from utils import distributed
 from utils.decoder import BlockInputs, Decoder
 from utils.errors import RunError
 
-KINDS = ("kl", "ppl", "sparse_kl")
 Candidate = Sequence[Hashable]           # a state for every block, whatever `set_block` understands
 Row = list[tuple[int, int]]              # documents packed into one row: (index, length)
 T = TypeVar("T")
