@@ -124,7 +124,7 @@ def build_space(args: argparse.Namespace, database: Database, units: list[Unit])
     return Space(units, bits, [keys.index(key) for key in keys], budget, args.step_size)
 
 
-# ---- the start -------------------------------------------------------------------------------------------------------
+# ---- start, mutation and selection -----------------------------------------------------------------------------------
 
 
 def uniform_candidate(space: Space, target: float) -> Candidate | None:
@@ -169,9 +169,6 @@ def fill_budget(space: Space, candidate: Candidate, rng: random.Random) -> Candi
         i = rng.choice(affordable)
         candidate = moved(candidate, i, space.up[i][candidate[i]])
     return candidate
-
-
-# ---- mutation and selection ------------------------------------------------------------------------------------------
 
 
 def switch(space: Space, candidate: Candidate, rng: random.Random) -> Candidate | None:

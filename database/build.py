@@ -141,9 +141,7 @@ def build_blocks(args: argparse.Namespace, manifest: dict, calibration: Calibrat
                  layers: list[dict[str, nn.Linear]], solve_layer: Callable, feed_forward: int | None, wandb=None
                  ) -> None:
     """Walk the blocks up to the last incomplete one: solve and save those that are incomplete, pass through others.
-
-    wandb: a run of Weights & Biases, which gets every block's seconds and errors.
-    """
+    `wandb`, a run of Weights & Biases, gets every block's seconds and errors."""
     entries = manifest["layers"]
     incomplete = [i for i, block in enumerate(layers) if any(entries[name] is None for name in block)]
     began, seconds = time.time(), []
