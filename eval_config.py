@@ -16,7 +16,8 @@ from utils.errors import RunError, user_errors
 from utils.evaluation import Evaluation, load_evaluation_documents
 from utils.files import check_writable_file, write_atomic
 from utils.flags import add_evaluation_flags, add_model_flags
-from utils.model import load_config, load_decoder, load_tokenizer
+from utils.inputs import decoder_of, tokenizer_of
+from utils.model import load_config, load_decoder
 from utils.report import evaluation_rows, format_table
 from utils.tasks import add_task_flags, average_accuracy, check_task_flags, find_tasks, run_tasks, task_rows
 
@@ -57,13 +58,11 @@ def main(argv: list[str] | None = None) -> dict:
         config = load_config(args.model_name_or_path, args.trust_remote_code)
         check_configuration_flags(args, config)
         tasks = find_tasks(args.tasks, args.include_path) if args.tasks else None
-        tokenizer = load_tokenizer(args.tokenizer_name or args.model_name_or_path, args.use_fast_tokenizer,
-                                   args.trust_remote_code)
+        tokenizer = tokenizer_of(args)
         documents = load_evaluation_documents(datasets, tokenizer, args.eval_tokens,
                                               sequence_length(args.eval_sequence_length, config,
                                                               "--eval_sequence_length"))
-        decoder = load_decoder(args.model_name_or_path, args.dtype, args.device, args.attn_implementation,
-                               args.trust_remote_code, args.cpu_offload_modules)
+        decoder = decoder_of(args)
         set_block, candidate = load_configuration(args, decoder)
         checkpoint = load_decoder(args.checkpoint, args.dtype, args.device, args.attn_implementation,
                                   args.trust_remote_code) if args.checkpoint else None

@@ -139,7 +139,7 @@ def build_space(args: argparse.Namespace, sizes: list[tuple[int, int]]) -> Space
     return Space(tuple(units), counts)
 
 
-# ---- the start -------------------------------------------------------------------------------------------------------
+# ---- start, mutation and selection -----------------------------------------------------------------------------------
 
 
 def random_candidate(space: Space, rng: random.Random) -> Candidate | None:
@@ -197,9 +197,6 @@ def droppable(space: Space, candidate: Candidate) -> list[int]:
     left = {kind: count - sum(unit.kind == kind and dropped for unit, dropped in zip(space.units, candidate))
             for kind, count in space.counts.items()}
     return [i for i in kept if left[space.units[i].kind]]
-
-
-# ---- mutation and selection ------------------------------------------------------------------------------------------
 
 
 def switch(space: Space, candidate: Candidate, rng: random.Random) -> Candidate | None:

@@ -124,7 +124,7 @@ def build_space(args: argparse.Namespace, database: Database, units: list[Unit])
     return Space(units, bits, [keys.index(key) for key in keys], budget, args.step_size)
 
 
-# ---- the start -------------------------------------------------------------------------------------------------------
+# ---- start, mutation and selection -----------------------------------------------------------------------------------
 
 
 def uniform_candidate(space: Space, target: float) -> Candidate | None:
@@ -169,9 +169,6 @@ def fill_budget(space: Space, candidate: Candidate, rng: random.Random) -> Candi
         i = rng.choice(affordable)
         candidate = moved(candidate, i, space.up[i][candidate[i]])
     return candidate
-
-
-# ---- mutation and selection ------------------------------------------------------------------------------------------
 
 
 def switch(space: Space, candidate: Candidate, rng: random.Random) -> Candidate | None:
@@ -285,9 +282,8 @@ def main(argv: list[str] | None = None) -> dict:
     args = parse_arguments(argv)
     with user_errors():
         check_flags(args)
-        database = open_database(args, "quant")
         config = load_config(args.model_name_or_path, args.trust_remote_code)
-        database.check_model(config)
+        database = open_database(args, "quant", config)
         search = Search("evo_quant", args, config, flags.flag_defaults(make_parser()))
         if search.run.finished:
             return search.earlier_summary()

@@ -103,7 +103,7 @@ class Space:
         return (*candidate[:index], level, *candidate[index + 1:]) if level in self.units[index].levels else None
 
 
-# ---- the start -------------------------------------------------------------------------------------------------------
+# ---- start, mutation and selection -----------------------------------------------------------------------------------
 
 
 def start_candidate(space: Space, rng: random.Random) -> Candidate | None:
@@ -141,9 +141,6 @@ def balance(space: Space, candidate: Candidate, fixed: set[int], rng: random.Ran
             return None
         candidate = space.moved(candidate, rng.choice(moves), direction)
     return candidate if space.feasible(candidate) else None
-
-
-# ---- mutation and selection ------------------------------------------------------------------------------------------
 
 
 def switch(space: Space, candidate: Candidate, rng: random.Random) -> Candidate | None:
@@ -253,9 +250,8 @@ def main(argv: list[str] | None = None) -> dict:
     args = parse_arguments(argv)
     with user_errors():
         check_flags(args)
-        database = open_database(args, "sparse")
         config = load_config(args.model_name_or_path, args.trust_remote_code)
-        database.check_model(config)
+        database = open_database(args, "sparse", config)
         search = Search("evo_unstructured", args, config, flags.flag_defaults(make_parser()))
         if search.run.finished:
             return search.earlier_summary()
@@ -291,8 +287,7 @@ def main(argv: list[str] | None = None) -> dict:
     steps = list(zip(args.survivors_per_selection, args.tokens_per_selection))
     # Algorithm 1: offspring of the parents, selected in steps of fewer on more tokens each; survivors are parents next
     for generation in search.generations():
-        offspring = (refined_candidates(args, search, space, switcher, database, predictor) if generation <= args.refine
-                     else [])
+        offspring = generation <= args.refine and refined_candidates(args, search, space, switcher, database, predictor)
         if not offspring:
             offspring = draw_distinct(
                 lambda: mutate(space, parents, args.max_mutations, search.rng, args.fixed_mutations),

@@ -143,9 +143,8 @@ def main(argv: list[str] | None = None) -> dict:
     args = parse_arguments(argv)
     with user_errors():
         check_flags(args)
-        database = open_database(args, "sparse" if args.sparse_weights_path else "quant")
         config = load_config(args.model_name_or_path, args.trust_remote_code)
-        database.check_model(config)
+        database = open_database(args, "sparse" if args.sparse_weights_path else "quant", config)
         check_writable(args.save_dir, "--save_dir")
         targets = args.target_sparsity or args.target_bitwidth or [None]
         errors = manifest_errors(database)

@@ -16,7 +16,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ from utils.configs import write_drop_config
 from utils.decoder import BlockInputs, Decoder
 from utils.errors import RunError, user_errors
 from utils.files import check_writable, write_atomic
-from utils.fitness import Fitness, assemble, default_microbatch_tokens, microbatches
+from utils.fitness import Fitness, Row, assemble, default_microbatch_tokens, microbatches
 from utils.flags import add_calibration_flags, add_model_flags, check_calibration_flags
 from utils.inputs import decoder_of, documents_of, tokenizer_of
 from utils.model import load_config
@@ -33,6 +33,7 @@ from utils.report import format_table
 
 FITNESS = {"kl_div": "kl", "perplexity": "ppl"}
 METHODS = ("cosine_similarity", "window_cosine_similarity", "norm_ratio", "perplexity", "kl_div", "l2", "l2_normalized")
+Blocks = tuple[int, ...]                 # indices of whole blocks
 BATCH = 256                              # combinations of a brute-force search that are walked together
 
 
@@ -153,7 +154,7 @@ def scores_at_the_end(decoder: Decoder, documents: list[torch.Tensor], measure: 
 # ---- scores from the model's output ----------------------------------------------------------------------------------
 
 
-def without(dropped: tuple[int, ...], num_blocks: int) -> tuple[tuple[bool, bool], ...]:
+def without(dropped: Blocks, num_blocks: int) -> tuple[tuple[bool, bool], ...]:
     """(attention dropped, MLP dropped) of every block when whole blocks are dropped."""
     return tuple((i in dropped, i in dropped) for i in range(num_blocks))
 
@@ -165,22 +166,28 @@ def scores_from_output(fitness: Fitness, kind: str) -> list[float]:
     return [value for value, in fitness.measure(candidates, kinds=(kind,))]
 
 
-def brute_force(fitness: Fitness, kind: str, count: int) -> tuple[float, tuple[int, ...]]:
+def measure_all(fitness: Fitness, sets: Iterable[Blocks], total: int, kind: str = "kl", minibatch: Row | None = None
+                ) -> dict[Blocks, float]:
+    """KL divergence or perplexity, on all documents or a minibatch, without each of `total` sets of blocks, which are
+    in order: those of a batch share first blocks."""
+    sets, measured, num_blocks = iter(sets), {}, len(fitness.decoder.blocks)
+    began = shown = time.time()
+    while batch := list(itertools.islice(sets, BATCH)):
+        values = fitness.measure([without(dropped, num_blocks) for dropped in batch], minibatch, kinds=(kind,))
+        measured.update((dropped, value) for (value,), dropped in zip(values, batch))
+        if time.time() - shown > 10:
+            shown = time.time()
+            print(f"{len(measured):,} of {total:,} sets of blocks, lowest {kind} {min(measured.values()):.5f}, "
+                  f"{(shown - began) * (total - len(measured)) / len(measured):.0f} s left", flush=True)
+    return measured
+
+
+def brute_force(fitness: Fitness, kind: str, count: int) -> tuple[float, Blocks]:
     """(value, blocks) of the best of all combinations of `count` dropped blocks."""
     num_blocks = len(fitness.decoder.blocks)
-    total, done = math.comb(num_blocks, count), 0
-    best: tuple[float, tuple[int, ...]] = (math.inf, ())
-    began = shown = time.time()
-    combinations = itertools.combinations(range(num_blocks), count)  # in order: those of a batch share first blocks
-    while batch := list(itertools.islice(combinations, BATCH)):
-        values = fitness.measure([without(dropped, num_blocks) for dropped in batch], kinds=(kind,))
-        best = min(best, *((value, dropped) for (value,), dropped in zip(values, batch)))
-        done += len(batch)
-        if time.time() - shown > 10 or done == total:
-            shown = time.time()
-            print(f"brute force: {done:,} of {total:,} combinations of {count} of {num_blocks} blocks, best {kind} "
-                  f"{best[0]:.5f}, {(shown - began) * (total - done) / done:.0f} s left", flush=True)
-    return best
+    combinations = itertools.combinations(range(num_blocks), count)
+    measured = measure_all(fitness, combinations, math.comb(num_blocks, count), kind)
+    return min((value, dropped) for dropped, value in measured.items())
 
 
 # ---- from scores to configurations -----------------------------------------------------------------------------------

@@ -123,9 +123,8 @@ def main(argv: list[str] | None = None) -> dict:
     args = parse_arguments(argv)
     with user_errors():
         check_flags(args)
-        database = open_database(args, "sparse")
         config = load_config(args.model_name_or_path, args.trust_remote_code)
-        database.check_model(config)
+        database = open_database(args, "sparse", config)
         check_writable(args.save_dir, "--save_dir")
         documents = documents_of(args, config, tokenizer_of(args))
         decoder = decoder_of(args)

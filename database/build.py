@@ -11,25 +11,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from database import store
 from database.hessian import Calibration
-from database.store import (
-    FORMAT,
-    Database,
-    check_no_foreign_files,
-    config_sha256,
-    differences,
-    intact,
-    layer_file,
-    read_manifest,
-    write_layer,
-    write_manifest,
-)
 from utils import distributed
 from utils.data import documents_sha256, sequence_length
 from utils.decoder import Decoder
 from utils.files import check_writable
 from utils.fitness import out_of_memory
-from utils.flags import add_calibration_flags, add_model_flags, add_wandb_flag, check_calibration_flags
+from utils.flags import add_calibration_flags, add_model_flags, check_calibration_flags
 from utils.inputs import documents_of, tokenizer_of
 from utils.model import default_device, load_config, load_decoder
 from utils.runs import open_wandb
@@ -63,7 +52,7 @@ def add_build_flags(parser: argparse.ArgumentParser, layers_flag: str, solves: b
                             "has too little: 2 bytes times tokens times hidden size, e.g. 69 GB for 8B models at the "
                             "default tokens; the files are gone when the build ends, however it ends")
     group.add_argument("--verbose", action="store_true", help="print every layer's errors")
-    add_wandb_flag(group)
+    group.add_argument("--log_wandb", action="store_true", help="log to Weights & Biases")
     ignored = parser.add_argument_group("accepted and ignored")
     ignored.add_argument("--low_cpu_mem_usage", action="store_true", help="always so")
     for flag in ("--pre_block_modules", "--block_modules", "--post_block_modules"):
@@ -125,8 +114,8 @@ def build(args: argparse.Namespace, method: str, layers_flag: str, solve_layer: 
                                                        "--calibration_sequence_length")
     resolve(args, config)
     flags = {key: value for key, value in vars(args).items() if key not in NOT_COMPARED}
-    header = {"format": FORMAT, "method": method, "model": args.model_name_or_path,
-              "config_sha256": config_sha256(config), "flags": flags}
+    header = {"format": store.FORMAT, "method": method, "model": args.model_name_or_path,
+              "config_sha256": store.config_sha256(config), "flags": flags}
     check_same(manifest, header, args.save_dir)
     documents = documents_of(args, config, tokenizer_of(args))
     header["calibration_sha256"] = documents_sha256(documents)
@@ -164,9 +153,7 @@ def build_blocks(args: argparse.Namespace, manifest: dict, calibration: Calibrat
                  layers: list[dict[str, nn.Linear]], solve_layer: Callable, feed_forward: int | None, wandb=None
                  ) -> None:
     """Walk the blocks up to the last incomplete one: solve and save those that are incomplete, pass through others.
-
-    wandb: a run of Weights & Biases, which gets the seconds of every block and its layers' mean error at every level.
-    """
+    `wandb`, a run of Weights & Biases, gets every block's seconds and errors."""
     entries = manifest["layers"]
     incomplete = [i for i, block in enumerate(layers) if any(entries[name] is None for name in block)]
     began, seconds = time.time(), []
@@ -183,15 +170,15 @@ def build_blocks(args: argparse.Namespace, manifest: dict, calibration: Calibrat
                     levels = solve(name, weight, hessians.pop(name), args, solve_layer, notes.append)
                     for written in writing.values():         # no more than one layer stays in memory for its file
                         written.result()
-                    writing[name] = writer.submit(write_layer, args.save_dir, name, tuple(weight.shape), levels)
+                    writing[name] = writer.submit(store.write_layer, args.save_dir, name, tuple(weight.shape), levels)
                 built = {name: written.result() for name, written in writing.items()}
                 for others, lines in distributed.gather((built, notes)):
                     entries.update(others)
                     print("".join(f"{line}\n" for line in lines), end="")
-                distributed.from_main(write_manifest)(args.save_dir, manifest)
+                distributed.from_main(store.write_manifest)(args.save_dir, manifest)
                 solved = time.time()
             if feed_forward is not None and index < incomplete[-1]:
-                database = Database(args.save_dir, finished=False)
+                database = store.Database(args.save_dir, finished=False)
                 for name, layer in layers[index].items():
                     layer.weight.data.copy_(database.weight(name, feed_forward, layer.weight.device))
             if index < incomplete[-1] and calibration.position == index:
@@ -203,23 +190,13 @@ def build_blocks(args: argparse.Namespace, manifest: dict, calibration: Calibrat
                   f"{args.calibration_tokens / (measured - started):,.0f} tokens/s; levels {solved - measured:.1f} s; "
                   f"left {timedelta(seconds=round(left))}", flush=True)
             if wandb:
-                wandb.log({"block": index, "calibration_seconds": measured - started,
-                           "levels_seconds": solved - measured,
-                           **mean_errors([entries[name] for name in layers[index]])})
+                wandb.log({"block": index, "seconds": solved - started,
+                           **{f"error of {name} at {level}": stored["error"] for name in layers[index]
+                              for level, stored in entries[name]["levels"].items()}})
         else:
             print(f"block {index + 1}/{len(layers)}: already built", flush=True)
     distributed.report_idle(time.time() - began)
     print(f"{args.save_dir}: finished, {len(entries)} layers in {timedelta(seconds=round(time.time() - began))}")
-
-
-def mean_errors(entries: list[dict]) -> dict[str, float]:
-    """"error at <level>" -> mean relative output error of the layers that have the level, as their manifest entries
-    have it."""
-    errors: dict[str, list[float]] = {}
-    for entry in entries:
-        for level, stored in entry["levels"].items():
-            errors.setdefault(f"error at {level}", []).append(stored["error"])
-    return {level: sum(values) / len(values) for level, values in errors.items()}
 
 
 def solve(name: str, weight: torch.Tensor, hessian: torch.Tensor | None, args: argparse.Namespace,
@@ -258,7 +235,7 @@ def choose_layers(decoder: Decoder, pattern: str | None, flag: str) -> list[dict
 
 def check_same(manifest: dict | None, header: dict, save_dir: Path) -> None:
     """Raises ValueError naming what differs when an earlier build in the folder was not this one."""
-    found = differences(manifest, header) if manifest is not None else []
+    found = store.differences(manifest, header) if manifest is not None else []
     if found:
         raise ValueError(f"--save_dir {save_dir}: holds another build, which differs in {', '.join(found)}; use "
                          f"another folder, or the same flags to resume it")
@@ -267,25 +244,25 @@ def check_same(manifest: dict | None, header: dict, save_dir: Path) -> None:
 @distributed.from_main
 def find_manifest(save_dir: Path) -> dict | None:
     """The manifest of an earlier build in the folder. Raises ValueError for database files without one."""
-    manifest = read_manifest(save_dir)
+    manifest = store.read_manifest(save_dir)
     if manifest is None and save_dir.exists():
-        check_no_foreign_files(save_dir, [])
+        store.check_no_foreign_files(save_dir, [])
     return manifest
 
 
 @distributed.from_main
 def start_writing(save_dir: Path, manifest: dict) -> None:
     """Write the manifest. Raises ValueError where the folder has files that are no layer's."""
-    check_no_foreign_files(save_dir, list(manifest["layers"]))
-    write_manifest(save_dir, manifest)
+    store.check_no_foreign_files(save_dir, list(manifest["layers"]))
+    store.write_manifest(save_dir, manifest)
 
 
 @distributed.from_main
 def forget_damaged(save_dir: Path, manifest: dict) -> dict:
     """The manifest with layers whose file is not the one that was built marked as not built; says so."""
     for name, entry in manifest["layers"].items():
-        if entry is not None and not intact(save_dir, manifest, name):
-            file = layer_file(save_dir, name)
+        if entry is not None and not store.intact(save_dir, manifest, name):
+            file = store.layer_file(save_dir, name)
             print(f"{file}: {'not the file that was built' if file.exists() else 'missing'}; building it again")
             manifest["layers"][name] = None
     return manifest

@@ -104,14 +104,16 @@ def add_configuration_flags(parser: argparse.ArgumentParser) -> None:
                        help="packed levels kept on the device (default: 0)")
 
 
-def open_database(args: argparse.Namespace, kind: str) -> Database:
-    """The database that --sparse_weights_path or --quant_weights_path names, by `kind`. Raises ValueError naming the
-    flag for one of the other kind."""
+def open_database(args: argparse.Namespace, kind: str, config=None) -> Database:
+    """The database that --sparse_weights_path or --quant_weights_path names, by `kind`. Raises ValueError for one of
+    the other kind, naming the flag, and for one of another model than `config` describes."""
     folder, method = getattr(args, f"{kind}_weights_path"), METHODS[kind]
     database = Database.open(folder)
     if database.method != method:
         raise ValueError(f"--{kind}_weights_path {folder}: holds {database.method} levels; build one with python -m "
                          f"database.{method}")
+    if config is not None:
+        database.check_model(config)
     return database
 
 

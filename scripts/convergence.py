@@ -12,11 +12,10 @@ import json
 import math
 import random
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from baselines.drop_scores import BATCH, without
+from baselines.drop_scores import measure_all, without
 from utils.configs import DROP_WORDS, drop_words, write_drop_config
 from utils.data import draw_minibatch
 from utils.errors import RunError, user_errors
@@ -79,21 +78,12 @@ def main(argv: list[str] | None = None) -> dict:
     fitness = Fitness(decoder, documents, lambda i, state: decoder.blocks[i].drop(*state),
                       microbatch_tokens=args.microbatch_tokens, progress="uncompressed model on calibration data")
     minibatch = draw_minibatch(documents, args.brute_force_tokens, random.Random(args.seed))
-    divergences: dict[str, float] = {}
     count = pairs_dropped(args.sparsity, num_blocks)
     total = math.comb(num_blocks // 2, count)
-    combinations = itertools.combinations(range(num_blocks // 2), count)
-    began = shown = time.time()
-    while batch := list(itertools.islice(combinations, BATCH)):
-        candidates = [without(tuple(block for pair in pairs for block in (2 * pair, 2 * pair + 1)), num_blocks)
-                      for pairs in batch]
-        for candidate, (value,) in zip(candidates, fitness.measure(candidates, minibatch)):
-            divergences[" ".join(drop_words(candidate))] = value
-        if time.time() - shown > 10:
-            shown = time.time()
-            print(f"brute force: {len(divergences):,} of {total:,}, "
-                  f"{(shown - began) * (total - len(divergences)) / len(divergences):.0f} s left", flush=True)
-
+    sets = (tuple(block for pair in pairs for block in (2 * pair, 2 * pair + 1))
+            for pairs in itertools.combinations(range(num_blocks // 2), count))
+    divergences = {" ".join(drop_words(without(dropped, num_blocks))): value
+                   for dropped, value in measure_all(fitness, sets, total, minibatch=minibatch).items()}
     ranked = sorted(divergences, key=divergences.get)
     ranks = [ranked.index(winner) + 1 for winner in winners]
     print(format_table([["generation", "rank of the best", "of", "KL", "optimum's KL"],

@@ -11,11 +11,10 @@ import itertools
 import json
 import math
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from baselines.drop_scores import BATCH, without
+from baselines.drop_scores import Blocks, measure_all, without
 from utils.configs import write_drop_config
 from utils.errors import RunError, user_errors
 from utils.files import check_writable, write_atomic
@@ -24,8 +23,6 @@ from utils.flags import add_calibration_flags, add_model_flags, check_calibratio
 from utils.inputs import decoder_of, documents_of, tokenizer_of
 from utils.model import load_config
 from utils.report import format_table
-
-Blocks = tuple[int, ...]
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -68,17 +65,8 @@ def main(argv: list[str] | None = None) -> list[tuple[float, Blocks, Blocks]]:
                       microbatch_tokens=args.microbatch_tokens, progress="uncompressed model on calibration data")
     sets = itertools.chain.from_iterable(itertools.combinations(range(num_blocks), size)
                                          for size in range(1, args.most + 1))
-    divergences: dict[Blocks, float] = {}
-    began = shown = time.time()
     total = count_sets(num_blocks, args.most)
-    while batch := list(itertools.islice(sets, BATCH)):
-        values = fitness.measure([without(dropped, num_blocks) for dropped in batch])
-        divergences.update((dropped, value) for (value,), dropped in zip(values, batch))
-        if time.time() - shown > 10:
-            shown = time.time()
-            print(f"{len(divergences):,} of {total:,} sets, "
-                  f"{(shown - began) * (total - len(divergences)) / len(divergences):.0f} s left", flush=True)
-
+    divergences = measure_all(fitness, sets, total)
     pairs = better_with_more(divergences)
     print(f"{len(pairs):,} pairs of {total:,} sets in which dropping one block more loses less")
     if not pairs:

@@ -154,7 +154,7 @@ def test_bad_input_ends_in_one_sentence_before_the_model_is_loaded(checkpoint, t
                                                                    sentence):
     monkeypatch.setattr(harness_manager, "__file__", str(tmp_path / "none" / "manager.py"))    # 14,000 files to read
     (tmp_path / "none").mkdir()
-    monkeypatch.setattr(eval_config, "load_decoder", None)
+    monkeypatch.setattr("utils.inputs.load_decoder", None)
     (tmp_path / "tasks").mkdir()
     for file in tasks.iterdir():
         (tmp_path / "tasks" / file.name).write_text(file.read_text())

@@ -16,7 +16,7 @@ import torch
 from utils import distributed
 from utils.decoder import BlockInputs, Decoder
 from utils.errors import RunError
-from utils.losses import Teacher, fused, teacher_distribution, token_losses
+from utils.losses import Teacher, fused, log_probabilities, plain_kl, teacher_distribution, token_losses
 
 Candidate = Sequence[Hashable]           # a state for every block, whatever `set_block` understands
 Row = list[tuple[int, int]]              # documents packed into one row: (index, length)
@@ -139,15 +139,14 @@ class Fitness:
     def divergence_of(self, other: "Fitness") -> float:
         """KL divergence, in nats a token, of another model, of as large a vocabulary, from this one on all documents,
         which are the same: from the hidden states of both as they were when these were created."""
-        sums = torch.zeros(len(self.documents), dtype=torch.float64)
+        sums, device = torch.zeros(len(self.documents), dtype=torch.float64), self.decoder.device
         for i, owner in enumerate(distributed.shares([len(document) for document in self.documents])):
             if owner == distributed.rank():
-                step = self._chunk_tokens()
-                for chunk, states in enumerate(self.teacher[i][:-1].split(step)):
-                    log_p = self._log_probabilities(states.to(self.decoder.device))
-                    other_states = other.teacher[i][chunk * step:][:len(states)].to(other.decoder.device)
-                    log_q = other._log_probabilities(other_states).to(log_p.device)
-                    sums[i] += torch.linalg.vecdot(log_p.exp(), log_p - log_q).sum(dtype=torch.float64).cpu()
+                parts = (fitness.teacher[i][:-1].split(self._chunk_tokens()) for fitness in (self, other))
+                for own, others in zip(*parts):
+                    log_p = log_probabilities(self._logits(own.to(device)))
+                    log_q = log_probabilities(other._logits(others.to(other.decoder.device))).to(device)
+                    sums[i] += plain_kl(log_p, log_p.exp(), log_q).sum(dtype=torch.float64).cpu()
         return sum(distributed.merge_(sums).tolist()) / sum(len(document) - 1 for document in self.documents)
 
     def _own_sums(self, candidates: Sequence[Candidate], batches: list[list[Row]],

@@ -106,12 +106,8 @@ def add_output_flags(parser: argparse.ArgumentParser, task: str) -> argparse._Ar
     group = parser.add_argument_group("output")
     group.add_argument("--output_dir", metavar="FOLDER",
                        help=f"of this run; the same command resumes it (default: runs/{task}-<hash of the flags>)")
-    add_wandb_flag(group)
-    return group
-
-
-def add_wandb_flag(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--log_wandb", action="store_true", help="log to Weights & Biases")
+    return group
 
 
 def flag_defaults(parser: argparse.ArgumentParser) -> dict:
@@ -140,20 +136,17 @@ def check_search_flags(args: argparse.Namespace) -> None:
     if min(survivors) < 1 or min(tokens) < 2:
         raise ValueError(f"--survivors_per_selection {_words(survivors)}, --tokens_per_selection {_words(tokens)}: "
                          f"at least 1 survivor and 2 tokens in every step are needed")
-    for flag in ("offspring", "screen", "population_size", "initially_generated", "max_mutations", "fixed_mutations",
-                 "microbatch_tokens", "kl_topk"):
-        value = getattr(args, flag, None)
-        if value is not None and value < 1:
-            raise ValueError(f"--{flag} {value}: must be at least 1")
-    for flag in ("generations", "eval_every", "refine"):
-        value = getattr(args, flag, None)
-        if value is not None and value < 0:
-            raise ValueError(f"--{flag} {value}: must be 0 or more")
-    for flag in ("calibration_sequence_length", "eval_sequence_length", "calibration_tokens", "eval_tokens",
-                 "initial_tokens"):
-        value = getattr(args, flag)
-        if value is not None and value < 2:
-            raise ValueError(f"--{flag} {value}: at least 2 are needed, one token to predict another")
+    for least, meaning, names in (
+            (1, "must be at least 1", ("offspring", "screen", "population_size", "initially_generated", "max_mutations",
+                                       "fixed_mutations", "microbatch_tokens", "kl_topk")),
+            (0, "must be 0 or more", ("generations", "eval_every", "refine")),
+            (2, "at least 2 are needed, one token to predict another",
+             ("calibration_sequence_length", "eval_sequence_length", "calibration_tokens", "eval_tokens",
+              "initial_tokens"))):
+        for flag in names:
+            value = getattr(args, flag, None)
+            if value is not None and value < least:
+                raise ValueError(f"--{flag} {value}: {meaning}")
     if survivors[0] > args.offspring:
         raise ValueError(f"--survivors_per_selection {_words(survivors)}: more survivors than the {args.offspring} "
                          f"--offspring; lower it or raise --offspring")

@@ -35,8 +35,7 @@ def evaluation_rows(evaluations: dict[str, dict[str, dict[str, float]]]) -> list
 
 
 def commit() -> str:
-    """The commit that results are of: its first digits, with a + where more than texts differ from it; "unknown"
-    outside a checkout."""
+    """The commit that results are of, in short, with a + where code differs from it; "unknown" outside a checkout."""
     def git(*arguments: str) -> str:
         return subprocess.run(["git", "-C", str(Path(__file__).parent), *arguments], capture_output=True, text=True,
                               check=True).stdout.strip()
