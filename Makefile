@@ -1,8 +1,9 @@
 # make setup: a virtual environment in .venv      make test: set-up, then the tests
 # make demo: set-up, then all three searches on the demo model      make lint: ruff, see ruff.toml
+# make test-kernels: Triton's kernels without a GPU, interpreted and compiled
 PYTHON ?= python3
 
-.PHONY: setup demo test lint tables-small clean
+.PHONY: setup demo test lint test-kernels tables-small clean
 
 setup: .venv/ready
 
@@ -21,6 +22,16 @@ test: setup
 
 lint: setup
 	.venv/bin/ruff check .
+
+# Triton goes beside the packages, not among them: the other tests are of what requirements.txt installs
+.venv/triton/ready: .venv/ready requirements-kernels.txt
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(@D) \
+	    -r requirements-kernels.txt
+	touch $@
+
+test-kernels: .venv/triton/ready
+	PYTHONPATH=.venv/triton TRITON_INTERPRET=1 .venv/bin/python -m pytest -q tests/test_kernels.py
+	PYTHONPATH=.venv/triton .venv/bin/python -m pytest -q -s tests/test_kernels_compiled.py
 
 clean:
 	rm -rf .venv

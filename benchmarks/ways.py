@@ -20,6 +20,7 @@ from utils import fitness as walk
 from utils.data import draw_minibatch
 from utils.decoder import Decoder
 from utils.fitness import Fitness
+from utils.losses import Teacher, teacher_distribution
 from utils.measurements import Measurements
 from utils.units import build_units
 
@@ -167,24 +168,26 @@ def compiled(generation: Generation) -> object:
 class ForEveryCandidate:
     """The teacher's distributions of a microbatch, computed again whenever one is asked for."""
 
-    def __init__(self, fitness: Fitness, rows: list):
+    def __init__(self, fitness: Fitness, rows: list, kinds: tuple[str, ...]):
+        self.kinds = kinds
         hidden_states = torch.cat([fitness.teacher[i][:length - 1] for row in rows for i, length in row])
         self.fitness, self.chunks = fitness, hidden_states.split(fitness._chunk_tokens())
 
     def __getitem__(self, chunk: int) -> torch.Tensor:
-        return self.fitness._log_probabilities(self.chunks[chunk].to(self.fitness.decoder.device))
+        hidden_states = self.chunks[chunk].to(self.fitness.decoder.device)
+        return teacher_distribution(self.fitness._logits(hidden_states), self.kinds)
 
 
 def without(generation: Generation) -> dict[str, object]:
     """What is switched off -> a patch that switches it off."""
-    def from_logits(fitness: Fitness, rows: list) -> list[torch.Tensor]:
+    def from_logits(fitness: Fitness, rows: list, kinds: tuple[str, ...]) -> list[Teacher]:
         logits = torch.cat([generation.logits[i][:length - 1] for row in rows for i, length in row])
-        return [chunk.to(fitness.decoder.device).float().log_softmax(-1)
+        return [teacher_distribution(chunk.to(fitness.decoder.device), kinds)
                 for chunk in logits.split(fitness._chunk_tokens())]
 
     patches = {"prefixes shared": patch.object(walk, "_first_difference", lambda a, b: 0),
                "teacher shared": patch.object(Fitness, "_teacher_distributions",
-                                                lambda fitness, rows: ForEveryCandidate(fitness, rows)),
+                                                lambda *arguments: ForEveryCandidate(*arguments)),
                "hidden states stored": patch.object(Fitness, "_teacher_distributions", from_logits),
                "head in chunks": patch.object(Fitness, "_chunk_tokens", lambda fitness: 2**40),
                "documents packed": patch.object(generation.decoder, "packed_rows", 0)}

@@ -29,6 +29,15 @@ def quantize_columns(w: torch.Tensor, u: torch.Tensor, scale: torch.Tensor, zero
                                           num_warps=4)
 
 
+def try_out(device: torch.device) -> None:
+    """Compile and launch both kernels on one column; raises what that raises."""
+    w, err, scale, zero = torch.ones(4, 1, 8, device=device).unbind()
+    bytes_ = torch.zeros(1, 8, dtype=torch.uint8, device=device)
+    quantize_columns(w, scale[:, :1], scale, zero, scale[0], err, bytes_)
+    prune_columns(w, scale[:, :1], bytes_.view(torch.bool), err)
+    torch.cuda.synchronize(device)
+
+
 @triton.jit
 def _updated_column(w, u, err, j, row, inside, w_stride, u_stride, err_stride):
     column = tl.load(w + j * w_stride + row, mask=inside, other=0.0)

@@ -5,11 +5,12 @@ bits first, and only the last byte of a plane is padded. A b-bit code is split i
 binary digits of b, widest plane first, holding the code's lowest bits), so it costs exactly b bits on disk and on the
 device.
 """
-from functools import cache
-
 import torch
 import torch.nn.functional as F
 
+from utils.kernels import kernels
+
+KERNELS = "database.unpack_kernels"
 Packed = dict[str, torch.Tensor]
 
 
@@ -49,13 +50,15 @@ def pack_sparse(weight: torch.Tensor, keep: torch.Tensor) -> Packed:
     return {"mask": pack_bits(keep.to(torch.uint8), 1), "values": weight.masked_select(keep)}
 
 
-def unpack_sparse(packed: Packed, shape: tuple[int, int]) -> torch.Tensor:
-    """Weight [out, in] in the dtype of the stored values, zero where pruned."""
-    if kernels := _kernels(packed["mask"].device):
-        return kernels.unpack_sparse(packed, shape)
+def unpack_sparse(packed: Packed, shape: tuple[int, int], out: torch.Tensor | None = None) -> torch.Tensor:
+    """Weight [out, in], zero where pruned, in the dtype of the stored values; or in that of `out` (contiguous), which
+    is written then."""
+    if module := kernels(KERNELS, packed["mask"].device):
+        return module.unpack_sparse(packed, shape, out)
     keep = unpack_bits(packed["mask"], 1, shape[0] * shape[1]).bool()
     weight = packed["values"].new_zeros(keep.shape)
-    return weight.masked_scatter_(keep, packed["values"]).view(shape)
+    weight = weight.masked_scatter_(keep, packed["values"]).view(shape)
+    return weight if out is None else out.copy_(weight)
 
 
 def pack_quantized(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, bits: int) -> Packed:
@@ -63,12 +66,15 @@ def pack_quantized(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tenso
     return {"codes": pack_bits(codes, bits), "scales": scales, "zeros": zeros}
 
 
-def unpack_quantized(packed: Packed, shape: tuple[int, int], bits: int, group_size: int) -> torch.Tensor:
-    """scale * (code - zero), float32 [out, in] and exact."""
-    if kernels := _kernels(packed["codes"].device):
-        return kernels.unpack_quantized(packed, shape, bits, group_size)
+def unpack_quantized(packed: Packed, shape: tuple[int, int], bits: int, group_size: int,
+                     out: torch.Tensor | None = None) -> torch.Tensor:
+    """scale * (code - zero), float32 [out, in] and exact; or rounded to the dtype of `out` (contiguous), which is
+    written then."""
+    if module := kernels(KERNELS, packed["codes"].device):
+        return module.unpack_quantized(packed, shape, bits, group_size, out)
     codes = unpack_bits(packed["codes"], bits, shape[0] * shape[1]).view(shape)
-    return dequantize(codes, packed["scales"], packed["zeros"], group_size)
+    weight = dequantize(codes, packed["scales"], packed["zeros"], group_size)
+    return weight if out is None else out.copy_(weight)
 
 
 def unpack_codes(packed: Packed, shape: tuple[int, int], bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -87,15 +93,3 @@ def dequantize(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, g
 
 def _plane_widths(bits: int) -> list[int]:
     return [width for width in (8, 4, 2, 1) if bits & width]
-
-
-@cache
-def _kernels(device: torch.device):
-    """The Triton kernels where they can run, else None."""
-    if device.type != "cuda":
-        return None
-    try:
-        from database import unpack_kernels
-    except ImportError:
-        return None
-    return unpack_kernels

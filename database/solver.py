@@ -7,11 +7,13 @@ blocks of columns, `block_size` and then a few, so that nearly all of them are m
 laziness changes the result.
 """
 from collections.abc import Iterable, Iterator
-from functools import cache
 
 import torch
 
+from utils.kernels import kernels
+
 MAX_RELATIVE_DAMPING = 1.0
+KERNELS = "database.kernels"
 NOISE = 1e-7                     # of the mean diagonal: smaller pivots are rounding errors of the float32 Hessian
 
 
@@ -57,7 +59,7 @@ def lazy_sweep(w: torch.Tensor, u: torch.Tensor, block_size: int, group_size: in
     The consumer compresses w[columns] in place and fills err [columns, rows] (see `prune_columns`). At a block's first
     columns the whole block is up to date, and at a group's first column the whole group.
     """
-    inner = 128 if _kernels(w.device) else 16
+    inner = 128 if kernels(KERNELS, w.device) else 16
     blocks = list(spans(0, len(w), block_size, group_size))
     buffer = w.new_empty(max(block.stop - block.start for block in blocks), w.shape[1])
     for block in blocks:
@@ -71,8 +73,8 @@ def lazy_sweep(w: torch.Tensor, u: torch.Tensor, block_size: int, group_size: in
 
 def prune_columns(w: torch.Tensor, u: torch.Tensor, keep: torch.Tensor, err: torch.Tensor) -> None:
     """Zero what is not kept, column after column. w [n, rows] and err [n, rows] are written; u [n, n], keep bool."""
-    if kernels := _kernels(w.device):
-        return kernels.prune_columns(w, u, keep, err)
+    if module := kernels(KERNELS, w.device):
+        return module.prune_columns(w, u, keep, err)
     for j, (weight, kept, e, d) in enumerate(zip(w, keep, err, u.diagonal())):
         column = torch.addmm(weight[None], u[:j, j:j + 1].T, err[:j], alpha=-1)[0]
         torch.mul(column, kept, out=weight)
@@ -85,8 +87,8 @@ def quantize_columns(w: torch.Tensor, u: torch.Tensor, scale: torch.Tensor, zero
 
     w, err and codes (uint8) [n, rows] are written; u [n, n]; scale and zero float32 [n, rows]; top float32 [rows].
     """
-    if kernels := _kernels(w.device):
-        return kernels.quantize_columns(w, u, scale, zero, top, err, codes)
+    if module := kernels(KERNELS, w.device):
+        return module.quantize_columns(w, u, scale, zero, top, err, codes)
     steps = torch.empty_like(w)      # of the grid, counted from zero
     for j, (weight, step, least, most, e, d) in enumerate(zip(w, steps, -zero, top - zero, err, u.diagonal())):
         column = torch.addmm(weight[None], u[:j, j:j + 1].T, err[:j], alpha=-1)[0]
@@ -108,15 +110,3 @@ def output_errors(w: torch.Tensor, levels: Iterable[torch.Tensor], hessian: torc
 
     energies = torch.stack([energy(w)] + [energy(w - level) for level in levels]).tolist()
     return [error / energies[0] if energies[0] > 0 else 0.0 for error in energies[1:]]
-
-
-@cache
-def _kernels(device: torch.device):
-    """The Triton kernels where they can run, else None."""
-    if device.type != "cuda":
-        return None
-    try:
-        from database import kernels
-    except ImportError:
-        return None
-    return kernels

@@ -123,11 +123,11 @@ class Database:
         parts = ("mask", "values") if self.method == "sparsegpt" else ("codes", "scales", "zeros")
         return {part: self._files[name].get_tensor(f"{level}.{part}").to(device) for part in parts}
 
-    def unpack(self, name: str, level: int, packed: packing.Packed) -> torch.Tensor:
-        """Weight [out, in] on the device of `packed`."""
+    def unpack(self, name: str, level: int, packed: packing.Packed, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Weight [out, in] on the device of `packed`; into `out`, which may have another dtype, where it is given."""
         if self.method == "sparsegpt":
-            return packing.unpack_sparse(packed, self.shape(name))
-        return packing.unpack_quantized(packed, self.shape(name), level, self.group_size(name))
+            return packing.unpack_sparse(packed, self.shape(name), out)
+        return packing.unpack_quantized(packed, self.shape(name), level, self.group_size(name), out)
 
     def _level(self, name: str, level: int) -> dict:
         try:
@@ -147,8 +147,11 @@ class LevelCache:
 
     def copy_(self, parameter: nn.Parameter, name: str, level: int) -> None:
         """Unpack a level into `parameter.data` ([out, in], on the cache's device), rounded to the cache's dtype."""
-        weight = self.database.unpack(name, level, self._packed(name, level))
-        parameter.data.copy_(weight.to(self.dtype))
+        packed, weight = self._packed(name, level), parameter.data
+        if weight.dtype == self.dtype and weight.is_contiguous():
+            self.database.unpack(name, level, packed, weight)
+        else:
+            weight.copy_(self.database.unpack(name, level, packed).to(self.dtype))
 
     def give_back(self) -> int:
         """Drop all levels and from now on keep half as many bytes as they took; returns those. For when memory does not

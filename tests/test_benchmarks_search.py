@@ -87,7 +87,7 @@ def test_switched_off_means_switched_off(tmp_path):
     def run(ingredient=None):
         played.forget_loaded()
         fitness.blocks_run = played.switcher.switches = 0
-        with patch.object(fitness, "_log_probabilities", side_effect=fitness._log_probabilities) as heads:
+        with patch.object(fitness, "_logits", side_effect=fitness._logits) as heads:
             if ingredient is None:
                 ways.here(played)
             else:

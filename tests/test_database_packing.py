@@ -1,6 +1,4 @@
 """Packed levels come back bit for bit, and take no more room than promised."""
-import os
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -80,33 +78,3 @@ def test_bitwidths_2_to_6_at_group_128_take_2_8_bytes_a_weight():
         scales = torch.ones(out, columns // 128, dtype=torch.float16)
         total += nbytes(pack_quantized(codes, scales, scales.to(torch.uint8), bits))
     assert total <= 2.8 * out * columns
-
-
-@pytest.fixture(scope="module")
-def kernels():
-    pytest.importorskip("triton", reason="Triton comes with torch for CUDA")
-    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("no GPU; TRITON_INTERPRET=1 runs the kernels without one")
-    from database import unpack_kernels
-    return unpack_kernels
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (3, 37), (64, 128), (40, 96)])
-@pytest.mark.parametrize("bits", range(1, 9))
-def test_kernel_unpacks_codes_as_torch_does(kernels, bits, shape):
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    codes = torch.randint(2**bits, shape, dtype=torch.uint8)
-    for rows, group_size in ((shape[0], 32), (shape[0], shape[1]), (1, 16)):
-        scales = torch.rand(rows, -(-shape[1] // group_size)).half()
-        packed = pack_quantized(codes, scales, torch.randint(2**bits, scales.shape, dtype=torch.uint8), bits)
-        unpacked = kernels.unpack_quantized({part: t.to(device) for part, t in packed.items()}, shape, bits, group_size)
-        assert torch.equal(unpacked.cpu(), unpack_quantized(packed, shape, bits, group_size))
-
-
-@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
-@pytest.mark.parametrize("shape", [(1, 1), (3, 37), (64, 128)])
-def test_kernel_unpacks_sparse_levels_as_torch_does(kernels, shape, share):
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    packed = pack_sparse(torch.randn(shape).half(), torch.rand(shape) < share)
-    unpacked = kernels.unpack_sparse({part: t.to(device) for part, t in packed.items()}, shape)
-    assert torch.equal(unpacked.cpu(), unpack_sparse(packed, shape))

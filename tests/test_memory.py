@@ -209,6 +209,16 @@ def test_other_errors_are_not_taken_for_it(memory):
         Fitness(decoder, documents(), drop(decoder))
 
 
+@pytest.mark.parametrize("message", [
+    "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call",
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    "cuDNN error: CUDNN_STATUS_ALLOC_FAILED", "Triton Error [CUDA]: out of memory"])
+def test_a_devices_libraries_run_out_of_memory_in_words_of_their_own(message):
+    assert out_of_memory(RuntimeError(message))
+    assert out_of_memory(torch.AcceleratorError(message))
+    assert not out_of_memory(ValueError(message))                       # of ours: what is said once all has been tried
+
+
 def test_the_cpus_own_allocator_is_recognised():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60, dtype=torch.uint8)

@@ -12,11 +12,11 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
-import torch.nn.functional as F
 
 from utils import distributed
 from utils.decoder import BlockInputs, Decoder
 from utils.errors import RunError
+from utils.losses import Teacher, fused, teacher_distribution, token_losses
 
 Candidate = Sequence[Hashable]           # a state for every block, whatever `set_block` understands
 Row = list[tuple[int, int]]              # documents packed into one row: (index, length)
@@ -173,7 +173,7 @@ class Fitness:
         targets = input_ids.flatten()[predicting + 1].to(self.decoder.device)
         predicting = predicting.to(self.decoder.device)
         inputs = self._block_inputs(input_ids, position_ids)
-        teacher = self._teacher_distributions(rows) if set(kinds) & {"kl", "sparse_kl"} else None
+        teacher = self._teacher_distributions(rows, kinds) if set(kinds) & {"kl", "sparse_kl"} else None
         sums = torch.zeros(len(lengths), len(candidates), len(kinds), dtype=torch.float64, device=self.decoder.device)
         walk = self._block_by_block if self.decoder.offloaded else self._candidate_by_candidate
         for current, hidden_states in walk(candidates, inputs):
@@ -221,36 +221,23 @@ class Fitness:
         self.blocks_run += 1
         return self.decoder.run_block(index, hidden_states, inputs)
 
-    def _losses(self, hidden_states: torch.Tensor, teacher: list[torch.Tensor] | None, targets: torch.Tensor,
+    def _losses(self, hidden_states: torch.Tensor, teacher: list[Teacher] | None, targets: torch.Tensor,
                 kinds: Sequence[str]) -> torch.Tensor:
         """Of each kind at each predicted token, float64 [predicted, kinds]; hidden_states [predicted, hidden]."""
-        losses = torch.empty(len(hidden_states), len(kinds), dtype=torch.float64, device=hidden_states.device)
         step = self._chunk_tokens()
-        for chunk, start in enumerate(range(0, len(hidden_states), step)):
-            log_q = self._log_probabilities(hidden_states[start:start + step])
-            log_p = teacher[chunk] if teacher is not None else None
-            for k, kind in enumerate(kinds):
-                if kind == "ppl":
-                    values = F.nll_loss(log_q, targets[start:start + step], reduction="none")
-                elif kind == "sparse_kl":
-                    top, indices = log_p.topk(min(self.kl_topk, log_p.shape[-1]), dim=-1)
-                    top = top.log_softmax(-1)
-                    values = (top.exp() * (top - log_q.gather(-1, indices).log_softmax(-1))).sum(-1)
-                else:
-                    values = torch.linalg.vecdot(log_p.exp(), log_p - log_q)
-                losses[start:start + step, k] = values
-        return losses
+        return torch.cat([token_losses(self._logits(hidden_states[start:start + step]),
+                                       teacher[chunk] if teacher is not None else None, targets[start:start + step],
+                                       kinds, self.kl_topk)
+                          for chunk, start in enumerate(range(0, len(hidden_states), step))])
 
-    def _teacher_distributions(self, rows: list[Row]) -> list[torch.Tensor]:
-        """Log-probabilities [chunk, vocabulary] at the microbatch's predicted tokens."""
+    def _teacher_distributions(self, rows: list[Row], kinds: Sequence[str]) -> list[Teacher]:
+        """What losses of these kinds are computed from, by chunk of the microbatch's predicted tokens."""
         hidden_states = torch.cat([self.teacher[i][:length - 1] for row in rows for i, length in row])
-        return [self._log_probabilities(chunk.to(self.decoder.device, non_blocking=True))
+        return [teacher_distribution(self._logits(chunk.to(self.decoder.device, non_blocking=True)), kinds)
                 for chunk in hidden_states.split(self._chunk_tokens())]
 
-    def _log_probabilities(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """float32 (float64 for a float64 model): half precision loses the small divergences that matter here."""
-        logits = self.decoder.logits(hidden_states[None])[0]
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.decoder.logits(hidden_states[None])[0]
 
     def _chunk_tokens(self) -> int:
         """Tokens whose logits are in memory at once: 256 MB of float32 on a GPU, what a cache holds on a CPU."""
@@ -356,8 +343,11 @@ def assemble(documents: list[torch.Tensor], rows: list[Row]
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether a device, or a CPU's allocator, which has no exception of its own, ran out of memory."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    """Whether a device ran out of memory, or a CPU's allocator, which has no exception of its own. On a device it may
+    be torch's allocator, the driver, cuBLAS, cuDNN or Triton that says so."""
+    words = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words))
 
 
 def storage_for(num_bytes: int, device: torch.device, share: float) -> torch.device:
@@ -382,7 +372,7 @@ def default_microbatch_tokens(decoder: Decoder) -> int:
     decoder.run_block(0, inputs.hidden_states, inputs)
     a_token = ((torch.cuda.max_memory_allocated(device) - before) / trial
                + len(decoder.blocks) * config.hidden_size * decoder.dtype.itemsize      # the inputs of all blocks
-               + 4 * config.vocab_size)                                                # the teacher's distribution
+               + config.vocab_size * (decoder.dtype.itemsize if fused(device, decoder.dtype) else 8))    # the teacher's
     return min(distributed.gather(min(8192, max(512, int(room / a_token) // 512 * 512))))   # processes agree
 
 
