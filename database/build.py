@@ -4,6 +4,7 @@ import hashlib
 import re
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -24,8 +25,8 @@ from utils.runs import open_wandb
 
 # what decides where and how a build runs or what it is called, but not what is built
 NOT_COMPARED = ("model_name_or_path", "tokenizer_name", "use_fast_tokenizer", "device", "trust_remote_code", "save_dir",
-                "cpu_offload_modules", "cpu_offload_activations", "verbose", "low_cpu_mem_usage", "pre_block_modules",
-                "block_modules", "post_block_modules", "log_wandb")
+                "cpu_offload_modules", "cpu_offload_activations", "activations_dir", "verbose", "low_cpu_mem_usage",
+                "pre_block_modules", "block_modules", "post_block_modules", "log_wandb")
 
 
 def add_build_flags(parser: argparse.ArgumentParser, layers_flag: str) -> None:
@@ -44,6 +45,10 @@ def add_build_flags(parser: argparse.ArgumentParser, layers_flag: str) -> None:
     group.add_argument("--cpu_offload_activations", action="store_true",
                        help="keep only the working microbatch's hidden states on the device, as is done anyway where "
                             "they would take more than half of what is free there")
+    group.add_argument("--activations_dir", type=Path, metavar="DIR",
+                       help="keep the other microbatches' hidden states in files there, not in memory, where the host "
+                            "has too little: 2 bytes times tokens times hidden size, e.g. 69 GB for 8B models at the "
+                            "default tokens; the files are gone when the build ends, however it ends")
     group.add_argument("--verbose", action="store_true", help="print every layer's errors")
     group.add_argument("--log_wandb", action="store_true", help="log to Weights & Biases")
     ignored = parser.add_argument_group("accepted and ignored")
@@ -119,6 +124,8 @@ def build(args: argparse.Namespace, method: str, layers_flag: str, solve_layer: 
             return
 
     check_writable(args.save_dir, "--save_dir")
+    if args.activations_dir:
+        check_writable(args.activations_dir, "--activations_dir")
     wandb = open_wandb(args.log_wandb, vars(args))
     device = default_device(args.device)
     home, dtype = device, args.dtype
@@ -133,7 +140,7 @@ def build(args: argparse.Namespace, method: str, layers_flag: str, solve_layer: 
         manifest = {**header, "layers": {name: None for block in layers for name in block}}
     start_writing(args.save_dir, manifest)
     calibration = Calibration(decoder, documents, device, args.microbatch_tokens, home != device,
-                              args.cpu_offload_activations)
+                              args.cpu_offload_activations, args.activations_dir)
     build_blocks(args, manifest, calibration, layers, solve_layer, feed_forward, wandb)
 
 
@@ -145,17 +152,21 @@ def build_blocks(args: argparse.Namespace, manifest: dict, calibration: Calibrat
     entries = manifest["layers"]
     incomplete = [i for i, block in enumerate(layers) if any(entries[name] is None for name in block)]
     began, seconds = time.time(), []
+    writer = ThreadPoolExecutor(1)
     for index in range(incomplete[-1] + 1):
         started = time.time()
         with calibration.working(index):
             if index in incomplete:
                 hessians = calibration.measure(layers[index], advance=feed_forward is None)
                 measured = time.time()
-                built, notes = {}, []
+                writing, notes = {}, []
                 for name in list(hessians):                  # the layers of the block that this process solves
                     weight = layers[index][name].weight
                     levels = solve(name, weight, hessians.pop(name), args, solve_layer, notes.append)
-                    built[name] = store.write_layer(args.save_dir, name, tuple(weight.shape), levels)
+                    for written in writing.values():         # no more than one layer stays in memory for its file
+                        written.result()
+                    writing[name] = writer.submit(store.write_layer, args.save_dir, name, tuple(weight.shape), levels)
+                built = {name: written.result() for name, written in writing.items()}
                 for others, lines in distributed.gather((built, notes)):
                     entries.update(others)
                     print("".join(f"{line}\n" for line in lines), end="")

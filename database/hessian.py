@@ -1,15 +1,17 @@
 """Calibration pass: documents walk through the model block by block and leave a Hessian for every layer input."""
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import nn
 
+from database.hidden_states import HiddenStates
 from database.solver import spans
 from utils import distributed
 from utils.decoder import BlockInputs, Decoder
 from utils.errors import RunError
-from utils.fitness import assemble, default_microbatch_tokens, microbatches, out_of_memory, storage_for
+from utils.fitness import Row, assemble, default_microbatch_tokens, microbatches, out_of_memory, storage_for
 
 CHUNKS = 32                      # of the calibration tokens, dealt out to the processes; no more can share a pass
 SLAB = 2**24                     # elements of a Hessian that travel at once
@@ -17,18 +19,19 @@ COLUMN = 2**20                   # operations in the time that solving a column 
 
 
 class Calibration:
-    """The hidden states of all calibration documents at the input of one block, `position`, after another.
+    """A pass of all calibration documents through the blocks, which are at the input of block `position` together.
 
-    Several processes hold those of some chunks each. A Hessian is summed over every chunk, then over the chunks in
-    their order, so that it is the same to the bit whatever the number of processes. Where memory does not suffice for
-    a chunk, the same again with half as many tokens in a microbatch, from then on.
+    Several processes have some chunks each. A Hessian is summed over every chunk, then over the chunks in their order,
+    so that it is the same to the bit whatever the number of processes. Where memory does not suffice for a chunk, the
+    same again with half as many tokens in a microbatch, from then on.
     """
 
     def __init__(self, decoder: Decoder, documents: list[torch.Tensor], device: torch.device,
                  microbatch_tokens: int | None = None, offload_modules: bool = False,
-                 offload_activations: bool = False):
+                 offload_activations: bool = False, activations_dir: Path | None = None):
         """With `offload_modules` the blocks live on the CPU and only the working one is on `device`; with
-        `offload_activations` only the working microbatch is, as where the device has no room for more."""
+        `offload_activations` only the working microbatch is, as where the device has no room for more. With
+        `activations_dir` all others are in files there."""
         self.decoder, self.documents, self.device = decoder, documents, device
         self.offload_modules = offload_modules
         if offload_modules:
@@ -36,13 +39,16 @@ class Calibration:
         whole = [(i, len(document)) for i, document in enumerate(documents)]
         with self.working(0):                        # which may be tried out
             self.microbatch_tokens = microbatch_tokens or default_microbatch_tokens(decoder)
-        self.rows = microbatches(whole, self.microbatch_tokens, decoder.packed_rows)
-        owners = distributed.shares([sum(length for row in rows for _, length in row) for rows in self.rows], CHUNKS)
-        self.chunks = [[i for i, owner in enumerate(owners) if owner == chunk] for chunk in sorted(set(owners))]
+        batches = microbatches(whole, self.microbatch_tokens, decoder.packed_rows)
+        owners = distributed.shares([_tokens(rows) for rows in batches], CHUNKS)
+        self.chunks = [[rows for rows, owner in zip(batches, owners) if owner == chunk]      # their microbatches
+                       for chunk in sorted(set(owners))]
         width = decoder.config.get_text_config(decoder=True).hidden_size * decoder.dtype.itemsize
         own = sum(map(len, documents)) * width // min(distributed.world_size(), len(self.chunks))
-        self.storage = torch.device("cpu") if offload_activations else storage_for(own, device, 1 / 2)
-        self.hidden_states: list[torch.Tensor | None] = [None] * len(self.rows)
+        storage = (torch.device("cpu") if offload_activations or activations_dir
+                   else storage_for(own, device, 1 / 2))
+        self.hidden_states = HiddenStates([sum(map(_tokens, chunk)) for chunk in self.chunks], storage, device,
+                                          max(map(_tokens, batches)), activations_dir)
         self.position = 0
 
     @contextmanager
@@ -72,77 +78,74 @@ class Calibration:
         """
         count = distributed.world_size()
         for first in range(0, len(self.chunks), count):          # a chunk for every process at a time
-            for chunk in self.chunks[first:first + count][distributed.rank():][:1]:
+            chunk = first + distributed.rank()
+            if chunk < len(self.chunks):
                 self._run_chunk(chunk, advance, hessians)
             if hessians:
                 hessians.end_chunk()
         self.position += advance
 
-    def _run_chunk(self, chunk: list[int], advance: bool, hessians: "InputHessians | None") -> None:
+    def _run_chunk(self, chunk: int, advance: bool, hessians: "InputHessians | None") -> None:
         while True:
-            self._split(chunk)
-            leaving, failure = {}, None          # the outputs take the inputs' place when all are there
-            for i in chunk:
-                try:
-                    output = self._run_microbatch(i)
-                    if advance:
-                        leaving[i] = output.to(self.storage)
-                except (RuntimeError, MemoryError) as error:
-                    if not out_of_memory(error):
-                        raise
-                    failure = (str(error) or type(error).__name__).splitlines()[0]
-                output = None
-                if hessians:
-                    hessians.end_microbatch()
-                if failure:
-                    break
+            self.chunks[chunk] = [part for rows in self.chunks[chunk] for part in self._within_limit(rows)]
+            done, failure = self._try_chunk(chunk, advance, hessians)
             if failure is None:
-                for i, hidden_states in leaving.items():
-                    self.hidden_states[i] = hidden_states
                 return
-            if len(self.rows[i]) == 1:
-                tokens = sum(length for _, length in self.rows[i][0])
-                raise RunError(f"out of memory with a single row of {tokens} tokens ({failure}); use "
+            rows = self.chunks[chunk][done]
+            if len(rows) == 1:
+                raise RunError(f"out of memory with a single row of {_tokens(rows)} tokens ({failure}); use "
                                f"--cpu_offload_modules and --cpu_offload_activations, or a shorter "
                                f"--calibration_sequence_length in another --save_dir")
+            self.hidden_states.abandon()
             if hessians:
                 hessians.forget_chunk()
-            leaving.clear()
             if self.device.type == "cuda":
-                torch.cuda.empty_cache()         # outside of except: the block's tensors are gone
-            before = sum(length for row in self.rows[i] for _, length in row)
-            self.microbatch_tokens = before // 2
-            print(f"out of memory: from now on at most {self.microbatch_tokens} tokens at once instead of {before}",
-                  flush=True)
+                torch.cuda.empty_cache()         # outside of except and of what it was in: the block's tensors are gone
+            self.microbatch_tokens = _tokens(rows) // 2
+            print(f"out of memory: from now on at most {self.microbatch_tokens} tokens at once instead of "
+                  f"{_tokens(rows)}", flush=True)
 
-    def _split(self, chunk: list[int]) -> None:
-        """Split the microbatches of a chunk that have more tokens than they may, by their rows."""
-        for place in reversed(range(len(chunk))):
-            rows, states = self.rows[chunk[place]], self.hidden_states[chunk[place]]
-            count = max(1, self.microbatch_tokens // sum(length for _, length in rows[0]))
-            if len(rows) <= count:
-                continue
-            starts = range(0, len(rows), count)
-            added = range(len(self.rows), len(self.rows) + len(starts) - 1)
-            self.rows += [rows[start:start + count] for start in starts[1:]]
-            self.hidden_states += [None if states is None else states[start:start + count].clone()
-                                   for start in starts[1:]]
-            self.rows[chunk[place]] = rows[:count]
-            if states is not None:
-                self.hidden_states[chunk[place]] = states[:count].clone()
-            chunk[place + 1:place + 1] = added
+    def _try_chunk(self, chunk: int, advance: bool, hessians: "InputHessians | None") -> tuple[int, str | None]:
+        """Run the block over a chunk. Returns its microbatches that are done, and what was said where memory did not
+        suffice for one more."""
+        batches = self.chunks[chunk]
+        done = start = 0
+        try:
+            for entering in self.hidden_states.arrivals(chunk, [(len(rows), _tokens(rows[:1])) for rows in batches]):
+                # masks and rotary embeddings are made anew for every block: kept, they could outweigh the hidden states
+                inputs = self._block_inputs(batches[done])
+                output = self.decoder.run_block(self.position, inputs.hidden_states if entering is None else entering,
+                                                inputs)
+                if advance:
+                    self.hidden_states.depart(start, output)
+                if hessians:
+                    hessians.end_microbatch()
+                start += _tokens(batches[done])
+                done += 1
+            if advance:
+                self.hidden_states.advance(chunk)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            if hessians:
+                hessians.end_microbatch()
+            return min(done, len(batches) - 1), (str(error) or type(error).__name__).splitlines()[0]
+        return done, None
 
-    def _run_microbatch(self, i: int) -> torch.Tensor:
-        # masks and rotary embeddings are made anew for every block: kept, they could outweigh the hidden states
-        inputs = self._block_inputs(self.rows[i])
-        entering = inputs.hidden_states if self.hidden_states[i] is None else self.hidden_states[i]
-        return self.decoder.run_block(self.position, entering.to(self.device), inputs)
+    def _within_limit(self, rows: list[Row]) -> list[list[Row]]:
+        """A microbatch, or parts of it where it has more tokens than it may."""
+        count = max(1, self.microbatch_tokens // _tokens(rows[:1]))
+        return [rows[start:start + count] for start in range(0, len(rows), count)]
 
-    def _block_inputs(self, rows: list) -> BlockInputs:
+    def _block_inputs(self, rows: list[Row]) -> BlockInputs:
         """What the blocks are given, on the device."""
         input_ids, position_ids, _ = assemble(self.documents, rows)
         return self.decoder.block_inputs(input_ids.to(self.device),
                                          None if position_ids is None else position_ids.to(self.device))
+
+
+def _tokens(rows: list[Row]) -> int:
+    return sum(length for row in rows for _, length in row)
 
 
 class InputHessians:

@@ -90,7 +90,7 @@ def test_offloading_changes_nothing(offload):
         for block in decoder.blocks[:2]:
             with calibration.working(block.index):
                 hessians = calibration.measure(block.layers, advance=True)
-        assert all(states.is_cuda != activations for states in calibration.hidden_states)
+        assert all(states.is_cuda != activations for states in calibration.hidden_states.chunks)
         measured = [hessian.cpu() for hessian in hessians.values()]
         assert expected is None or all(torch.allclose(a, b, rtol=1e-4) for a, b in zip(expected, measured, strict=True))
         expected = measured
