@@ -1,6 +1,7 @@
 """Calibration pass: documents walk through the model block by block and leave a Hessian for every layer input."""
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -265,13 +266,34 @@ def _inconsistent(name: str, *sources: str) -> str:
 def add_outer_products(hessian: torch.Tensor, x: torch.Tensor) -> None:
     """Add xᵀx to the upper triangle of `hessian` (float32 [in, in]; what is below it is undefined), x [tokens, in].
 
-    Half precision is exact in TF32, so tensor cores lose nothing there: products and sums are float32.
+    Half precision loses nothing on tensor cores, which multiply it exactly and add in float32: as it is where the
+    device has such products, else in TF32, which holds it, at half the rate.
     """
     half = x.dtype in (torch.float16, torch.bfloat16)
+    if half and sums_half_precision_in_float32(x.device, x.dtype):
+        for rows in spans(0, len(hessian), max(256, len(hessian) // 8)):
+            upper = hessian[rows, rows.start:]
+            torch.addmm(upper, x[:, rows].T, x[:, rows.start:], torch.float32, out=upper)
+        return
     x = x.float()
     with _matmul_precision("tf32" if half else "ieee"):
         for rows in spans(0, len(hessian), max(256, len(hessian) // 8)):
             hessian[rows, rows.start:].addmm_(x[:, rows].T, x[:, rows.start:])
+
+
+@cache
+def sums_half_precision_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a device has products of half precision with sums in float32, found out by a sum beyond the former."""
+    if device.type != "cuda":
+        return False
+    x, total = torch.full((4096, 16), 7.0, dtype=dtype, device=device), torch.ones(16, 32, device=device)[:, 16:]
+    try:
+        torch.addmm(total, x.T, x, torch.float32, out=total)
+    except (RuntimeError, TypeError) as error:
+        if out_of_memory(error):
+            raise
+        return False
+    return bool((total == 4096 * 49 + 1).all())
 
 
 @contextmanager

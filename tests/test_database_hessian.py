@@ -3,7 +3,7 @@ import pytest
 import torch
 
 import families
-from database.hessian import Calibration, add_outer_products
+from database.hessian import Calibration, add_outer_products, sums_half_precision_in_float32
 from utils.decoder import Decoder
 
 
@@ -94,3 +94,25 @@ def test_offloading_changes_nothing(offload):
         measured = [hessian.cpu() for hessian in hessians.values()]
         assert expected is None or all(torch.allclose(a, b, rtol=1e-4) for a, b in zip(expected, measured, strict=True))
         expected = measured
+
+
+@pytest.mark.parametrize("columns", [1, 255, 700])
+def test_products_of_half_precision_with_sums_in_float32_are_those_of_float32(columns, monkeypatch):
+    """On a GPU the products themselves; elsewhere with a stand-in for them, which checks what they are given."""
+    x = torch.randn(90, columns, device="cuda" if torch.cuda.is_available() else "cpu").bfloat16()
+    hessian = torch.zeros(columns, columns, device=x.device)
+    if not x.is_cuda:
+        assert not sums_half_precision_in_float32(x.device, x.dtype)
+        addmm = torch.addmm
+
+        def mixed(into, a, b, out_dtype, out):
+            assert a.dtype == b.dtype == torch.bfloat16 and out_dtype == into.dtype == torch.float32 and out is into
+            return addmm(into, a.float(), b.float(), out=out)
+
+        monkeypatch.setattr(torch, "addmm", mixed)
+        monkeypatch.setattr("database.hessian.sums_half_precision_in_float32", lambda *_: True)
+    assert sums_half_precision_in_float32(x.device, x.dtype) or not x.is_cuda
+    for _ in range(2):
+        add_outer_products(hessian, x)
+    expected = 2 * x.double().T @ x.double()
+    assert torch.allclose(hessian.triu().double(), expected.triu(), rtol=1e-5, atol=1e-4)

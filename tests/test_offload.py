@@ -1,6 +1,7 @@
 """Models larger than the device: two blocks at most are on it, and nothing else changes."""
 import random
 from copy import deepcopy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from database.levels import LevelSwitcher
 from database.store import Database
 from families import NUM_BLOCKS
 from test_fitness import MICROBATCH_TOKENS, MINIBATCH, documents, drop, random_candidates
+from utils import offload
 from utils.configs import write_drop_config
 from utils.decoder import Decoder
 from utils.fitness import Fitness, microbatches
@@ -23,9 +25,9 @@ CPU = torch.device("cpu")        # plays the device here: an absent block's weig
 DEVICES = [CPU, *[torch.device("cuda")] * torch.cuda.is_available()]
 
 
-def block_bytes(decoder: Decoder) -> int:
-    return max(sum(tensor.nbytes for tensor in (*block.module.parameters(), *block.module.buffers()))
-               for block in decoder.blocks)
+def buffers(decoder: Decoder) -> list[int]:
+    """Bytes of every block, as offloaded."""
+    return [buffer.nbytes for buffer in decoder.offloaded._host]
 
 
 def watch(decoder: Decoder, monkeypatch) -> list[int]:
@@ -36,7 +38,8 @@ def watch(decoder: Decoder, monkeypatch) -> list[int]:
     def watching(index, *arguments):
         output = run_block(index, *arguments)
         tensors = [tensor for block in decoder.blocks for tensor in block.module.parameters()]
-        assert sum(tensor.untyped_storage().nbytes() for tensor in tensors) <= block_bytes(decoder) + 4 * len(tensors)
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+        assert sum(storages.values()) <= max(buffers(decoder)) + 4 * len(tensors)
         seen.append(decoder.offloaded.bytes_on_device)
         return output
 
@@ -56,7 +59,7 @@ def test_walk_is_the_same_with_two_blocks_on_the_device(family, device, monkeypa
     fitness = Fitness(offloaded, documents(), drop(offloaded), microbatch_tokens=MICROBATCH_TOKENS)
     values = fitness.measure(candidates, MINIBATCH, kinds)
     assert values == expected.measure(candidates, MINIBATCH, kinds)
-    assert 0 < max(seen) <= 2 * block_bytes(decoder) < sum(p.nbytes for p in decoder.model.parameters())
+    assert 0 < max(seen) <= 2 * max(buffers(offloaded)) < sum(buffers(offloaded))
 
 
 def test_a_block_comes_once_for_all_candidates_of_a_microbatch(monkeypatch):
@@ -95,6 +98,65 @@ def test_an_absent_block_can_neither_be_written_nor_used():
     assert torch.equal(absent, original)
 
 
+class Cudart:
+    """Stands in for the CUDA runtime: page-locks two buffers and no more."""
+
+    def __init__(self):
+        self.pinned: dict[int, int] = {}
+
+    def cudaHostRegister(self, address, num_bytes, flags):
+        if len(self.pinned) == 2:
+            return 2
+        assert address % offload.PAGE == 0 == num_bytes % offload.PAGE and flags == 0
+        self.pinned[address] = num_bytes
+        return 0
+
+    def cudaHostUnregister(self, address):
+        del self.pinned[address]
+
+    def cudaGetErrorString(self, error):
+        return {2: "out of memory"}[error]
+
+    cudaError = int
+
+
+def test_pinned_pages_are_a_blocks_own_and_are_given_back_before_their_memory(monkeypatch):
+    cudart = Cudart()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    tensors = [torch.arange(5.0), torch.tensor([True]), torch.arange(3), torch.randn(70, 3).bfloat16(), torch.ones(())]
+    pages = offload._pages(sum(offload._aligned(tensor.nbytes) for tensor in tensors))
+    assert pages.nbytes == offload.PAGE and offload.pin(pages, CPU) is None and len(cudart.pinned) == 1
+    buffer = torch.from_numpy(pages)
+    del pages
+    views = offload._views(buffer, tensors)
+    for view, tensor in zip(views, tensors):
+        view.copy_(tensor)
+    del buffer
+    assert all(torch.equal(view, tensor) for view, tensor in zip(views, tensors)) and len(cudart.pinned) == 1
+    del views, view
+    assert not cudart.pinned
+
+
+def test_memory_that_cannot_be_pinned_is_one_sentence(monkeypatch, capsys):
+    cudart, model = Cudart(), families.build("llama")
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: object())
+    blocks = families.blocks_of(model)
+    weights = [weight.clone() for weight in blocks[3].parameters()]
+    launches = []
+
+    def blamed(*arguments, **options):
+        launches.append(arguments)
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch, "zeros", blamed)
+    offloaded = offload.OffloadedBlocks(blocks, SimpleNamespace(type="cuda"))
+    printed = capsys.readouterr().out
+    assert printed.startswith("--cpu_offload_modules: 0.0 GB of host memory cannot be pinned (out of memory), so")
+    assert printed.count("\n") == 1 and len(cudart.pinned) == 2 and len(launches) == 1
+    assert all(map(torch.equal, offloaded.original(3), weights))         # what is not pinned is there all the same
+
+
 # ---- whole searches --------------------------------------------------------------------------------------------------
 
 
@@ -119,7 +181,7 @@ def test_levels_are_switched_as_without_offloading(checkpoint, text, databases, 
 def test_levels_are_forgotten_with_the_block_they_were_switched_in(checkpoint, databases):
     opened, rng = Database.open(databases["quant"]), random.Random(0)
     decoder = load_decoder(checkpoint, device="cpu", offload_blocks=True)
-    original = {name: decoder.offloaded._host[0][i].clone() for i, (name, _) in
+    original = {name: decoder.offloaded.original(0)[i].clone() for i, (name, _) in
                 enumerate(decoder.blocks[0].module.named_parameters())}
     switcher = LevelSwitcher(decoder, opened, 1.0)
     levels = switcher.states({name: rng.choice(opened.levels(name)) for name in opened.layers})
