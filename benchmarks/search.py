@@ -147,7 +147,7 @@ def spent_on(generation: Generation, meter: Meter) -> dict[str, float]:
     with ExitStack() as stack:
         for name, owner, attribute in (
                 ("blocks", decoder, "run_block"), ("head and KL", fitness, "_losses"), ("levels", fitness, "set_block"),
-                ("teacher's distribution", fitness, "_teacher_distributions"), ("embedding", fitness, "_block_inputs")):
+                ("teacher's distribution", fitness, "_teacher_distributions"), ("embedding", decoder, "block_inputs")):
             stack.enter_context(patch.object(owner, attribute, timed(name, getattr(owner, attribute))))
         total = meter(lambda: here(generation))[1]["seconds"]
     return {**spent, "rest": total - sum(spent.values())}

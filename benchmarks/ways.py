@@ -17,6 +17,7 @@ import evo_unstructured
 from benchmarks.subjects import DenseFiles, build_database
 from database.levels import LevelSwitcher
 from utils import fitness as walk
+from utils import losses
 from utils.data import draw_minibatch
 from utils.decoder import Decoder
 from utils.fitness import Fitness
@@ -191,6 +192,10 @@ def without(generation: Generation) -> dict[str, object]:
                "hidden states stored": patch.object(Fitness, "_teacher_distributions", from_logits),
                "head in chunks": patch.object(Fitness, "_chunk_tokens", lambda fitness: 2**40),
                "documents packed": patch.object(generation.decoder, "packed_rows", 0)}
+    if generation.decoder.by_document:
+        patches["attention by document"] = patch.object(generation.decoder, "by_document", False)
+    if losses.fused(generation.decoder.device, generation.decoder.dtype):
+        patches["divergence in one kernel"] = patch.object(losses, "fused", lambda *_: False)
     if generation.files:
         patches["levels packed"] = patch.object(generation.fitness, "set_block", generation.files.set_block)
     return patches

@@ -10,7 +10,7 @@ from torch import nn
 from database.hidden_states import HiddenStates
 from database.solver import spans
 from utils import distributed
-from utils.decoder import BlockInputs, Decoder
+from utils.decoder import Decoder
 from utils.errors import RunError
 from utils.fitness import Row, assemble, default_microbatch_tokens, microbatches, out_of_memory, storage_for
 
@@ -114,7 +114,7 @@ class Calibration:
         try:
             for entering in self.hidden_states.arrivals(chunk, [(len(rows), _tokens(rows[:1])) for rows in batches]):
                 # masks and rotary embeddings are made anew for every block: kept, they could outweigh the hidden states
-                inputs = self._block_inputs(batches[done])
+                inputs = self.decoder.block_inputs(*assemble(self.documents, batches[done])[:2])
                 output = self.decoder.run_block(self.position, inputs.hidden_states if entering is None else entering,
                                                 inputs)
                 if advance:
@@ -137,12 +137,6 @@ class Calibration:
         """A microbatch, or parts of it where it has more tokens than it may."""
         count = max(1, self.microbatch_tokens // _tokens(rows[:1]))
         return [rows[start:start + count] for start in range(0, len(rows), count)]
-
-    def _block_inputs(self, rows: list[Row]) -> BlockInputs:
-        """What the blocks are given, on the device."""
-        input_ids, position_ids, _ = assemble(self.documents, rows)
-        return self.decoder.block_inputs(input_ids.to(self.device),
-                                         None if position_ids is None else position_ids.to(self.device))
 
 
 def _tokens(rows: list[Row]) -> int:

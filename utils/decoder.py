@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import Cache
 
+from utils import attention
 from utils.offload import OffloadedBlocks
 
 ATTENTION_ARGUMENTS = {"attention_mask", "position_embeddings", "past_key_values", "past_key_value", "layer_past"}
@@ -84,7 +85,9 @@ class BlockInputs:
 class Decoder:
     """A causal language model taken apart at its blocks, so that blocks can be run, skipped and swapped one by one."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, offload_to: torch.device | None = None, by_document: bool = False):
+        """`offload_to`: see `offload_blocks`; `by_document`: attend to packed documents each by itself, if that works
+        with this model. Raises ValueError where the model cannot be taken apart."""
         self.model = model.eval().requires_grad_(False)
         self.config = model.config
         self.device = next(model.parameters()).device
@@ -94,11 +97,15 @@ class Decoder:
         self.blocks = [_take_apart(index, names[module], module) for index, module in enumerate(layers)]
         self.states: list = [None] * len(self.blocks)   # the state a search has put each block in; None: as loaded
         self.packed_rows = 0             # rows of packed documents that may share a microbatch: 0, 1 or any number
+        self.by_document = False         # then rows of any number of tokens cost no more than their documents
         self.identity_when_dropped = False
         self.offloaded: OffloadedBlocks | None = None
         self.give_back = lambda: 0       # frees memory that can be done without; returns the bytes
         self._call = _call_module        # or that compiled
-        self._probe()
+        self._unmasked: dict = {}        # arguments with which the head alone asks for no mask
+        if offload_to:
+            self.offload_blocks(offload_to)
+        self._probe(by_document)
 
     @property
     def layers(self) -> dict[str, nn.Linear]:
@@ -109,7 +116,8 @@ class Decoder:
     def block_inputs(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> BlockInputs:
         """Embeddings of `input_ids` [batch, tokens] and what each block is given besides; runs no block.
 
-        `position_ids` [batch, tokens] restart at every document packed into a row; None means one document a row.
+        `position_ids` [batch, tokens] restart at every document packed into a row; None means one document a row. Both
+        may still be on the host: to look at them on a device is to wait for it.
         """
         calls: list[tuple[tuple, dict]] = []
         embedded: list[torch.Tensor] = []
@@ -121,10 +129,16 @@ class Decoder:
                 return _as_output(module, hidden_states)
             return record
 
-        positions = {} if position_ids is None else {"position_ids": position_ids}
+        positions = {} if position_ids is None else {"position_ids": position_ids.to(self.device)}
+        if position_ids is not None and (self.by_document or self.config._attn_implementation == "flash_attention_2"):
+            positions |= attention.bounds(position_ids.cpu(), self.device)
+            if self.by_document:
+                positions |= _no_mask(self.device)
+            else:
+                del positions["document_lengths"]
         with _forwards({block.module: recorder(block.module) for block in self.blocks}):
             # no attention mask and no cache: only then do restarting positions keep packed documents apart
-            self.body(input_ids=input_ids, use_cache=False, **positions)
+            self.body(input_ids=input_ids.to(self.device), use_cache=False, **positions)
         return BlockInputs(embedded[0], calls)
 
     def move_surroundings(self, device: torch.device) -> None:
@@ -181,10 +195,11 @@ class Decoder:
         passed = {block.module: lambda *args, m=block.module, **kwargs: _as_output(m, rows) for block in self.blocks}
         input_ids = torch.zeros(rows.shape[:2], dtype=torch.int64, device=rows.device)
         with _forwards(passed):
-            return self.model(input_ids=input_ids, use_cache=False).logits.view(*hidden_states.shape[:2], -1)
+            logits = self.model(input_ids=input_ids, use_cache=False, **self._unmasked).logits
+        return logits.view(*hidden_states.shape[:2], -1)
 
     @torch.no_grad()
-    def _probe(self) -> None:
+    def _probe(self, by_document: bool) -> None:
         """Find out, on a dozen tokens, what differs between families: what modules return, whether documents can be
         packed into rows, whether a block without attention and MLP is the identity. Raises ValueError when running
         the blocks one by one does not give what the model gives."""
@@ -194,6 +209,8 @@ class Decoder:
         watched = [module for block in self.blocks
                    for module in (block.module, *block.attn.modules, *block.mlp.modules)]
         hooks = [module.register_forward_hook(count_outputs) for module in watched]
+        hooks += [block.module.register_forward_pre_hook(lambda *_, index=block.index: self.bring(index))
+                  for block in self.blocks]
         generator = torch.Generator().manual_seed(0)
         vocabulary = self.config.get_text_config(decoder=True).vocab_size
         tokens = torch.randint(vocabulary, (2, 16), generator=generator).to(self.device)
@@ -202,6 +219,8 @@ class Decoder:
         for hook in hooks:
             hook.remove()
         if logits.isnan().any():
+            if self.offloaded:
+                self.offloaded.restore()
             broken = next((name for name, weights in self.model.named_parameters() if not weights.isfinite().all()),
                           None)
             raise ValueError(f"{broken}: NaN or infinite weights; check the checkpoint, or use another --dtype"
@@ -215,7 +234,8 @@ class Decoder:
                              f"give the model's own logits; expected hidden states to be all that passes between "
                              f"blocks")
 
-        restarting = torch.cat([torch.arange(7), torch.arange(9)]).to(self.device).expand(2, 16)
+        self._ask_for_no_mask(alone)
+        restarting = torch.cat([torch.arange(7), torch.arange(9)]).expand(2, 16)
         try:
             joined = self._last_hidden_states(tokens)[:, 7:]
             leak = (joined - alone).abs().max()
@@ -225,6 +245,8 @@ class Decoder:
                 if (packed - alone[:rows]).abs().max() < exact:
                     self.packed_rows = 1 if rows == 1 else 1_000_000
                     break
+            if by_document:
+                self._attend_by_document(tokens, restarting, alone, exact)
         except TypeError:  # the family takes no position ids: documents of equal length are batched instead
             pass
 
@@ -238,12 +260,42 @@ class Decoder:
             block.drop(False, False)
         self.identity_when_dropped = all(unchanged)
 
+    def _ask_for_no_mask(self, hidden_states: torch.Tensor) -> None:
+        """Have `logits` ask for no mask, where the family allows that: to find out whether it needs one, transformers
+        reads positions back from the device every time."""
+        expected, self._unmasked = self.logits(hidden_states), _no_mask(self.device)
+        try:
+            same = torch.equal(self.logits(hidden_states), expected)
+        except (TypeError, ValueError, RuntimeError, IndexError):        # a mask of another shape is looked for
+            same = False
+        if not same:
+            self._unmasked = {}
+
+    def _attend_by_document(self, tokens: torch.Tensor, position_ids: torch.Tensor, alone: torch.Tensor,
+                            exact: torch.Tensor) -> None:
+        """Attend by document from now on where that gives what documents alone give, up to `exact`."""
+        kinds = getattr(self.config.get_text_config(decoder=True), "layer_types", None) or ()
+        if self.config._attn_implementation != "sdpa" or set(kinds) - {"full_attention"}:
+            return
+        attention.enable()
+        self.by_document = True
+        try:
+            packed = self._last_hidden_states(tokens, position_ids)[:, -alone.shape[1]:]
+            self.by_document = bool((packed - alone).abs().max() < exact)
+        except (TypeError, ValueError, NotImplementedError):             # arguments or an attention of its own
+            self.by_document = False
+
     def _last_hidden_states(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> torch.Tensor:
         inputs = self.block_inputs(input_ids, position_ids)
         hidden_states = inputs.hidden_states
         for index in range(len(self.blocks)):
             hidden_states = self.run_block(index, hidden_states, inputs)
         return hidden_states
+
+
+def _no_mask(device: torch.device) -> dict:
+    """What is taken for a mask made already, which transformers passes on as it is; here nobody reads it."""
+    return {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)}
 
 
 def _call_module(module: nn.Module, *args, **kwargs):

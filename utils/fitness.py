@@ -89,7 +89,7 @@ class Fitness:
         already."""
         given_back = False
         while True:
-            batches = microbatches(minibatch, self.microbatch_tokens, self.decoder.packed_rows)
+            batches = microbatches(minibatch, self.microbatch_tokens, self.decoder.packed_rows, self.decoder.by_document)
             failure = result = None
             try:
                 result = compute(batches)
@@ -107,8 +107,8 @@ class Fitness:
                     print(f"out of memory: {freed / 1e9:.1f} GB of cached levels given back, from now on half as many "
                           f"are kept", flush=True)
                     continue
-            if all(len(rows) == 1 for rows in batches):
-                longest = max(sum(length for _, length in row) for rows in batches for row in rows)
+            longest = max(sum(length for _, length in row) for rows in batches for row in rows)
+            if all(len(rows) == 1 for rows in batches) and longest <= max(length for _, length in minibatch):
                 raise RunError(f"out of memory with a single row of {longest} tokens ({failure}); lower "
                                f"--calibration_sequence_length, --eval_sequence_length or --level_cache_gb, or use "
                                f"another --dtype")
@@ -172,7 +172,7 @@ class Fitness:
         input_ids, position_ids, predicting = assemble(self.documents, rows)
         targets = input_ids.flatten()[predicting + 1].to(self.decoder.device)
         predicting = predicting.to(self.decoder.device)
-        inputs = self._block_inputs(input_ids, position_ids)
+        inputs = self.decoder.block_inputs(input_ids, position_ids)
         teacher = self._teacher_distributions(rows, kinds) if set(kinds) & {"kl", "sparse_kl"} else None
         sums = torch.zeros(len(lengths), len(candidates), len(kinds), dtype=torch.float64, device=self.decoder.device)
         walk = self._block_by_block if self.decoder.offloaded else self._candidate_by_candidate
@@ -245,11 +245,6 @@ class Fitness:
         vocabulary = self.decoder.config.get_text_config(decoder=True).vocab_size
         return max(128, budget // (4 * vocabulary))
 
-    def _block_inputs(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None):
-        device = self.decoder.device
-        return self.decoder.block_inputs(input_ids.to(device),
-                                         None if position_ids is None else position_ids.to(device))
-
     def _teacher_storage(self) -> torch.device:
         """Where the teacher's hidden states are kept: on the device if an eighth of what is free there will do."""
         hidden_size = self.decoder.config.get_text_config(decoder=True).hidden_size
@@ -268,7 +263,7 @@ class Fitness:
             if owner != distributed.rank():
                 continue
             input_ids, position_ids, _ = assemble(self.documents, rows)
-            inputs = self._block_inputs(input_ids, position_ids)
+            inputs = self.decoder.block_inputs(input_ids, position_ids)
             hidden_states = inputs.hidden_states
             for i in range(len(self.decoder.blocks)):
                 hidden_states = self.decoder.run_block(i, hidden_states, inputs)
@@ -294,17 +289,18 @@ def mean_of(sums: Sequence[float], minibatch: Row, kind: str) -> float:
     return value if math.isfinite(value) else math.inf
 
 
-def microbatches(minibatch: Row, max_tokens: int, packed_rows: int) -> list[list[Row]]:
+def microbatches(minibatch: Row, max_tokens: int, packed_rows: int, by_document: bool = False) -> list[list[Row]]:
     """Group documents, without padding, into microbatches of rows of equal length.
 
-    Where documents can be packed (`packed_rows` > 0), rows are filled up to the longest document's length; such rows
-    share a microbatch with at most `packed_rows` others. A microbatch has at most `max_tokens` tokens, or one row.
+    Where documents can be packed (`packed_rows` > 0), rows are filled up to the longest document's length, or where
+    each document attends by itself (`by_document`) up to `max_tokens`; such rows share a microbatch with at most
+    `packed_rows` others. A microbatch has at most `max_tokens` tokens, or one row.
     """
     if not minibatch:
         return []
     rows: list[Row] = []
     open_rows: list[tuple[int, Row]] = []                            # (room left, row)
-    capacity = max(length for _, length in minibatch)
+    capacity = max(max_tokens if by_document else 0, *(length for _, length in minibatch))
     for document in sorted(minibatch, key=lambda document: -document[1]):
         length = document[1]
         fitting = next((k for k, (room, _) in enumerate(open_rows) if room >= length), None) if packed_rows else None

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from utils import distributed
 from utils.decoder import Decoder
 from utils.files import PARTIAL, naming
+from utils.fitness import out_of_memory
 
 KEPT_BYTES = 2**30               # of freed memory that a CPU's allocator does not give back
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
@@ -89,13 +90,18 @@ def load_decoder(name: str, dtype: str = "auto", device: str | torch.device | No
             use_safetensors=None if trust_remote_code else True, output_loading_info=True)
         if found["missing_keys"]:
             raise ValueError(f"its weights lack {min(found['missing_keys'])}")
+    if device.type == "cuda":
+        # its plans take 30 ms for every new shape, and a search has hundreds of shapes
+        torch.backends.cuda.enable_cudnn_sdp(False)
     try:
-        decoder = Decoder(model if offload_blocks else model.to(device))
-    except torch.OutOfMemoryError as error:
+        # torch.compile would have a variant for every number of documents
+        decoder = Decoder(model if offload_blocks else model.to(device), device if offload_blocks else None,
+                          by_document=device.type == "cuda" and not compile_blocks)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
         raise ValueError(f"--model_name_or_path {name}: too large for the device; add --cpu_offload_modules, or use "
                          f"--dtype bfloat16") from error
-    if offload_blocks:
-        decoder.offload_blocks(device)
     if compile_blocks:
         decoder.compile_blocks()
     return decoder
