@@ -39,7 +39,8 @@ class LevelSwitcher:
         self._decoder = decoder
         if decoder.offloaded:
             decoder.offloaded.on_leave = self._forget
-        self.cache = LevelCache(database, decoder.device, decoder.dtype, int(cache_gb * GIGABYTE))
+        self.cache = LevelCache(database, decoder.device, decoder.dtype, int(cache_gb * GIGABYTE),
+                                in_turn=decoder.offloaded is not None)
         decoder.give_back = self.cache.give_back
 
     def set_block(self, index: int, levels: Hashable) -> None:

@@ -138,10 +138,13 @@ class Database:
 
 
 class LevelCache:
-    """Packed levels on the device within a budget of bytes; the one used longest ago goes first."""
+    """Packed levels on the device within a budget of bytes; the one used longest ago goes first. Where blocks take
+    turns (`in_turn`), that one would be needed next, and none would ever be found: there the first ones stay."""
 
-    def __init__(self, database: Database, device: str | torch.device, dtype: torch.dtype, max_bytes: int):
+    def __init__(self, database: Database, device: str | torch.device, dtype: torch.dtype, max_bytes: int,
+                 in_turn: bool = False):
         self.database, self.device, self.dtype, self.max_bytes = database, device, dtype, max_bytes
+        self.in_turn = in_turn
         self.bytes = 0
         self._levels: OrderedDict[tuple[str, int], packing.Packed] = OrderedDict()
 
@@ -168,7 +171,7 @@ class LevelCache:
             return self._levels[key]
         packed = self.database.packed(name, level, self.device)
         size = _bytes(packed)
-        if size <= self.max_bytes:
+        if size <= self.max_bytes - (self.bytes if self.in_turn else 0):
             while self.bytes + size > self.max_bytes:
                 self.bytes -= _bytes(self._levels.popitem(last=False)[1])
             self._levels[key] = packed

@@ -33,10 +33,12 @@ from utils.report import format_table
 from utils.tasks import split_names
 from utils.units import FUSED
 
-RATES = {"bf16": 312e12, "tf32": 156e12, "fp32": 19.5e12}       # FLOP/s of an A100, dense
+RATES = {"bf16": 312e12, "fp32": 19.5e12}                       # FLOP/s of an A100, dense
 UTILIZATION = 0.5                                               # of them, in large matrix products
 FILES = 2e9                                                     # bytes/s from and to a local disk
 COPIES = 25e9                                                   # bytes/s from pinned host memory, PCIe 4.0 x16
+UNPINNED = 6e9                                                  # from any other: a copy on the host comes before
+WRITING = 0.7e9                                                 # bytes/s of one thread: a checksum, then the file
 HALF = 2                                                        # bytes of a weight or activation
 GB = 1e9
 DEVICE = 80 * GB
@@ -93,19 +95,23 @@ class Need:
     disk: float = 0.0                            # bytes that stay
     device: float = 0.0                          # bytes at the peak
     host: float = 0.0
-    copies: float = 0.0                          # bytes from host memory to the device, beside the computations
+    copies: float = 0.0                          # bytes between host memory and the device, beside the computations
+    waits: float = 0.0                           # the same, for which computations wait
+    written: float = 0.0                         # bytes of files that are written beside the computations
 
     @property
     def seconds(self) -> float:
         computing = sum(flop / (UTILIZATION * RATES[kind]) for kind, flop in self.flop.items())
-        return max(computing, self.copies / COPIES) + self.files / FILES
+        return (max(computing, self.copies / COPIES, self.written / WRITING) + self.waits / UNPINNED
+                + self.files / FILES)
 
     def __add__(self, other: "Need") -> "Need":
         """Both, one after the other."""
         kinds = {*self.flop, *other.flop}
         return Need({kind: self.flop.get(kind, 0) + other.flop.get(kind, 0) for kind in kinds},
                     self.files + other.files, self.disk + other.disk, max(self.device, other.device),
-                    max(self.host, other.host), self.copies + other.copies)
+                    max(self.host, other.host), self.copies + other.copies, self.waits + other.waits,
+                    self.written + other.written)
 
 
 # ---- one command -----------------------------------------------------------------------------------------------------
@@ -118,8 +124,8 @@ def resident(shape: Shape, args: argparse.Namespace) -> float:
 
 
 def microbatch(shape: Shape, args: argparse.Namespace) -> tuple[float, float]:
-    """(tokens, bytes a token) of the fitness walk: block inputs, and the teacher's log-probabilities."""
-    a_token = (shape.blocks + 1) * shape.hidden * HALF + 4 * shape.vocabulary
+    """(tokens, bytes a token) of the fitness walk: block inputs, and the teacher's logits."""
+    a_token = (shape.blocks + 1) * shape.hidden * HALF + HALF * shape.vocabulary
     room = (DEVICE - HALF * resident(shape, args)) / 16                     # as utils/fitness.py has it
     return args.microbatch_tokens or min(8192, max(512, room // a_token)), a_token
 
@@ -156,7 +162,8 @@ def search(shape: Shape, args: argparse.Namespace, database_bytes: float) -> Nee
         tokens, _ = microbatch(shape, args)
         steps = generations * sum(math.ceil(step / tokens) for step in args.tokens_per_selection)
         need.copies = HALF * shape.weights * (math.ceil(args.calibration_tokens / tokens) + steps)
-        need.copies += steps * database_bytes / 3        # two of five levels of every layer
+        # two of five levels of every layer, but for those that are kept on the device
+        need.waits = steps * max(0, 2 / 5 * database_bytes - getattr(args, "level_cache_gb", 0) * GB)
         need.device += 2 * args.offspring * min(tokens, args.tokens_per_selection[0]) * shape.hidden * HALF
     return need
 
@@ -179,14 +186,18 @@ def database(shape: Shape, args: argparse.Namespace) -> Need:
     activations = HALF * args.calibration_tokens * shape.hidden
     largest = max(out * columns for _, out, columns in shape.layers)
     size = level_bytes(shape, args)
-    on_device = not args.cpu_offload_activations and activations < (DEVICE - HALF * resident(shape, args)) / 2
-    return Need({"bf16": passes * shape.forward(args.calibration_tokens, args.calibration_sequence_length),
-                 "tf32": sum(2 * args.calibration_tokens * columns**2 for columns in inputs.values()),
+    on_device = (not args.cpu_offload_activations and not args.activations_dir
+                 and activations < (DEVICE - HALF * resident(shape, args)) / 2)
+    # above the diagonal alone, in eight parts; and in every pass a block takes its inputs, in the last it gives outputs
+    hessians = 9 / 16 * sum(2 * args.calibration_tokens * columns**2 for columns in inputs.values())
+    travelling = 0 if on_device else shape.blocks * (passes + 1) * activations
+    return Need({"bf16": passes * shape.forward(args.calibration_tokens, args.calibration_sequence_length) + hessians,
                  "fp32": sum(levels * out * columns**2 + columns**3 for _, out, columns in shape.layers)},
-                HALF * shape.parameters + size, size,
+                HALF * shape.parameters, size,
                 HALF * resident(shape, args) + 8 * sum(c**2 for c in inputs.values()) / shape.blocks
                 + 8 * levels * largest + (activations if on_device else 0),
-                HALF * shape.parameters + (0 if on_device else activations))
+                HALF * shape.parameters + (0 if on_device or args.activations_dir else activations),
+                copies=travelling, written=size)
 
 
 def evaluation(shape: Shape, args: argparse.Namespace, database_bytes: float) -> Need:
@@ -281,7 +292,9 @@ def main(argv: list[str] | None = None) -> None:
     print(format_table(rows))
     print(f"An estimate: counted FLOP, without subtracting what candidates share, at {UTILIZATION:.0%} of an A100's "
           f"{', '.join(f'{rate / 1e12:g} ({kind})' for kind, rate in RATES.items())} TFLOP/s, and files at "
-          f"{FILES / GB:g} GB/s; blocks of --cpu_offload_modules at {COPIES / GB:g} GB/s")
+          f"{FILES / GB:g} GB/s. Beside the computations: offloaded blocks and databases' hidden states at "
+          f"{COPIES / GB:g} GB/s, databases' files at {WRITING / GB:g} GB/s; not beside them: an offloaded search's "
+          f"levels that are not cached, at {UNPINNED / GB:g} GB/s")
 
 
 if __name__ == "__main__":

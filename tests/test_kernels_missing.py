@@ -8,7 +8,7 @@ import torch
 from utils import kernels as loading
 
 CUDA = torch.device("cuda")
-FAILURES = [ImportError("No module named 'triton'"), RuntimeError("Failed to find C compiler. Please specify via CC\n..."),
+FAILURES = [ImportError("No module named 'triton'"), RuntimeError("Failed to find C compiler. Please specify\n..."),
             subprocess.CalledProcessError(1, ["/usr/bin/gcc", "/tmp/main.c", "-O3"]), AssertionError()]
 
 

@@ -195,6 +195,22 @@ def test_levels_are_forgotten_with_the_block_they_were_switched_in(checkpoint, d
         assert switcher.loaded == {}
 
 
+def test_a_cache_that_holds_half_the_levels_spares_half_the_reading(checkpoint, databases, monkeypatch):
+    opened = Database.open(databases["quant"])
+    decoder = load_decoder(checkpoint, device="cpu", offload_blocks=True)
+    switcher = LevelSwitcher(decoder, opened, 1.0)
+    size = sum(t.nbytes for name in opened.layers for t in opened.packed(name, 3).values())
+    switcher.cache.max_bytes = size // 2
+    fitness = Fitness(decoder, documents(), switcher.set_block, teacher=False, microbatch_tokens=MICROBATCH_TOKENS)
+    candidate = switcher.states(dict.fromkeys(opened.layers, 3))
+    fitness.measure([candidate], MINIBATCH, ("ppl",))
+    read, packed = [], Database.packed
+    monkeypatch.setattr(Database, "packed", lambda self, *rest: read.append(rest) or packed(self, *rest))
+    for count in (1, 2):
+        fitness.measure([candidate], [(0, 37)], ("ppl",))                # blocks take turns: each once a microbatch
+        assert 0.4 < len(read) / count / len(opened.layers) < 0.6
+
+
 def test_a_configuration_is_evaluated_as_without_offloading(checkpoint, text, databases, tmp_path, monkeypatch):
     offload_blocks, offloads = Decoder.offload_blocks, []
 

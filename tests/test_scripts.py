@@ -172,7 +172,26 @@ def test_databases_of_an_8b_model_have_the_size_they_have_on_disk(llama3):
     fewer = [need(f"database.gptq --calibration_tokens 2097152 {flag} --save_dir db")
              for flag in ("", "--cpu_offload_activations")]
     assert fewer[0].device - fewer[1].device == pytest.approx(hidden_states / 4) == fewer[1].host - fewer[0].host
-    assert quant.flop["tf32"] == pytest.approx(2 * 8388608 * 32 * (3 * 4096**2 + 14336**2))
+    hessians = 9 / 16 * 2 * 8388608 * 32 * (3 * 4096**2 + 14336**2)      # above the diagonal, in eight parts
+    assert quant.flop["bf16"] == pytest.approx(2 * SHAPE.forward(8388608, None) + hessians)
+
+
+def test_databases_count_what_travels_and_what_is_written_beside_the_computations(llama3):
+    states = 2 * 8388608 * 4096
+    quant, sparse = (need(f"database.{command} --save_dir db") for command in ("gptq", "sparsegpt --sparsity 0.6"))
+    assert quant.copies == 32 * 3 * states and sparse.copies == 32 * 2 * states      # read twice, written once
+    assert (quant.written, sparse.written) == (quant.disk, sparse.disk)
+    assert need("database.gptq --calibration_tokens 2097152 --save_dir db").copies == 0          # stays on the device
+    assert need("database.gptq --activations_dir . --save_dir db").host == quant.host - states
+    sparse.flop.clear()
+    assert sparse.seconds == pytest.approx(max(sparse.written / 0.7e9, sparse.copies / 25e9) + sparse.files / 2e9)
+
+
+def test_an_offloaded_search_waits_for_the_levels_it_does_not_keep(llama3):
+    command = "evo_quant.py --target_bitwidth 3 --microbatch_tokens 2048 --quant_weights_path db --level_cache_gb"
+    some, none = (need(f"{command} {gb} --cpu_offload_modules", {"db": 100e9}) for gb in (24, 0))
+    assert none.waits == 150 * (1 + 8 + 64) * 40e9 and some.waits == pytest.approx(none.waits * 16 / 40)
+    assert none.seconds - some.seconds == pytest.approx((none.waits - some.waits) / 6e9)
 
 
 def test_offloaded_blocks_are_copied_for_every_microbatch_and_two_stay_on_the_device(llama3):
@@ -187,8 +206,9 @@ def test_offloaded_blocks_are_copied_for_every_microbatch_and_two_stay_on_the_de
 
 
 def test_needs_add_up_with_the_highest_peak():
-    total = estimate.Need({"bf16": 1}, 2, 3, 40, 5) + estimate.Need({"bf16": 10, "tf32": 7}, 20, 30, 4, 50)
-    assert total == estimate.Need({"bf16": 11, "tf32": 7}, 22, 33, 40, 50)
+    total = (estimate.Need({"bf16": 1}, 2, 3, 40, 5, 6, 7, 8)
+             + estimate.Need({"bf16": 10, "fp32": 7}, 20, 30, 4, 50, 60, 70, 80))
+    assert total == estimate.Need({"bf16": 11, "fp32": 7}, 22, 33, 40, 50, 66, 77, 88)
 
 
 # ---- the shell -------------------------------------------------------------------------------------------------------

@@ -34,8 +34,8 @@ def attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, v
               max_length_q: int = 0, document_lengths: Sequence[int] | None = None, **kwargs
               ) -> tuple[torch.Tensor, None]:
     """As transformers' attention functions: query [rows, heads, tokens, size], key and value of perhaps fewer heads, to
-    [rows, tokens, heads, size]. Without `document_lengths` transformers' own. Raises NotImplementedError where the model
-    wants more than causal attention."""
+    [rows, tokens, heads, size]. Without `document_lengths` transformers' own. Raises NotImplementedError where the
+    model wants more than causal attention."""
     if document_lengths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     more = [name for name in NOT_PLAIN if kwargs.get(name) is not None]

@@ -89,7 +89,8 @@ class Fitness:
         already."""
         given_back = False
         while True:
-            batches = microbatches(minibatch, self.microbatch_tokens, self.decoder.packed_rows, self.decoder.by_document)
+            batches = microbatches(minibatch, self.microbatch_tokens, self.decoder.packed_rows,
+                                   self.decoder.by_document)
             failure = result = None
             try:
                 result = compute(batches)
