@@ -207,6 +207,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     layers = llama_3_block(args.size) if args.block else {"layer": (args.size, args.size, "input")}
+    print(format_table(compare(layers, args)))
+
+
+def compare(layers: dict, args: argparse.Namespace) -> list[list]:
+    """Rows of (what, plain, here, ratio, FLOP/s of both) for both methods, the header first."""
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["database.sparsegpt", "database.gptq"])
     shared = {source: columns for _, columns, source in layers.values()}
@@ -234,7 +239,7 @@ def main() -> None:
             rows.append([f"{title}: {name}", plain, ours, plain / ours, None, None])
         plain, ours = (max(peak for _, peak in runs[way]) / 1e6 for way in runs)
         rows.append([f"{title}: peak memory, MB", plain, ours, plain / ours, None, None])
-    print(format_table(rows))
+    return rows
 
 
 if __name__ == "__main__":

@@ -20,6 +20,11 @@ SHAPES = {   # Llamas of random weights
                  vocab_size=32000, num_key_value_heads=12, max_position_embeddings=512, tie_word_embeddings=True),
     "llama-3-8b": dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
                        vocab_size=128256, num_key_value_heads=8, max_position_embeddings=8192, rope_theta=500000.0),
+    # as many of its 80 blocks as a measurement needs
+    "llama-3-70b": dict(hidden_size=8192, intermediate_size=28672, num_hidden_layers=4, num_attention_heads=64,
+                        vocab_size=128256, num_key_value_heads=8, max_position_embeddings=8192, rope_theta=500000.0),
+    "tiny": dict(hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4, vocab_size=512,
+                 num_key_value_heads=2, max_position_embeddings=128),
 }
 LEVEL_FLAGS = {   # of the demo's databases, and of the paper's
     "gptq": "--bitwidth_options 2 3 4 5 6 --group_size 128 --perchannel",
@@ -32,13 +37,12 @@ def load(model: str, device: torch.device, num_tokens: int, dtype: str) -> tuple
     if model == "demo":
         decoder = load_decoder(str(DEMO), dtype, device)
         return decoder, calibration_documents("stdlib", load_tokenizer(str(DEMO)), num_tokens, 256)
-    if device.type == "cpu":
-        models.keep_freed_memory()                   # as load_decoder does
+    models.tune_process(device)                      # as load_decoder does
     torch.manual_seed(0)
     config = LlamaConfig(**SHAPES[model], use_cache=False)
     with device:
         llama = AutoModelForCausalLM.from_config(config, dtype=models.DTYPES[dtype])
-    decoder = Decoder(llama)
+    decoder = Decoder(llama, by_document=device.type == "cuda")
     for block in decoder.blocks[1:]:                 # one block's levels are then the levels of all
         block.module.load_state_dict(decoder.blocks[0].module.state_dict())
     return decoder, random_documents(config, num_tokens)

@@ -65,18 +65,26 @@ def keep_freed_memory(num_bytes: int = KEPT_BYTES, largest: int = 2**25) -> bool
     return bool(mallopt(mmap_threshold, largest) and mallopt(trim_threshold, num_bytes))
 
 
+def tune_process(device: torch.device) -> None:
+    """What this process's memory and attention should be like from now on, for models on `device`."""
+    if device.type == "cpu":
+        keep_freed_memory()
+    elif device.type == "cuda":
+        # its plans take 30 ms for every new shape, and a search has hundreds of shapes
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def load_decoder(name: str, dtype: str = "auto", device: str | torch.device | None = None,
                  attn_implementation: str | None = None, trust_remote_code: bool = False, offload_blocks: bool = False,
                  compile_blocks: bool = False) -> Decoder:
-    """Load a causal language model for inference, with `offload_blocks` its blocks into host memory. On a CPU the
-    process keeps freed memory from then on, see `keep_freed_memory`.
+    """Load a causal language model for inference, with `offload_blocks` its blocks into host memory. The
+    process is as `tune_process` has it from then on.
 
     `dtype` "auto" is the checkpoint's own on a GPU and float32 on a CPU, of which only some are fast in bfloat16.
     Raises ValueError naming the flag for an unreadable checkpoint, or one in which no decoder blocks are recognised.
     """
     device = default_device(device) if device is None or isinstance(device, str) else device
-    if device.type == "cpu":
-        keep_freed_memory()
+    tune_process(device)
     if dtype != "auto" and dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype}: use one of auto, {', '.join(DTYPES)}")
     if attn_implementation == "flash_attention_2" and (offload_blocks or device.type == "cpu"):
@@ -90,9 +98,6 @@ def load_decoder(name: str, dtype: str = "auto", device: str | torch.device | No
             use_safetensors=None if trust_remote_code else True, output_loading_info=True)
         if found["missing_keys"]:
             raise ValueError(f"its weights lack {min(found['missing_keys'])}")
-    if device.type == "cuda":
-        # its plans take 30 ms for every new shape, and a search has hundreds of shapes
-        torch.backends.cuda.enable_cudnn_sdp(False)
     try:
         # torch.compile would have a variant for every number of documents
         decoder = Decoder(model if offload_blocks else model.to(device), device if offload_blocks else None,

@@ -1,0 +1,421 @@
+"""What a GPU has to show, in parts that benchmarks/gpu.sh runs one after another.
+
+    python benchmarks/gpu.py PART            one part (--list names them); its results in --out, a JSON file a part
+    python benchmarks/gpu.py --report        the tables of all parts that are finished
+    python benchmarks/gpu.py --write_readme  the same, put into README.md and benchmarks/README.md
+    python benchmarks/gpu.py PART --tiny     a tiny model on a CPU: shows that a part works, and nothing else
+
+Models have the shapes of Llama-3-8B and Llama-3-70B and random weights, their databases are rounded or pruned at random
+weights' levels; the text is random tokens. All of it is made on the device.
+"""
+import argparse
+import contextlib
+import json
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)                              # this file's own folder would hide the database package
+import evo_drop  # noqa: E402
+import evo_quant  # noqa: E402
+import evo_unstructured  # noqa: E402
+from benchmarks import database as layers_benchmark  # noqa: E402
+from benchmarks import search  # noqa: E402
+from benchmarks.programs import write_readme  # noqa: E402
+from benchmarks.subjects import LEVEL_FLAGS, load  # noqa: E402
+from benchmarks.ways import SEARCHES, here, play  # noqa: E402
+from database import build, gptq, hidden_states, sparsegpt  # noqa: E402
+from database.hessian import Calibration  # noqa: E402
+from scripts.estimate import search_tokens  # noqa: E402
+from utils import attention  # noqa: E402
+from utils.decoder import Decoder  # noqa: E402
+from utils.files import write_atomic  # noqa: E402
+from utils.fitness import Fitness  # noqa: E402
+from utils.report import format_table  # noqa: E402
+
+GIGABYTE = 10**9
+PAPER_TOKENS = 8388608                               # of a database
+PAPER_BITS = ["--model_name_or_path", "-", "--quant_weights_path", "-", "--target_bitwidth", "2.5"]
+
+
+class Part:
+    """How large a part is, and where its results go."""
+
+    def __init__(self, name: str, out: Path, tiny: bool):
+        self.name, self.out, self.tiny = name, out, tiny
+        self.device = torch.device("cpu" if tiny else "cuda")
+        self.model = "tiny" if tiny else "llama-3-8b"
+        self.dtype = "float32" if tiny else "bfloat16"
+        self.results: dict = {"device": torch.cuda.get_device_name() if not tiny else "CPU, tiny", "torch":
+                              torch.__version__}
+
+    def scaled(self, value: int, tiny: int) -> int:
+        return tiny if self.tiny else value
+
+    def load(self, num_tokens: int) -> tuple[Decoder, list[torch.Tensor]]:
+        return load(self.model, self.device, num_tokens, self.dtype)
+
+    def keep(self, **results) -> None:
+        """Note results, and print them: what a part was killed before it ended is in its log."""
+        self.results |= results
+        print(json.dumps(results, default=str)[:2000], flush=True)
+
+
+@contextlib.contextmanager
+def timed(device: torch.device):
+    """A list that holds the seconds of the context, the device's work included, when it is left."""
+    seconds: list[float] = []
+    meter = search.Meter(device, 0)
+    began = meter.now()
+    yield seconds
+    seconds.append(meter.now() - began)
+
+
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """GB at the highest since the last call, on the device and on the host."""
+    meter = search.Meter(device, 0)
+    peak = {"device_gb": torch.cuda.max_memory_allocated() / GIGABYTE if meter.cuda else 0.0,
+            "host_gb": meter._resident("VmHWM") / GIGABYTE}
+    if meter.cuda:
+        torch.cuda.reset_peak_memory_stats()
+    return peak
+
+
+# ---- parts -----------------------------------------------------------------------------------------------------------
+
+
+def tests(part: Part) -> None:
+    """The tests that only a GPU runs."""
+    files = ["test_kernels.py", "test_attention.py", "test_database_hessian.py", "test_database_solvers.py",
+             "test_hidden_states.py", "test_offload.py", "test_kernels_missing.py"]
+    outcomes: dict[str, list[str]] = {"passed": [], "failed": [], "skipped": []}
+
+    class Recorder:
+        def pytest_runtest_logreport(self, report):
+            if report.when == "call" or report.outcome != "passed":
+                outcomes[report.outcome].append(report.nodeid)
+
+    pytest.main(["-q", "-rs", *(str(ROOT / "tests" / file) for file in (files[-1:] if part.tiny else files))],
+                plugins=[Recorder()])
+    part.keep(counts={outcome: len(names) for outcome, names in outcomes.items()}, failed=outcomes["failed"])
+
+
+def demo(part: Part) -> None:
+    """The demo's databases and searches on the device, against the CPU's values."""
+    model = ["--model_name_or_path", str(ROOT / "demo" / "model"), "--calibration_data", "stdlib",
+             "--calibration_sequence_length", "256", "--calibration_tokens", str(part.scaled(32768, 1024))]
+    few = [*model, "--no_eval", "--generations", "1", "--initial_tokens", "256", "--initially_generated", "4",
+           "--offspring", str(part.scaled(24, 2)), "--survivors_per_selection", "2", "1", "--tokens_per_selection",
+           *part.scaled(["1024", "8192"], ["256", "256"])]
+    values: dict[str, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for device in ("cpu", str(part.device)):
+            at, found = Path(folder) / f"{device}{len(values)}", {}
+            found_errors = {}
+            for module, method in ((gptq, "gptq"), (sparsegpt, "sparsegpt")):
+                levels = part.scaled(LEVEL_FLAGS[method], {
+                    "gptq": "--bitwidth_options 2 3 --calibration_bitwidth 3",
+                    "sparsegpt": "--sparsity 0.6 --num_levels 1"}[method])
+                module.main(module.make_parser().parse_args([*model, *levels.split(), "--device", device, "--dtype",
+                                                             "float32", "--save_dir", str(at / method)]))
+                manifest = json.loads((at / method / "manifest.json").read_text())["layers"]
+                found_errors[method] = [level["error"] for layer in manifest.values()
+                                        for level in layer["levels"].values()]
+            for script, more in ((evo_drop, ["--sparsity", "0.25"]),
+                                 (evo_unstructured, ["--sparse_weights_path", str(Path(folder) / "cpu0/sparsegpt")]),
+                                 (evo_quant, ["--quant_weights_path", str(Path(folder) / "cpu0/gptq"),
+                                              "--target_bitwidth", "2.5"])):
+                run = at / script.__name__
+                script.main([*few, *more, "--device", device, "--dtype", "float32", "--output_dir", str(run)])
+                found[script.__name__] = [json.loads(line)["fitness"]
+                                          for line in (run / "log.jsonl").read_text().splitlines()]
+            values[f"{device}{len(values)}"] = found | found_errors
+    cpu, other = values.values()
+    part.keep(differences={name: max(abs(a - b) / max(abs(a), 1e-9) for a, b in zip(cpu[name], other[name]))
+                           for name in cpu})
+
+
+def generation(name: str) -> Callable[[Part], None]:
+    """One generation of a search: the plain way, here, and here with each ingredient off."""
+    def run(part: Part) -> None:
+        divide = part.scaled(search.DIVIDE["llama-3-8b"], 512)
+        decoder, documents = part.load(part.scaled(131072 // divide, 1024))
+        meter = search.Meter(part.device, 0)
+        with tempfile.TemporaryDirectory(dir=part.out) as folder:
+            played = play(name, decoder, documents, divide, Path(folder), one_block=True)
+            for whole in (True, False):              # the essential first
+                with patch.object(search, "with_compile", lambda played: {}), \
+                        patch.object(search, "seconds_a_flop", search.seconds_a_flop if not part.tiny
+                                     else lambda *_: 1e-10):
+                    result = search.measure(name, played, 1 if part.tiny or not whole else 2, meter, whole)
+                search.print_result(name, result, meter.cuda)
+                part.keep(**result, divide=divide, **peak_memory(part.device))
+                write_atomic(part.out / f"{part.name}.json", json.dumps(part.results))
+    return run
+
+
+def database_layers(part: Part) -> None:
+    """All levels of the layers of a block, in one pass and level by level."""
+    args = argparse.Namespace(tokens=part.scaled(8192, 8192), block_size=128, group_size=128, repeats=1, threads=1,
+                              device=str(part.device))
+    layers = layers_benchmark.llama_3_block(part.scaled(4096, 128))
+    if part.tiny:
+        layers = {name: layers[name] for name in ("k_proj", "v_proj")}
+    rows = layers_benchmark.compare(layers, args)
+    print(format_table(rows))
+    part.keep(rows=rows)
+
+
+def database_block(part: Part) -> None:
+    """Whole blocks from end to end, hidden states on the host: plain transfers against overlapped ones, extrapolated to
+    the paper's tokens and all blocks."""
+    tokens, blocks = part.scaled(131072, 512), 2
+    for module, method in ((sparsegpt, "sparsegpt"), (gptq, "gptq")):
+        for way in ("overlapped", "plain"):
+            decoder, documents = part.load(tokens)
+            args = module.make_parser().parse_args([*LEVEL_FLAGS[method].split(), "--model_name_or_path", "-",
+                                                    "--save_dir", "-"])
+            module.resolve(args, decoder.config)
+            peak_memory(part.device)
+            with tempfile.TemporaryDirectory(dir=part.out) as folder, contextlib.ExitStack() as stack:
+                args.save_dir = Path(folder)
+                if way == "plain":
+                    stack.enter_context(patch.object(hidden_states, "Transfers", lambda *_: None))
+                calibration = Calibration(decoder, documents, part.device, part.scaled(8192, 128),
+                                          offload_activations=True)
+                layers = build.choose_layers(decoder, None, "")[:blocks]
+                manifest = build_manifest(module, method, decoder, args, layers)
+                calibrating = Stopwatch(part.device)
+                for name in ("measure", "run"):
+                    stack.enter_context(patch.object(calibration, name, calibrating.of(getattr(calibration, name))))
+                with timed(part.device) as seconds:
+                    build.build_blocks(args, manifest, calibration, layers, module.solve_layer,
+                                       args.calibration_bitwidth if method == "gptq" else None)
+                written = sum(file.stat().st_size for file in args.save_dir.iterdir())
+            a_block, calibrated = seconds[0] / blocks, calibrating.seconds / blocks
+            part.keep(**{f"{method}, {way}": {
+                "seconds_a_block": a_block, "calibration": calibrated, "levels": a_block - calibrated,
+                "gb_written_a_block": written / blocks / GIGABYTE, **peak_memory(part.device),
+                "hours_at_paper": (calibrated * PAPER_TOKENS / tokens + a_block - calibrated) * 32 / 3600}})
+            del decoder, calibration
+
+
+def build_manifest(module, method: str, decoder: Decoder, args: argparse.Namespace, layers: list[dict]) -> dict:
+    """Of a database that is still to be built."""
+    args.calibration_tokens = args.calibration_tokens or PAPER_TOKENS
+    flags = {key: value for key, value in vars(args).items() if key not in build.NOT_COMPARED}
+    manifest = {"format": build.FORMAT, "method": method, "model": "-", "config_sha256": "", "weights_sha256": "",
+                "calibration_sha256": "", "flags": flags, "layers": {name: None for block in layers for name in block}}
+    build.write_manifest(args.save_dir, manifest)
+    return manifest
+
+
+class Stopwatch:
+    """Seconds spent in some functions, not counted twice where one calls another."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.seconds, self._inside = device, 0.0, False
+
+    def of(self, function: Callable) -> Callable:
+        def call(*args, **kwargs):
+            if self._inside:
+                return function(*args, **kwargs)
+            self._inside = True
+            with timed(self.device) as seconds:
+                result = function(*args, **kwargs)
+            self._inside = False
+            self.seconds += seconds[0]
+            return result
+        return call
+
+
+def walk(part: Part) -> None:
+    """Tokens a second of the fitness walk by microbatch size and way of attention."""
+    decoder, documents = part.load(part.scaled(65536, 1024))
+    candidates = [tuple((block == dropped, False) for block in range(len(decoder.blocks))) for dropped in range(2)]
+    minibatch = [(i, len(document)) for i, document in enumerate(documents)]
+    total = len(candidates) * sum(length for _, length in minibatch)
+    ways = {"one kernel for all documents": contextlib.nullcontext(),
+            "documents one after another": patch.object(attention, "has_varlen", lambda *_: False),
+            "masked": patch.object(decoder, "by_document", False)}
+    fitness = Fitness(decoder, documents, lambda i, state: decoder.blocks[i].drop(*state))
+    rates: dict[str, dict[int, float]] = {}
+    for size in part.scaled([2048, 4096, 8192, 16384], [64, 128]):
+        for way, switched in ways.items():
+            fitness.microbatch_tokens = size
+            with switched:
+                fitness.measure(candidates[:1], minibatch[:4])           # kernels are compiled or chosen
+                with timed(part.device) as seconds:
+                    fitness.measure(candidates, minibatch)
+            rates.setdefault(way, {})[size] = total / seconds[0]
+            part.keep(rates=rates, **{"limit" if fitness.microbatch_tokens < size else "fits": size})
+    part.keep(**peak_memory(part.device))
+
+
+def offload(part: Part) -> None:
+    """Offloaded search of blocks of a 70B model: rate of copies, how far they hide, a generation of 80 blocks."""
+    decoder, documents = load("tiny" if part.tiny else "llama-3-70b", torch.device("cpu"), part.scaled(8192, 512),
+                              part.dtype)
+    block = sum(parameter.nbytes for parameter in decoder.blocks[0].module.parameters())
+    with timed(part.device) as pinning:
+        decoder.offload_blocks(part.device)
+    decoder.by_document = part.device.type == "cuda"
+    attention.enable()
+    microbatch = part.scaled(8192, 256)
+    fitness = Fitness(decoder, documents, lambda i, state: decoder.blocks[i].drop(*(state or (False, False))),
+                      microbatch_tokens=microbatch)
+    minibatch = [(i, len(document)) for i, document in enumerate(documents)]
+    count, visits = len(decoder.blocks), 3
+    with timed(part.device) as copying:
+        for index in [*range(count)] * visits:
+            decoder.bring(index)
+    a_copy = copying[0] / (count * visits)
+    rounds = {}
+    for candidates in part.scaled([1, 4, 16], [1, 2]):
+        states = [tuple((block == i % count, False) for block in range(count)) for i in range(candidates)]
+        fitness.measure(states[:1], minibatch[:2])
+        with timed(part.device) as seconds:
+            fitness.measure(states, minibatch)
+        rounds[candidates] = seconds[0]
+    largest = max(rounds)
+    args = evo_quant.parse_arguments(PAPER_BITS)
+    a_candidate_token = rounds[largest] / largest / sum(length for _, length in minibatch) / count * 80
+    part.keep(pinning_seconds=pinning[0], gb_a_block=block / GIGABYTE, copies_gb_a_second=block / a_copy / GIGABYTE,
+              rounds=rounds, hidden={number: min(1.0, a_copy * count / seconds) for number, seconds in rounds.items()},
+              generation_hours=a_candidate_token * (search_tokens(args, 1) - search_tokens(args, 0)) / 3600,
+              **peak_memory(part.device))
+
+
+def profile(part: Part) -> None:
+    """Of one generation for bits: the operators that take the device longest, and the share of time it waits."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+    divide = part.scaled(64, 512)
+    decoder, documents = part.load(part.scaled(8192, 1024))
+    activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * (part.device.type == "cuda")]
+    kind = "cpu" if part.tiny else "device"
+    with tempfile.TemporaryDirectory(dir=part.out) as folder:
+        played = play("evo_quant", decoder, documents, divide, Path(folder), one_block=True)
+        here(played)
+        played.forget_loaded()
+        with timed(part.device) as seconds:
+            here(played)
+        played.forget_loaded()
+        with profiler(activities=activities) as profiled:
+            here(played)
+    events = profiled.key_averages()
+    spent = {event.key[:90]: getattr(event, f"self_{kind}_time_total") / 1e6 for event in events}
+    top = dict(sorted(spent.items(), key=lambda pair: -pair[1])[:15])
+    part.keep(seconds=seconds[0], busy=sum(spent.values()), waits=max(0.0, 1 - sum(spent.values()) / seconds[0]),
+              top=top, reads={name: sum(event.count for event in events if event.key == name)
+                              for name in ("aten::item", "cudaStreamSynchronize", "cudaMemcpyAsync")})
+
+
+PARTS: dict[str, Callable[[Part], None]] = {
+    "tests": tests, "demo": demo, **{f"generation-{name}": generation(name) for name in reversed(SEARCHES)},
+    "database-block": database_block, "database-layers": database_layers, "walk": walk, "offload": offload,
+    "profile": profile}
+
+
+# ---- report ----------------------------------------------------------------------------------------------------------
+
+
+def tables(found: dict[str, dict]) -> tuple[str, str]:
+    """(targets, everything) of the parts that are finished, as Markdown."""
+    devices = ", ".join(dict.fromkeys(result["device"] for result in found.values()))
+    targets = [[devices, "measured", "target"]]
+    everything: list[list[list]] = []
+    args = evo_quant.parse_arguments(PAPER_BITS)
+    for name in SEARCHES:
+        if result := found.get(f"generation-{name}"):
+            costs, seconds = result["costs"], result["costs"]["here"]["seconds"]
+            faster = costs["plain"]["seconds"] / seconds
+            targets.append([f"a generation of {name} against the plain way", f"{faster:.2f}x",
+                            "1.8x" if name == "evo_drop" else "3x"])
+            if name == "evo_quant":
+                hours = search_tokens(args, args.generations) / (result["tokens"] / seconds) / 3600
+                targets += [["the paper's 2.5-bit search, hours (extrapolated)", f"{hours:.1f}", "8"],
+                            ["its device memory, GB", f"{result['device_gb']:.1f}", "40"]]
+            everything.append([[f"generation of {name}, tokens / {result['divide']}", "seconds", "tokens/s",
+                                "against plain", "of the matmul peak", "device, GB", "host, GB"],
+                               *[[way if way in search.WHOLE else f"here, without: {way}", cost["seconds"],
+                                  f"{result['tokens'] / cost['seconds']:,.0f}",
+                                  f"{costs['plain']['seconds'] / cost['seconds']:.2f}x",
+                                  f"{result['flops'] / cost['seconds'] / result['peak']:.0%}",
+                                  cost["device"] / GIGABYTE, cost["host"] / GIGABYTE] for way, cost in costs.items()]])
+    if result := found.get("database-layers"):
+        for row in result["rows"][1:]:
+            if row[0].endswith(": all"):
+                targets.append([f"{row[0].removesuffix(': all')} of a block against level by level", f"{row[3]:.1f}x",
+                                "8x"])
+        everything.append(result["rows"])
+    if result := found.get("database-block"):
+        rows = {key: value for key, value in result.items() if isinstance(value, dict)}
+        columns = list(next(iter(rows.values())))
+        everything.append([["a block from end to end", *(column.replace("_", " ") for column in columns)],
+                           *[[key, *row.values()] for key, row in rows.items()]])
+    if result := found.get("walk"):
+        sizes = list(next(iter(result["rates"].values())))
+        everything.append([["walk, tokens/s, by tokens of a microbatch", *sizes],
+                           *[[way, *(f"{rate:,.0f}" for rate in rates.values())]
+                             for way, rates in result["rates"].items()]])
+    for name in ("tests", "demo", "offload", "profile"):
+        if result := found.get(name):
+            everything.append([[name, ""], *[[key.replace("_", " "), _words(value)] for key, value in result.items()
+                                             if key not in ("device", "torch")]])
+    missing = [name for name in PARTS if name not in found]
+    if missing:
+        everything.append([["not yet measured", ""], *[[name, "–"] for name in missing]])
+    return format_table(targets), "\n\n".join(map(format_table, everything))
+
+
+def _words(value: object) -> str:
+    if isinstance(value, dict):
+        return "; ".join(f"{key}: {_words(item)}" for key, item in value.items())
+    return f"{value:.3g}" if isinstance(value, float) and math.isfinite(value) else str(value)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", nargs="?", choices=PARTS)
+    parser.add_argument("--out", type=Path, default=Path("results/gpu"), metavar="FOLDER")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model on a CPU")
+    parser.add_argument("--list", action="store_true", help="only name the parts, in their order")
+    parser.add_argument("--report", action="store_true", help="only print the tables")
+    parser.add_argument("--write_readme", action="store_true", help="only put the tables into the two README.md")
+    args = parser.parse_args()
+    if args.list:
+        print("\n".join(PARTS))
+    elif args.report or args.write_readme:
+        found = {name: json.loads((args.out / f"{name}.json").read_text()) for name in PARTS
+                 if (args.out / f"{name}.json").exists()}
+        targets, everything = tables(found)
+        print(f"{targets}\n\n{everything}")
+        if args.write_readme:
+            write_readme("gpu", targets, ROOT / "README.md")
+            write_readme("gpu", everything)
+    elif args.part is None:
+        parser.error("name a part, or give --list, --report or --write_readme")
+    elif not args.tiny and not torch.cuda.is_available():
+        parser.error("no GPU here; --tiny shows that the parts work")
+    else:
+        args.out.mkdir(parents=True, exist_ok=True)
+        part = Part(args.part, args.out, args.tiny)
+        if args.tiny:
+            torch.set_num_threads(1)
+        began = time.time()
+        PARTS[args.part](part)
+        part.keep(part_seconds=time.time() - began)
+        write_atomic(args.out / f"{args.part}.json", json.dumps(part.results) + "\n")
+
+
+if __name__ == "__main__":
+    main()
