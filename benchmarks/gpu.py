@@ -24,22 +24,22 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)                              # this file's own folder would hide the database package
-import evo_drop  # noqa: E402
-import evo_quant  # noqa: E402
-import evo_unstructured  # noqa: E402
-from benchmarks import database as layers_benchmark  # noqa: E402
-from benchmarks import search  # noqa: E402
-from benchmarks.programs import write_readme  # noqa: E402
-from benchmarks.subjects import LEVEL_FLAGS, load  # noqa: E402
-from benchmarks.ways import SEARCHES, here, play  # noqa: E402
-from database import build, gptq, hidden_states, sparsegpt  # noqa: E402
-from database.hessian import Calibration  # noqa: E402
-from scripts.estimate import search_tokens  # noqa: E402
-from utils import attention  # noqa: E402
-from utils.decoder import Decoder  # noqa: E402
-from utils.files import write_atomic  # noqa: E402
-from utils.fitness import Fitness  # noqa: E402
-from utils.report import format_table  # noqa: E402
+import evo_drop
+import evo_quant
+import evo_unstructured
+from benchmarks import database as layers_benchmark
+from benchmarks import search
+from benchmarks.programs import write_readme
+from benchmarks.subjects import LEVEL_FLAGS, load
+from benchmarks.ways import SEARCHES, here, play
+from database import build, gptq, hidden_states, sparsegpt
+from database.hessian import Calibration
+from scripts.estimate import search_tokens
+from utils import attention
+from utils.decoder import Decoder
+from utils.files import write_atomic
+from utils.fitness import Fitness
+from utils.report import format_table
 
 GIGABYTE = 10**9
 PAPER_TOKENS = 8388608                               # of a database

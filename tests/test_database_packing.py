@@ -12,7 +12,6 @@ from database.packing import (
     packed_bytes,
     unpack_bits,
     unpack_codes,
-    unpack_quantized,
     unpack_sparse,
 )
 

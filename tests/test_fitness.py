@@ -11,11 +11,8 @@ import torch.nn.functional as F
 import families
 from families import FAMILIES, NUM_BLOCKS, VOCABULARY
 from utils.decoder import Decoder
-<<<<<<< HEAD
 from utils.fitness import Fitness, assemble, microbatches
-=======
 from utils.losses import log_probabilities
->>>>>>> ba329c2 (Kernels are tried out before they are relied on; a fused KL kernel; make test-kernels interprets and compiles all of them; every library's out of memory is recognised; levels are unpacked into the weight's own dtype)
 
 LENGTHS = [37, 2, 19, 23, 37, 3, 14, 30, 2]
 MINIBATCH = [(7, 30), (1, 2), (4, 37), (3, 23), (0, 37), (6, 14), (5, 3), (8, 2), (2, 11)]      # the last one trimmed

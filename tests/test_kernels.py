@@ -8,11 +8,11 @@ pytest.importorskip("triton", reason="make test-kernels installs Triton")
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("no GPU; make test-kernels runs the kernels without one", allow_module_level=True)
 
-from database import kernels as sweep  # noqa: E402
-from database import solver, unpack_kernels  # noqa: E402
-from database.packing import pack_quantized, pack_sparse, unpack_quantized, unpack_sparse  # noqa: E402
-from utils import kl_kernel  # noqa: E402
-from utils.losses import log_probabilities, plain_kl  # noqa: E402
+from database import kernels as sweep
+from database import solver, unpack_kernels
+from database.packing import pack_quantized, pack_sparse, unpack_quantized, unpack_sparse
+from utils import kl_kernel
+from utils.losses import log_probabilities, plain_kl
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF = (torch.float16, torch.bfloat16)

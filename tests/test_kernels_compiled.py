@@ -13,8 +13,8 @@ triton = pytest.importorskip("triton", reason="make test-kernels installs Triton
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 POINTERS = {"_prune": ("*fp32", "*fp32", "*u8", "*fp32"),
             "_quantize": ("*fp32", "*fp32", "*fp32", "*fp32", "*fp32", "*fp32", "*u8"),

@@ -15,7 +15,7 @@ from database.levels import LevelSwitcher
 from database.store import Database
 from families import NUM_BLOCKS
 from test_fitness import MICROBATCH_TOKENS, MINIBATCH, documents, drop, random_candidates
-from utils import offload
+from utils import offload as offloading
 from utils.configs import write_drop_config
 from utils.decoder import Decoder
 from utils.fitness import Fitness, microbatches
@@ -107,7 +107,7 @@ class Cudart:
     def cudaHostRegister(self, address, num_bytes, flags):
         if len(self.pinned) == 2:
             return 2
-        assert address % offload.PAGE == 0 == num_bytes % offload.PAGE and flags == 0
+        assert address % offloading.PAGE == 0 == num_bytes % offloading.PAGE and flags == 0
         self.pinned[address] = num_bytes
         return 0
 
@@ -124,11 +124,11 @@ def test_pinned_pages_are_a_blocks_own_and_are_given_back_before_their_memory(mo
     cudart = Cudart()
     monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
     tensors = [torch.arange(5.0), torch.tensor([True]), torch.arange(3), torch.randn(70, 3).bfloat16(), torch.ones(())]
-    pages = offload._pages(sum(offload._aligned(tensor.nbytes) for tensor in tensors))
-    assert pages.nbytes == offload.PAGE and offload.pin(pages, CPU) is None and len(cudart.pinned) == 1
+    pages = offloading._pages(sum(offloading._aligned(tensor.nbytes) for tensor in tensors))
+    assert pages.nbytes == offloading.PAGE and offloading.pin(pages, CPU) is None and len(cudart.pinned) == 1
     buffer = torch.from_numpy(pages)
     del pages
-    views = offload._views(buffer, tensors)
+    views = offloading._views(buffer, tensors)
     for view, tensor in zip(views, tensors):
         view.copy_(tensor)
     del buffer
@@ -150,7 +150,7 @@ def test_memory_that_cannot_be_pinned_is_one_sentence(monkeypatch, capsys):
         raise RuntimeError("CUDA error: out of memory")
 
     monkeypatch.setattr(torch, "zeros", blamed)
-    offloaded = offload.OffloadedBlocks(blocks, SimpleNamespace(type="cuda"))
+    offloaded = offloading.OffloadedBlocks(blocks, SimpleNamespace(type="cuda"))
     printed = capsys.readouterr().out
     assert printed.startswith("--cpu_offload_modules: 0.0 GB of host memory cannot be pinned (out of memory), so")
     assert printed.count("\n") == 1 and len(cudart.pinned) == 2 and len(launches) == 1

@@ -78,6 +78,6 @@ def has_varlen(device: torch.device, dtype: torch.dtype) -> bool:
 
 def _varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cumulative: torch.Tensor, longest: int,
             scaling: float | None) -> torch.Tensor:
-    from torch.nn.attention.varlen import varlen_attn        # from torch 2.11 on
+    from torch.nn.attention.varlen import varlen_attn  # from torch 2.11 on
     return varlen_attn(query, key, value, cumulative, cumulative, longest, longest, scale=scaling,
                        window_size=(-1, 0), enable_gqa=query.shape[1] != key.shape[1])
