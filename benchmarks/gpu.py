@@ -383,6 +383,18 @@ def _words(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) and math.isfinite(value) else str(value)
 
 
+def run(name: str, out: Path, tiny: bool) -> dict:
+    """Run a part; its results, which are in its file then."""
+    out.mkdir(parents=True, exist_ok=True)
+    if tiny:
+        torch.set_num_threads(1)
+    part, began = Part(name, out, tiny), time.time()
+    PARTS[name](part)
+    part.keep(part_seconds=time.time() - began)
+    write_atomic(out / f"{name}.json", json.dumps(part.results) + "\n")
+    return part.results
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", nargs="?", choices=PARTS)
@@ -407,14 +419,7 @@ def main() -> None:
     elif not args.tiny and not torch.cuda.is_available():
         parser.error("no GPU here; --tiny shows that the parts work")
     else:
-        args.out.mkdir(parents=True, exist_ok=True)
-        part = Part(args.part, args.out, args.tiny)
-        if args.tiny:
-            torch.set_num_threads(1)
-        began = time.time()
-        PARTS[args.part](part)
-        part.keep(part_seconds=time.time() - began)
-        write_atomic(args.out / f"{args.part}.json", json.dumps(part.results) + "\n")
+        run(args.part, args.out, args.tiny)
 
 
 if __name__ == "__main__":

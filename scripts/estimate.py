@@ -162,8 +162,9 @@ def search(shape: Shape, args: argparse.Namespace, database_bytes: float) -> Nee
         tokens, _ = microbatch(shape, args)
         steps = generations * sum(math.ceil(step / tokens) for step in args.tokens_per_selection)
         need.copies = HALF * shape.weights * (math.ceil(args.calibration_tokens / tokens) + steps)
-        # two of five levels of every layer, but for those that are kept on the device
-        need.waits = steps * max(0, 2 / 5 * database_bytes - getattr(args, "level_cache_gb", 0) * GB)
+        # two of a layer's levels (five bitwidths, seventeen sparsities), but for those that are kept on the device
+        used = 2 / (17 if hasattr(args, "sparse_weights_path") else 5) * database_bytes
+        need.waits = steps * max(0, used - getattr(args, "level_cache_gb", 0) * GB)
         need.device += 2 * args.offspring * min(tokens, args.tokens_per_selection[0]) * shape.hidden * HALF
     return need
 

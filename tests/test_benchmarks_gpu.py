@@ -1,0 +1,82 @@
+"""benchmarks/gpu.sh: every part runs, here tiny and on a CPU; one that fails stops no other, and is run again."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu, search
+
+ROOT = Path(__file__).resolve().parents[1]
+STUB = """#!/bin/bash
+# stands in for Python: lists three parts, of which the second fails for as long as OUT/mended is not there
+case "$2" in
+    --list) echo first second third ;;
+    --report) echo "tables of $4" ;;
+    second) [ -e "$4/mended" ] || { echo "no such device"; exit 3; }; touch "$4/$2.json" ;;
+    *) [ "$5" = --tiny ] || exit 4; touch "$4/$2.json" ;;
+esac
+"""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """{part: its results}, all run once."""
+    out = tmp_path_factory.mktemp("gpu")
+    return {name: gpu.run(name, out, tiny=True) for name in gpu.PARTS if name != "tests"}
+
+
+@pytest.mark.parametrize("name", [name for name in gpu.PARTS if name != "tests"])
+def test_a_part_leaves_results_that_json_can_hold(name, finished):
+    result = json.loads(json.dumps(finished[name]))
+    assert result["device"] == "CPU, tiny" and result["torch"] == torch.__version__
+    assert result["part_seconds"] > 0 and len(result) > 3
+
+
+def test_what_parts_find_is_consistent(finished):
+    assert set(finished["demo"]["differences"].values()) == {0.0}        # the CPU against itself
+    for name in ("evo_drop", "evo_unstructured", "evo_quant"):
+        assert finished[f"generation-{name}"]["difference"] <= search.TOLERANCE[torch.float32]
+    blocks = finished["database-block"]
+    assert blocks["gptq, plain"]["gb_written_a_block"] == pytest.approx(
+        blocks["gptq, overlapped"]["gb_written_a_block"], rel=0.01)
+    assert 0 < finished["offload"]["copies_gb_a_second"] and finished["profile"]["top"]
+
+
+def test_tables_have_every_part_and_say_what_is_missing(finished):
+    targets, everything = gpu.tables(finished)
+    assert "| CPU, tiny" in targets and targets.count("x |") >= 10
+    assert "generation of evo_quant" in everything and "a block from end to end" in everything
+    missing = everything[everything.index("not yet measured"):]
+    assert "tests" in missing and "walk" not in missing
+    assert gpu.tables({})[1].count("\n") == len(gpu.PARTS) + 1
+
+
+def test_the_tests_of_a_gpu_are_counted(tmp_path):
+    environment = dict(os.environ, OMP_NUM_THREADS="1")
+    subprocess.run([sys.executable, "benchmarks/gpu.py", "tests", "--tiny", "--out", str(tmp_path)], cwd=ROOT,
+                   env=environment, check=True, capture_output=True)
+    result = json.loads((tmp_path / "tests.json").read_text())
+    assert result["counts"]["passed"] > 3 and not result["counts"]["failed"] and result["failed"] == []
+
+
+def test_a_part_that_fails_stops_no_other_and_is_the_only_one_run_again(tmp_path):
+    python, out = tmp_path / "python", tmp_path / "out"
+    python.write_text(STUB)
+    python.chmod(0o755)
+
+    def run():
+        return subprocess.run(["bash", str(ROOT / "benchmarks" / "gpu.sh")], capture_output=True, text=True,
+                              env=dict(os.environ, TINY="1", OUT=str(out), PYTHON=str(python)))
+
+    first = run()
+    assert first.returncode == 1 and first.stdout.splitlines() == [
+        "== first", "== second", "no such device", "== third", f"tables of {out}",
+        "failed: second; run the same command again for these parts alone"]
+    (out / "mended").touch()
+    again = run()
+    assert again.returncode == 0 and again.stdout.splitlines() == [
+        "== first: finished", "== second", "== third: finished", f"tables of {out}"]
