@@ -116,8 +116,7 @@ def walk(decoder: Decoder, documents: list[torch.Tensor], microbatch_tokens: int
     whole = [(i, len(document)) for i, document in enumerate(documents)]
     for rows in microbatches(whole, microbatch_tokens or default_microbatch_tokens(decoder), decoder.packed_rows):
         input_ids, position_ids, _ = assemble(documents, rows)
-        inputs = decoder.block_inputs(input_ids.to(decoder.device),
-                                      None if position_ids is None else position_ids.to(decoder.device))
+        inputs = decoder.block_inputs(input_ids, position_ids)
         states = [inputs.hidden_states]
         for i in range(len(decoder.blocks)):
             states.append(decoder.run_block(i, states[-1], inputs))

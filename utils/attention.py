@@ -24,7 +24,7 @@ def bounds(position_ids: torch.Tensor, device: torch.device) -> dict:
     starts = (positions == 0).nonzero().flatten()
     ends = torch.cat([starts[1:], torch.tensor([len(positions)])])
     lengths = (ends - starts).tolist()
-    cumulative = torch.cat([starts, ends[-1:]]).to(device, torch.int32)
+    cumulative = torch.cat([starts, ends[-1:]]).to(torch.int32).to(device, non_blocking=True)
     return {"cu_seq_lens_q": cumulative, "cu_seq_lens_k": cumulative, "max_length_q": max(lengths),
             "max_length_k": max(lengths), "document_lengths": lengths}
 

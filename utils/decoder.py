@@ -117,7 +117,7 @@ class Decoder:
         """Embeddings of `input_ids` [batch, tokens] and what each block is given besides; runs no block.
 
         `position_ids` [batch, tokens] restart at every document packed into a row; None means one document a row. Both
-        may still be on the host: to look at them on a device is to wait for it.
+        may be on the host: they are copied without waiting, which looking at them on a device is not.
         """
         calls: list[tuple[tuple, dict]] = []
         embedded: list[torch.Tensor] = []
@@ -129,7 +129,8 @@ class Decoder:
                 return _as_output(module, hidden_states)
             return record
 
-        positions = {} if position_ids is None else {"position_ids": position_ids.to(self.device)}
+        positions = {} if position_ids is None else {
+            "position_ids": position_ids.to(self.device, non_blocking=True)}
         if position_ids is not None and (self.by_document or self.config._attn_implementation == "flash_attention_2"):
             positions |= attention.bounds(position_ids.cpu(), self.device)
             if self.by_document:
@@ -138,7 +139,7 @@ class Decoder:
                 del positions["document_lengths"]
         with _forwards({block.module: recorder(block.module) for block in self.blocks}):
             # no attention mask and no cache: only then do restarting positions keep packed documents apart
-            self.body(input_ids=input_ids.to(self.device), use_cache=False, **positions)
+            self.body(input_ids=input_ids.to(self.device, non_blocking=True), use_cache=False, **positions)
         return BlockInputs(embedded[0], calls)
 
     def move_surroundings(self, device: torch.device) -> None:

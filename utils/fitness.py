@@ -171,8 +171,8 @@ class Fitness:
         """Sums over each document's predicted tokens, float64 [documents, candidates, kinds]."""
         lengths = [length - 1 for row in rows for _, length in row]
         input_ids, position_ids, predicting = assemble(self.documents, rows)
-        targets = input_ids.flatten()[predicting + 1].to(self.decoder.device)
-        predicting = predicting.to(self.decoder.device)
+        targets = input_ids.flatten()[predicting + 1].to(self.decoder.device, non_blocking=True)
+        predicting = predicting.to(self.decoder.device, non_blocking=True)
         inputs = self.decoder.block_inputs(input_ids, position_ids)
         teacher = self._teacher_distributions(rows, kinds) if set(kinds) & {"kl", "sparse_kl"} else None
         sums = torch.zeros(len(lengths), len(candidates), len(kinds), dtype=torch.float64, device=self.decoder.device)
