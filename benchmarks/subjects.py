@@ -23,7 +23,7 @@ SHAPES = {   # Llamas of random weights
     # a few of its 80 blocks, and a head that takes no time beside them
     "llama-3-70b": dict(hidden_size=8192, intermediate_size=28672, num_hidden_layers=4, num_attention_heads=64,
                         vocab_size=4096, num_key_value_heads=8, max_position_embeddings=8192, rope_theta=500000.0),
-    "tiny": dict(hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4, vocab_size=512,
+    "tiny": dict(hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4, vocab_size=512,
                  num_key_value_heads=2, max_position_embeddings=128),
 }
 LEVEL_FLAGS = {   # of the demo's databases, and of the paper's
