@@ -420,7 +420,7 @@ def main() -> None:
         print(f"{targets}\n\n{everything}")
         if args.write_readme:
             write_readme("gpu", targets, ROOT / "README.md")
-            write_readme("gpu", everything)
+            write_readme("gpu", everything, ROOT / "benchmarks" / "README.md")
     elif args.part is None:
         parser.error("name a part, or give --list, --report or --write_readme")
     elif not args.tiny and not torch.cuda.is_available():

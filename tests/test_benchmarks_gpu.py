@@ -55,6 +55,19 @@ def test_tables_have_every_part_and_say_what_is_missing(finished):
     assert gpu.tables({})[1].count("\n") == len(gpu.PARTS) + 1
 
 
+def test_report_puts_the_tables_into_both_readmes(finished, tmp_path, monkeypatch):
+    for page in ("README.md", "benchmarks/README.md"):
+        (tmp_path / page).parent.mkdir(exist_ok=True)
+        (tmp_path / page).write_text((ROOT / page).read_text())
+    (tmp_path / "walk.json").write_text(json.dumps(finished["walk"]))
+    (tmp_path / "generation-evo_drop.json").write_text(json.dumps(finished["generation-evo_drop"]))
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setattr("sys.argv", ["gpu.py", "--write_readme", "--out", str(tmp_path)])
+    gpu.main()
+    assert "| a generation of evo_drop against the plain way" in (tmp_path / "README.md").read_text()
+    assert "| walk, tokens/s, by tokens of a microbatch" in (tmp_path / "benchmarks" / "README.md").read_text()
+
+
 def test_the_tests_of_a_gpu_are_counted(tmp_path):
     environment = dict(os.environ, OMP_NUM_THREADS="1")
     subprocess.run([sys.executable, "benchmarks/gpu.py", "tests", "--tiny", "--out", str(tmp_path)], cwd=ROOT,
