@@ -283,7 +283,9 @@ class Decoder:
         try:
             packed = self._last_hidden_states(tokens, position_ids)[:, -alone.shape[1]:]
             self.by_document = bool((packed - alone).abs().max() < exact)
-        except (TypeError, ValueError, NotImplementedError):             # arguments or an attention of its own
+        except torch.OutOfMemoryError:
+            raise
+        except (TypeError, ValueError, RuntimeError):        # arguments, an attention or heads of a kind of their own
             self.by_document = False
 
     def _last_hidden_states(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> torch.Tensor:

@@ -77,8 +77,8 @@ def tune_process(device: torch.device) -> None:
 def load_decoder(name: str, dtype: str = "auto", device: str | torch.device | None = None,
                  attn_implementation: str | None = None, trust_remote_code: bool = False, offload_blocks: bool = False,
                  compile_blocks: bool = False) -> Decoder:
-    """Load a causal language model for inference, with `offload_blocks` its blocks into host memory. The
-    process is as `tune_process` has it from then on.
+    """Load a causal language model for inference, with `offload_blocks` its blocks into host memory. The process is
+    as `tune_process` has it from then on.
 
     `dtype` "auto" is the checkpoint's own on a GPU and float32 on a CPU, of which only some are fast in bfloat16.
     Raises ValueError naming the flag for an unreadable checkpoint, or one in which no decoder blocks are recognised.
