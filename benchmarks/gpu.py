@@ -33,7 +33,7 @@ from benchmarks import search
 from benchmarks.programs import write_readme
 from benchmarks.subjects import LEVEL_FLAGS, load
 from benchmarks.ways import SEARCHES, here, play
-from database import build, gptq, hidden_states, sparsegpt
+from database import build, gptq, hidden_states, sparsegpt, store
 from database.hessian import Calibration
 from scripts.estimate import search_tokens
 from utils import attention
@@ -217,9 +217,9 @@ def build_manifest(module, method: str, decoder: Decoder, args: argparse.Namespa
     """Of a database that is still to be built."""
     args.calibration_tokens = args.calibration_tokens or PAPER_TOKENS
     flags = {key: value for key, value in vars(args).items() if key not in build.NOT_COMPARED}
-    manifest = {"format": build.FORMAT, "method": method, "model": "-", "config_sha256": "", "weights_sha256": "",
+    manifest = {"format": store.FORMAT, "method": method, "model": "-", "config_sha256": "", "weights_sha256": "",
                 "calibration_sha256": "", "flags": flags, "layers": {name: None for block in layers for name in block}}
-    build.write_manifest(args.save_dir, manifest)
+    store.write_manifest(args.save_dir, manifest)
     return manifest
 
 

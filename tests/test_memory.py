@@ -193,7 +193,7 @@ def test_a_build_without_room_for_a_row_or_a_layer_names_what_helps(checkpoint, 
     assert "; use --cpu_offload_modules and --cpu_offload_activations, or a shorter --calibration_seq" in printed
     memory.tokens = 10**9
     with monkeypatch.context() as patch:
-        patch.setattr(build, "write_layer", lambda *_: (_ for _ in ()).throw(CPU))
+        patch.setattr(build.store, "write_layer", lambda *_: (_ for _ in ()).throw(CPU))
         with pytest.raises(SystemExit):
             build.run(gptq.make_parser(), gptq.main)
     assert "to go on, run the same command with --cpu_offload_modules and" in capsys.readouterr().err
