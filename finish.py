@@ -23,9 +23,10 @@ from database.tuning import PARTS, HiddenStates
 from utils import distributed
 from utils.configs import read_drop_config
 from utils.data import check_dataset, sequence_length
+from utils.decoder import Decoder
 from utils.errors import RunError, user_errors
 from utils.files import check_writable
-from utils.fitness import default_microbatch_tokens
+from utils.fitness import default_microbatch_tokens, out_of_memory
 from utils.flags import add_calibration_flags, add_model_flags
 from utils.inputs import documents_of, tokenizer_of
 from utils.model import default_device, load_config, load_decoder
@@ -98,6 +99,43 @@ def read_configurations(args: argparse.Namespace, config) -> tuple[Database | No
     return database, configurations
 
 
+def finish_blocks(args: argparse.Namespace, decoder: Decoder, documents: list[torch.Tensor],
+                  dropped: list[tuple[bool, bool]], result: FinishedDatabase | FinishedCheckpoint,
+                  device: torch.device, home: torch.device) -> None:
+    """Train the blocks that are left, one after the other; afterwards the model is the finished one. A block is on
+    `device` while it is at work and at `home` before and after."""
+    decoder.move_surroundings(device)
+    decoder.blocks[0].module.to(device)
+    batch_tokens = args.batch_size * args.calibration_sequence_length
+    tokens = args.microbatch_tokens or min(default_microbatch_tokens(decoder), -(-batch_tokens // PARTS))
+    calibration = HiddenStates(decoder, documents, tokens, device)
+
+    began, trained = time.time(), 0
+    given = passed = None            # to the uncompressed block, and by the finished ones before it; None: embeddings
+    for block in decoder.blocks:
+        block.module.to(device)
+        targets = calibration.run(given, block.index)
+        note = "dropped" if all(dropped[block.index]) else "finished before"
+        if not result.has(block):
+            weights = result.weights(block)
+            block.drop(*dropped[block.index])
+            losses = [calibration.train(block.index, own, given if args.levels else passed, targets, args.steps,
+                                        batch_tokens, args.seed + SEED_STRIDE * block.index) for own in weights if own]
+            block.drop(False, False)
+            result.save(block, weights, calibration, given)
+            trained += 1
+            left = (time.time() - began) / trained * sum(not result.has(other) for other in decoder.blocks)
+            note = (f"relative error {', '.join(f'{first:.3g} -> {last:.3g}' for first, last in losses)}; "
+                    f"left {timedelta(seconds=round(left))}")
+        result.load(block)
+        block.drop(*dropped[block.index])
+        passed = None if args.levels else calibration.run(passed, block.index)
+        given = targets
+        block.module.to(home)
+        print(f"block {block.index + 1}/{len(decoder.blocks)}: {note}", flush=True)
+    distributed.report_idle(time.time() - began)
+
+
 @user_errors(RunError)
 def main(argv: list[str] | None = None) -> None:
     """Finish what the flags name, or what is left of it."""
@@ -120,37 +158,16 @@ def main(argv: list[str] | None = None) -> None:
         if result.complete:
             print(f"{args.save_dir}: finished")
             return
-    decoder.move_surroundings(device)
-    decoder.blocks[0].module.to(device)
-    batch_tokens = args.batch_size * args.calibration_sequence_length
-    tokens = args.microbatch_tokens or min(default_microbatch_tokens(decoder), -(-batch_tokens // PARTS))
-    calibration = HiddenStates(decoder, documents, tokens, device)
-
-    began, trained_blocks = time.time(), 0
-    given = passed = None            # to the uncompressed block, and by the finished ones before it; None: embeddings
-    for block in decoder.blocks:
-        block.module.to(device)
-        targets = calibration.run(given, block.index)
-        note = "dropped" if all(dropped[block.index]) else "finished before"
-        if not result.has(block):
-            weights = result.weights(block)
-            block.drop(*dropped[block.index])
-            losses = [calibration.train(block.index, own, given if args.levels else passed, targets, args.steps,
-                                        batch_tokens, args.seed + SEED_STRIDE * block.index) for own in weights if own]
-            block.drop(False, False)
-            result.save(block, weights, calibration, given)
-            trained_blocks += 1
-            left = (time.time() - began) / trained_blocks * sum(not result.has(other) for other in decoder.blocks)
-            note = (f"relative error {', '.join(f'{first:.3g} -> {last:.3g}' for first, last in losses)}; "
-                    f"left {timedelta(seconds=round(left))}")
-        result.load(block)
-        block.drop(*dropped[block.index])
-        passed = None if args.levels else calibration.run(passed, block.index)
-        given = targets
-        block.module.to(home)
-        print(f"block {block.index + 1}/{len(decoder.blocks)}: {note}", flush=True)
+    began = time.time()
+    try:
+        finish_blocks(args, decoder, documents, dropped, result, device, home)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise RunError(f"{reason}; to go on, run the same command with a smaller --microbatch_tokens, or with "
+                       f"--cpu_offload_modules") from error
     result.end(tokenizer)
-    distributed.report_idle(time.time() - began)
     print(f"{args.save_dir}: finished in {timedelta(seconds=round(time.time() - began))}")
 
 

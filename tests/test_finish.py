@@ -222,7 +222,7 @@ def test_every_microbatch_is_seen_before_any_is_seen_again(checkpoint):
 
 @pytest.mark.parametrize("kind", ["sparse", "quant", "drop"])
 def test_killed_and_resumed_it_leaves_the_same_bytes(finished, tmp_path, monkeypatch, capsys, kind):
-    train, calls = HiddenStates.train, []
+    whole, train, calls = contents(finished.once(kind)), HiddenStates.train, []
 
     def dying(self, *args):
         calls.append(args)
@@ -235,7 +235,7 @@ def test_killed_and_resumed_it_leaves_the_same_bytes(finished, tmp_path, monkeyp
         with pytest.raises(KeyboardInterrupt):
             finished(kind, tmp_path / kind)
     finished(kind, tmp_path / kind)
-    assert contents(tmp_path / kind) == contents(finished.once(kind))
+    assert contents(tmp_path / kind) == whole
     capsys.readouterr()
     finished(kind, tmp_path / kind)
     assert capsys.readouterr().out.strip().endswith("finished") and len(calls) == 6 + 2 - (kind == "drop")
@@ -275,3 +275,19 @@ def test_the_manifest_says_what_it_was_finished_from(finished, databases):
     manifest = json.loads((finished.once("quant") / "manifest.json").read_text())
     assert manifest["flags"]["finished_from"] == Database.open(databases["quant"]).sha256
     assert manifest["flags"]["group_size"] == 16 and manifest["flags"]["steps"] == 30
+
+
+def test_too_little_memory_ends_in_a_sentence_and_loses_nothing(finished, tmp_path, monkeypatch):
+    train, calls = HiddenStates.train, []
+
+    def full(self, *args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("out of memory: tried to allocate 2 GB")
+        return train(self, *args)
+
+    monkeypatch.setattr(HiddenStates, "train", full)
+    with pytest.raises(SystemExit, match="tried to allocate 2 GB; to go on, run the same command with a smaller"):
+        finished("sparse", tmp_path / "sparse")
+    finished("sparse", tmp_path / "sparse", "--microbatch_tokens", "32")
+    assert len(calls) == 3 + 4                           # two of six blocks were there
