@@ -202,7 +202,7 @@ def main() -> None:
     with ThreadPoolExecutor(args.jobs) as pool:
         found = list(pool.map(lambda job: (bench.depth if job[0] in DEPTHS else bench.levels)(*job), jobs))
 
-    rows = [["budget", "configuration", "KL", "ppl", "finished: KL", "range", "ppl",
+    rows = [["budget", "configuration", "KL", "ppl", "finished: KL", *(["range"] if args.seeds > 1 else ()), "ppl",
              *(["KL on other text", "finished: KL on other text"] if args.other_data else ()), "minutes to finish"]]
     for budget in args.budgets:
         results = [values for (name, _), values in zip(jobs, found) if name == budget]
@@ -212,8 +212,10 @@ def main() -> None:
             row = [budget, {"uniform": "ShortGPT"}.get(way, way) if budget in DEPTHS else way]
             row += [statistics.median(values(measure, args.data)) for measure in ("kl", "ppl")]
             after = values("kl", args.data, FINISHED)
-            row += ([statistics.median(after), f"{min(after):.3f}-{max(after):.3f}",
-                     statistics.median(values("ppl", args.data, FINISHED))] if after else ["–"] * 3)
+            row.append(statistics.median(after) if after else "–")
+            if args.seeds > 1:
+                row.append(f"{min(after):.3f}-{max(after):.3f}" if after else "–")
+            row.append(statistics.median(values("ppl", args.data, FINISHED)) if after else "–")
             if args.other_data:
                 row += [statistics.median(values("kl", args.other_data)),
                         statistics.median(values("kl", args.other_data, FINISHED)) if after else "–"]
