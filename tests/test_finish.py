@@ -8,10 +8,11 @@ from transformers import AutoModelForCausalLM
 import eval_config
 import evo_quant
 import export
+import families
 import finish
 from database.packing import unpack_bits, unpack_quantized
 from database.store import Database
-from database.tuning import HiddenStates, QuantizedWeight
+from database.tuning import DenseWeight, HiddenStates, QuantizedWeight
 from utils.configs import write_drop_config, write_level_config
 from utils.decoder import Decoder
 
@@ -215,6 +216,31 @@ def test_every_microbatch_is_seen_before_any_is_seen_again(checkpoint):
         seen += batch
     for start in range(0, 3 * len(calibration.rows), len(calibration.rows)):
         assert sorted(seen[start:start + len(calibration.rows)]) == list(range(len(calibration.rows)))
+
+
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_any_family_is_trained_where_a_half_of_a_block_is_dropped(name):
+    decoder = Decoder(families.build(name))
+    generator = torch.Generator().manual_seed(0)
+    documents = [torch.randint(3, families.VOCABULARY, (16,), generator=generator) for _ in range(24)]
+    calibration = HiddenStates(decoder, documents, 64, torch.device("cpu"))
+    given = calibration.run(None, 0)
+    targets, block = calibration.run(given, 1), decoder.blocks[1]
+    before = {parameter: value.clone() for parameter, value in block.module.named_parameters()}
+    gone = {id(value) for module in block.attn.modules for value in module.parameters()}
+    weights = {parameter: DenseWeight(value) for parameter, value in block.module.named_parameters()
+               if id(value) not in gone}
+    block.drop(True, False)
+    untrained = calibration.run(given, 1)
+    calibration.train(1, weights, given, targets, 40, 128, 0)
+    with torch.no_grad():
+        for parameter, value in block.module.named_parameters():
+            assert torch.equal(value, before[parameter])         # until it is loaded
+            if parameter in weights:
+                value.copy_(weights[parameter].value())
+    error = {key: sum(float((a - b).square().sum()) for a, b in zip(states, targets))
+             for key, states in (("before", untrained), ("after", calibration.run(given, 1)))}
+    assert error["after"] < 0.9 * error["before"]
 
 
 # ---- killed, and mistakes --------------------------------------------------------------------------------------------
