@@ -174,7 +174,8 @@ def fill_budget(space: Space, candidate: Candidate, rng: random.Random) -> Candi
 def switch(space: Space, candidate: Candidate, rng: random.Random) -> Candidate | None:
     """Level-switch mutation: one unit a step up, others of its group, drawn at random, down until the budget holds.
 
-    A group is chosen in proportion to its number of units. None where no group can give what a step up needs.
+    A group is chosen in proportion to its number of units. None where no group can give what a step up needs. Bits that
+    lowering has left over pay for steps up of any units, since a candidate may not be short of what a step costs.
     """
     raisable = set(space.raisable(candidate, math.inf))
     units = rng.sample(range(len(space.units)), len(space.units))
@@ -287,8 +288,8 @@ def main(argv: list[str] | None = None) -> dict:
         search = Search("evo_quant", args, config, flags.flag_defaults(make_parser()))
         if search.run.finished:
             return search.earlier_summary()
-        check_writable(args.quant_weights_path, "--quant_weights_path")
-        search.load(quant_weights_path=database.sha256)
+        check_writable(args.quant_weights_path, "--quant_weights_path")     # a copy of the result goes there
+        search.load(quant_weights_path=database.sha256)      # a run goes on only with the levels it was begun on
         switcher = LevelSwitcher(search.decoder, database, args.level_cache_gb)
         levels = {name: database.levels(name) for name in database.layers}
         space = build_space(args, database, build_units(switcher.names, levels, args))
@@ -315,7 +316,8 @@ def main(argv: list[str] | None = None) -> dict:
     print(f"budget: {describe(space, parents[0], database)}")
 
     steps = list(zip(args.survivors_per_selection, args.tokens_per_selection))
-    # Algorithm 1: offspring of the parents, selected in steps of fewer on more tokens each; survivors are parents next
+    # Algorithm 1: make offspring, keep the best of them in steps, each of fewer candidates on more tokens; they are the
+    # next parents
     for _ in search.generations():
         offspring = draw_distinct(lambda: mutate(space, parents, args.max_mutations, search.rng, args.fixed_mutations),
                                   args.offspring * args.screen, set(parents))
@@ -328,6 +330,7 @@ def main(argv: list[str] | None = None) -> dict:
         parents = [candidate for _, candidate in survivors]
         search.record(survivors, **state())
 
+    # in the model's order of layers
     winner = {name: space.levels(parents[0])[name] for names in switcher.names for name in names}
     files = [folder / args.configuration_name for folder in (search.run.folder, database.path)]
     for file in files:

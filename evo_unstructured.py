@@ -255,8 +255,8 @@ def main(argv: list[str] | None = None) -> dict:
         search = Search("evo_unstructured", args, config, flags.flag_defaults(make_parser()))
         if search.run.finished:
             return search.earlier_summary()
-        check_writable(args.sparse_weights_path, "--sparse_weights_path")
-        search.load(sparse_weights_path=database.sha256)
+        check_writable(args.sparse_weights_path, "--sparse_weights_path")     # a copy of the result goes there
+        search.load(sparse_weights_path=database.sha256)      # a run goes on only with the levels it was begun on
         switcher = LevelSwitcher(search.decoder, database, args.level_cache_gb)
         bound = math.inf if args.max_level is None else args.max_level
         levels = {name: [level for level in database.levels(name) if abs(level) <= bound] for name in database.layers}
@@ -301,6 +301,7 @@ def main(argv: list[str] | None = None) -> dict:
         parents = [candidate for _, candidate in survivors]
         search.record(survivors, **state())
 
+    # in the model's order of layers
     winner = {name: space.levels(parents[0])[name] for names in switcher.names for name in names}
     files = [folder / args.configuration_name for folder in (search.run.folder, database.path)]
     for file in files:

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from database.build import add_build_flags, build, run
-from database.checkpoints import Checkpoint, fingerprint, open_checkpoint
 from database.packing import Packed, pack_quantized, unpack_quantized
 from database.solver import output_errors
+from formats.quantized_checkpoints import Checkpoint, fingerprint, open_checkpoint
 from utils.decoder import Decoder
 
 LEAST_COSINE = 0.5               # of a layer and its level; unrelated weights have next to 0, 2 bits about 0.9

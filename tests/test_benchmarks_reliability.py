@@ -23,8 +23,7 @@ ONE_OF_EACH_KIND = ["evo_unstructured.py", "database.gptq", "baselines.drop_scor
 def place(tmp_path_factory):
     """Programs run in processes forked from this one; pictures take longer than all the rest."""
     with pytest.MonkeyPatch.context() as patch:
-        for search in (reliability.evo_drop, reliability.evo_unstructured, reliability.evo_quant):
-            patch.setattr(search, "plot_search", lambda *_: None)
+        patch.setattr("utils.search.plot_search", lambda *_: None)
         yield reliability.Workplace(tmp_path_factory.mktemp("reliability") / "place")
 
 
