@@ -6,8 +6,7 @@
 
 Each block is trained to give what the uncompressed model's block gave, on what the blocks finished so far pass to it.
 The budget stays. Of bits and sparsity comes a database with one level a layer, which eval_config.py and export.py take
-with the same configuration; of depth a checkpoint without what was dropped. With --levels it is a database to search
-on: all layers at each of some levels, on what the uncompressed model passes to them, so that blocks can be mixed.
+with the same configuration; of depth a checkpoint without what was dropped.
 """
 import argparse
 import time
@@ -18,7 +17,6 @@ import torch
 
 from database.finished import FinishedCheckpoint, FinishedDatabase, header_of
 from database.levels import add_configuration_flags, check_configuration_flags, open_configuration
-from database.store import Database
 from database.tuning import PARTS, HiddenStates
 from utils import distributed
 from utils.configs import read_drop_config
@@ -41,8 +39,6 @@ def make_parser() -> argparse.ArgumentParser:
     add_calibration_flags(parser, tokens=262144)
     add_configuration_flags(parser)
     group = parser.add_argument_group("training")
-    group.add_argument("--levels", type=int, nargs="+", metavar="LEVEL",
-                       help="instead of a configuration: every layer at each of these, for a search on trained levels")
     group.add_argument("--steps", type=int, default=200, help="of the optimizer, a block (default: 200)")
     group.add_argument("--batch_size", type=int, default=8, metavar="DOCUMENTS",
                        help="a step, each of --calibration_sequence_length tokens (default: 8)")
@@ -78,27 +74,6 @@ def check_flags(args: argparse.Namespace, config) -> None:
     check_writable(args.save_dir, "--save_dir")
 
 
-def read_configurations(args: argparse.Namespace, config) -> tuple[Database | None, list[dict[str, int]]]:
-    """The database, None for depth alone, and the level of every layer by name: of the configuration, or of each of
-    --levels. Raises ValueError as `check_configuration_flags` does."""
-    if args.levels:
-        kind = "sparse" if args.sparse_weights_path else "quant"
-        if not getattr(args, f"{kind}_weights_path") or getattr(args, f"{kind}_config_path") or args.drop_config:
-            raise ValueError("--levels: is for all layers of a database; give --quant_weights_path or "
-                             "--sparse_weights_path, and no configuration")
-    configurations = []
-    for level in sorted(set(args.levels or [])) or [None]:
-        if level is not None:
-            setattr(args, f"{kind}_config_path", str(level))
-        check_configuration_flags(args, config)
-        database, levels = open_configuration(args) or (None, None)
-        configurations.append(levels)
-    if database is None and not args.drop_config:
-        raise ValueError("--quant_config_path, --sparse_config_path, --drop_config: nothing to finish; give a "
-                         "configuration, or --levels")
-    return database, configurations
-
-
 def finish_blocks(args: argparse.Namespace, decoder: Decoder, documents: list[torch.Tensor],
                   dropped: list[tuple[bool, bool]], result: FinishedDatabase | FinishedCheckpoint,
                   device: torch.device, home: torch.device) -> None:
@@ -119,17 +94,16 @@ def finish_blocks(args: argparse.Namespace, decoder: Decoder, documents: list[to
         if not result.has(block):
             weights = result.weights(block)
             block.drop(*dropped[block.index])
-            losses = [calibration.train(block.index, own, given if args.levels else passed, targets, args.steps,
-                                        batch_tokens, args.seed + SEED_STRIDE * block.index) for own in weights if own]
+            first, last = calibration.train(block.index, weights, passed, targets, args.steps, batch_tokens,
+                                            args.seed + SEED_STRIDE * block.index) if weights else (0.0, 0.0)
             block.drop(False, False)
             result.save(block, weights, calibration, given)
             trained += 1
             left = (time.time() - began) / trained * sum(not result.has(other) for other in decoder.blocks)
-            note = (f"relative error {', '.join(f'{first:.3g} -> {last:.3g}' for first, last in losses)}; "
-                    f"left {timedelta(seconds=round(left))}")
+            note = f"relative error {first:.3g} -> {last:.3g}; left {timedelta(seconds=round(left))}"
         result.load(block)
         block.drop(*dropped[block.index])
-        passed = None if args.levels else calibration.run(passed, block.index)
+        passed = calibration.run(passed, block.index)
         given = targets
         block.module.to(home)
         print(f"block {block.index + 1}/{len(decoder.blocks)}: {note}", flush=True)
@@ -142,7 +116,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     with user_errors():
         config = load_config(args.model_name_or_path, args.trust_remote_code)
-        database, configurations = read_configurations(args, config)
+        check_configuration_flags(args, config)
+        database, levels = open_configuration(args) or (None, {})
+        if database is None and not args.drop_config:
+            raise ValueError("--quant_config_path, --sparse_config_path, --drop_config: nothing to finish; give a "
+                             "configuration")
         num_blocks = config.get_text_config(decoder=True).num_hidden_layers
         dropped = read_drop_config(args.drop_config, num_blocks) if args.drop_config else [(False, False)] * num_blocks
         check_flags(args, config)
@@ -153,7 +131,7 @@ def main(argv: list[str] | None = None) -> None:
         decoder = load_decoder(args.model_name_or_path, args.dtype, home, args.attn_implementation,
                                args.trust_remote_code)
         header = header_of(args, config, decoder, documents, dropped)
-        result = (FinishedDatabase(args, header, decoder, database, configurations, dropped) if database else
+        result = (FinishedDatabase(args, header, decoder, database, levels, dropped) if database else
                   FinishedCheckpoint(args, header, decoder, dropped))
         if result.complete:
             print(f"{args.save_dir}: finished")

@@ -3,10 +3,9 @@
     python benchmarks/finish.py --out results/finish --jobs 2 --seeds 3 --write_readme
 
 At every budget: uniform (for depth ShortGPT's), random and searched, as they are and finished. Databases are built
-once, with --mse for bits; seeds differ in calibration text, search and training. With --tuned, levels are trained
-before the search, too (finish.py --levels). --other_data is text of another kind, on which the same is evaluated. With
---auto_round PYTHON, an interpreter that has auto-round 0.16.1, uniform bitwidths by that with its defaults. Finished
-parts are not run again.
+once, with --mse for bits; seeds differ in calibration text, search and training. --other_data is text of another kind,
+on which the same is evaluated. With --auto_round PYTHON, an interpreter that has auto-round 0.16.1, uniform bitwidths
+by that with its defaults. Finished parts are not run again.
 """
 import argparse
 import json
@@ -65,7 +64,6 @@ def parse_arguments() -> argparse.Namespace:
                         help="e.g. '2.5 bits' '60%% sparsity' '25%% depth' (default: all)")
     parser.add_argument("--steps", type=int, default=100, help="of finish.py (default: 100)")
     parser.add_argument("--batch_size", type=int, default=4, help="of finish.py (default: 4)")
-    parser.add_argument("--tuned", action="store_true", help="search on trained levels, too")
     parser.add_argument("--auto_round", metavar="PYTHON", help="interpreter of an environment that has auto-round")
     parser.add_argument("--out", type=Path, default=Path("results/finish"))
     parser.add_argument("--seeds", type=int, default=1)
@@ -145,12 +143,6 @@ class Bench:
         if target != 2:
             both("random", database, search("random", database, RANDOM), f"-{seed}")
             both("searched", database, search("searched", database, LEVELS), f"-{seed}")
-            if self.args.tuned:
-                levels = [2, 3, 4] if bits else [-8, -4, 0, 4, 8]
-                tuned = self.once(f"{name}-tuned", [
-                    "finish.py", *self.text, f"--{kind}_weights_path", database, "--levels", *levels, "--steps",
-                    self.args.steps // 2, "--batch_size", self.args.batch_size])
-                both("searched on trained levels", tuned, search("searched-on-trained", tuned, LEVELS), f"-{seed}")
         if bits and target == int(target) and self.args.auto_round and not seed:
             found["auto-round"] = self.auto_round(int(target))
         return found

@@ -12,6 +12,7 @@ from safetensors.torch import load, save
 from torch import nn
 
 from database.build import NOT_COMPARED, check_same, find_manifest, forget_damaged, start_writing, weights_sha256
+from database.packing import Packed
 from database.store import FORMAT, Database, config_sha256, write_layer, write_manifest
 from database.tuning import DenseWeight, HiddenStates, QuantizedWeight, SparseWeight, Weight
 from formats.regroup import regroup
@@ -48,18 +49,18 @@ def _dropped_modules(block: Block, dropped: tuple[bool, bool]) -> set[nn.Module]
 
 
 class FinishedDatabase:
-    """A database with the levels of some configurations, of which every block is trained by itself."""
+    """A database with a configuration's levels, of which every block is trained by itself."""
 
     def __init__(self, args: argparse.Namespace, header: dict, decoder: Decoder, source: Database,
-                 configurations: Sequence[Mapping[str, int]], dropped: Sequence[tuple[bool, bool]]):
+                 levels: Mapping[str, int], dropped: Sequence[tuple[bool, bool]]):
         """Raises ValueError where the folder holds anything else."""
         self.path, self.decoder, self.source = args.save_dir, decoder, source
-        self.configurations, self.dropped = configurations, dropped
+        self.levels, self.dropped = levels, dropped
         self.learning_rate = {} if args.learning_rate is None else {"learning_rate": args.learning_rate}
-        levels = hashlib.sha256(json.dumps(list(configurations), sort_keys=True).encode()).hexdigest()
+        checksum = hashlib.sha256(json.dumps(levels, sort_keys=True).encode()).hexdigest()
         header = {**header, "method": source.method,
                   "flags": {**source.manifest["flags"], **header["flags"], SOURCE: source.sha256,
-                            "levels": levels}}
+                            "levels": checksum}}
         manifest = find_manifest(self.path)
         check_same(manifest, header, self.path)
         self.manifest = (forget_damaged(self.path, manifest) if manifest else
@@ -77,11 +78,11 @@ class FinishedDatabase:
     def has(self, block: Block) -> bool:
         return all(self.manifest["layers"][name] for name in self.names(block))
 
-    def weights(self, block: Block) -> list[dict[str, Weight]]:
-        """Of every configuration what is to be trained, by the parameter's name within the block."""
+    def weights(self, block: Block) -> dict[str, Weight]:
+        """What is to be trained, by the parameter's name within the block."""
         gone = _dropped_modules(block, self.dropped[block.index])
-        return [{f"{_within(block, name)}.weight": self._weight(name, levels[name]) for name in self.names(block)
-                 if block.layers[name] not in gone} for levels in self.configurations]
+        return {f"{_within(block, name)}.weight": self._weight(name, self.levels[name]) for name in self.names(block)
+                if block.layers[name] not in gone}
 
     def _weight(self, name: str, level: int) -> Weight:
         weight = self.decoder.layers[name].weight
@@ -91,36 +92,33 @@ class FinishedDatabase:
         return QuantizedWeight(weight, packed, level, self.source.group_size(name, level),
                                keep_codes=SOURCE in self.source.manifest["flags"], **self.learning_rate)
 
-    def save(self, block: Block, trained: Sequence[Mapping[str, Weight]], calibration: HiddenStates,
-             states: list | None) -> None:
+    def save(self, block: Block, trained: Mapping[str, Weight], calibration: HiddenStates, states: list | None) -> None:
         """Write the block's layers. The block is still uncompressed; `states`: what it is given."""
-        packed: dict[str, dict] = {}             # layer -> level -> packed
+        packed = {}
         for name in self.names(block):
-            own = [weights.get(f"{_within(block, name)}.weight") for weights in trained]
-            packed[name] = {levels[name]: weight.packed() if weight else self.source.packed(name, levels[name])
-                            for levels, weight in zip(self.configurations, own)}
+            weight = trained.get(f"{_within(block, name)}.weight")
+            packed[name] = weight.packed() if weight else self.source.packed(name, self.levels[name])
         errors = calibration.relative_errors(block.index, states, {
-            _within(block, name): {level: self.source.unpack(name, level, parts) for level, parts in levels.items()}
-            for name, levels in packed.items()})
+            _within(block, name): self.source.unpack(name, self.levels[name], parts) for name, parts in packed.items()})
         self.manifest["layers"].update(self._write(packed, {name: errors[_within(block, name)] for name in packed}))
         distributed.from_main(write_manifest)(self.path, self.manifest)
 
-    def _write(self, packed: dict[str, dict], errors: dict[str, dict[int, float]]) -> dict[str, dict]:
+    @distributed.from_main
+    def _write(self, packed: dict[str, Packed], errors: dict[str, float]) -> dict[str, dict]:
         """Layer -> its entry in the manifest."""
-        def write() -> dict:
-            entries = {name: self.source.manifest["layers"][name]["levels"] for name in packed}
-            return {name: write_layer(self.path, name, self.source.shape(name), {
-                level: (parts, {**entries[name][str(level)], "error": errors[name][level]})
-                for level, parts in levels.items()}) for name, levels in packed.items()}
-        return distributed.from_main(write)()
+        entries = {}
+        for name, parts in packed.items():
+            level = self.levels[name]
+            entry = {**self.source.manifest["layers"][name]["levels"][str(level)], "error": errors[name]}
+            entries[name] = write_layer(self.path, name, self.source.shape(name), {level: (parts, entry)})
+        return entries
 
     def load(self, block: Block) -> None:
-        """Give the block its finished weights; of several configurations none is the one."""
-        if len(self.configurations) == 1:
-            database = Database(self.path, finished=False)
-            for name in self.names(block):
-                weight = block.layers[name].weight
-                weight.data.copy_(database.weight(name, self.configurations[0][name], weight.device))
+        """Give the block its finished weights."""
+        database = Database(self.path, finished=False)
+        for name in self.names(block):
+            weight = block.layers[name].weight
+            weight.data.copy_(database.weight(name, self.levels[name], weight.device))
 
     def end(self, tokenizer) -> None:
         """All is in place once every block is written."""
@@ -153,19 +151,18 @@ class FinishedCheckpoint:
     def has(self, block: Block) -> bool:
         return all(self.dropped[block.index]) or self._file(block).is_file()
 
-    def weights(self, block: Block) -> list[dict[str, Weight]]:
+    def weights(self, block: Block) -> dict[str, Weight]:
         """What is to be trained, by the parameter's name within the block."""
         gone = {id(parameter) for module in _dropped_modules(block, self.dropped[block.index])
                 for parameter in module.parameters()}
-        return [{name: DenseWeight(parameter, **self.learning_rate) for name, parameter in
-                 block.module.named_parameters() if id(parameter) not in gone and parameter.is_floating_point()}]
+        return {name: DenseWeight(parameter, **self.learning_rate) for name, parameter in
+                block.module.named_parameters() if id(parameter) not in gone and parameter.is_floating_point()}
 
     @distributed.from_main
-    def save(self, block: Block, trained: Sequence[Mapping[str, Weight]], calibration: HiddenStates,
-             states: list | None) -> None:
+    def save(self, block: Block, trained: Mapping[str, Weight], calibration: HiddenStates, states: list | None) -> None:
         """Write the block's parameters."""
         write_atomic(self._file(block), save({name: weight.value().detach().to(self.decoder.dtype).cpu().contiguous()
-                                              for name, weight in trained[0].items()}))
+                                              for name, weight in trained.items()}))
 
     def load(self, block: Block) -> None:
         """Give the block its finished parameters."""

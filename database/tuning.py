@@ -212,20 +212,19 @@ class HiddenStates:
         return float(loss / energy)
 
     @torch.no_grad()
-    def relative_errors(self, index: int, states: list | None, alternatives: Mapping[str, Mapping[int, torch.Tensor]]
-                        ) -> dict[str, dict[int, float]]:
-        """Relative output error ‖(W−Ŵ)X‖² / ‖WX‖² of every alternative [out, in] of some of the block's layers, by name
-        within it and level; X: their inputs in the block as it is, in the first microbatches."""
+    def relative_errors(self, index: int, states: list | None, alternatives: Mapping[str, torch.Tensor]
+                        ) -> dict[str, float]:
+        """Relative output error ‖(W−Ŵ)X‖² / ‖WX‖² of an alternative Ŵ [out, in] for some of the block's layers, by name
+        within it; X: their inputs in the block as it is, in the first microbatches."""
         layers = {name: self.decoder.blocks[index].module.get_submodule(name) for name in alternatives}
-        energies = {name: dict.fromkeys((None, *levels), 0.0) for name, levels in alternatives.items()}
+        energies = {name: torch.zeros(2, dtype=torch.float64) for name in alternatives}      # of the error, of all
 
         def hook(name: str):
             def add(layer, args):
-                x = args[0].flatten(0, -2).float()
-                energies[name][None] += float((x @ layer.weight.float().T).square().sum(dtype=torch.float64))
-                for level, weight in alternatives[name].items():
-                    delta = weight.to(x.device).float() - layer.weight.float()
-                    energies[name][level] += float((x @ delta.T).square().sum(dtype=torch.float64))
+                x, weight = args[0].flatten(0, -2).float(), layer.weight.float()
+                delta = alternatives[name].to(x.device).float() - weight
+                outputs = (x @ w.T for w in (delta, weight))
+                energies[name] += torch.stack([y.square().sum(dtype=torch.float64) for y in outputs]).cpu()
             return add
 
         hooks = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
@@ -233,5 +232,4 @@ class HiddenStates:
             self._output(index, *self.inputs(states, index, i))
         for registered in hooks:
             registered.remove()
-        return {name: {level: energy / (found[None] or 1.0) for level, energy in found.items() if level is not None}
-                for name, found in energies.items()}
+        return {name: float(error / whole) if whole else 0.0 for name, (error, whole) in energies.items()}

@@ -6,7 +6,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import eval_config
-import evo_quant
 import export
 import families
 import finish
@@ -159,30 +158,13 @@ def test_a_drop_configuration_may_go_with_levels(finished, checkpoint, text, con
         assert same == (".3." in name or (".1." in name and "attn" in name) or (".2." in name and "mlp" in name)), name
 
 
-# ---- levels to search on ---------------------------------------------------------------------------------------------
-
-
-def test_a_database_of_trained_levels_is_searched_and_finished_again(finished, checkpoint, text, databases, tmp_path):
-    inputs = ["--model_name_or_path", str(checkpoint), "--calibration_data", text, "--calibration_sequence_length",
-              "32", "--calibration_tokens", "768"]
-    folder = tmp_path / "levels"
-    finish.main([*inputs, "--steps", "20", "--batch_size", "4", "--quant_weights_path", str(databases["quant"]),
-                 "--levels", "2", "3", "--save_dir", str(folder)])
-    source, tuned = Database.open(databases["quant"]), Database.open(folder)
-    assert all(tuned.levels(name) == [2, 3] for name in source.layers)
-    for level in ("2", "3"):
-        assert divergence(checkpoint, text, "--quant_weights_path", folder, "--quant_config_path", level) < divergence(
-            checkpoint, text, "--quant_weights_path", databases["quant"], "--quant_config_path", level)
-    found = evo_quant.main([*inputs, "--quant_weights_path", str(folder), "--target_bitwidth", "2.5", "--init",
-                            "measured", "--initial_tokens", "64", "--generations", "1", "--offspring", "4",
-                            "--survivors_per_selection", "2", "1", "--tokens_per_selection", "64", "256",
-                            "--eval_datasets", text, "--eval_tokens", "512", "--eval_sequence_length", "32",
-                            "--output_dir", str(tmp_path / "run")])
-    configuration = tmp_path / "run" / "evo-kl-configuration-2.5.txt"
-    finish.main([*inputs, "--steps", "20", "--batch_size", "4", "--quant_weights_path", str(folder),
-                 "--quant_config_path", str(configuration), "--save_dir", str(tmp_path / "end")])
-    after = divergence(checkpoint, text, "--quant_weights_path", tmp_path / "end", "--quant_config_path", configuration)
-    assert after < found["evaluation"]["search"][text]["kl"]
+def test_a_finished_database_is_finished_again_from_its_codes(finished, checkpoint, text, configurations, tmp_path):
+    flags = ["--quant_weights_path", str(finished.once("quant")), "--quant_config_path", str(configurations["quant"])]
+    finish.main(["--model_name_or_path", str(checkpoint), "--calibration_data", text, "--calibration_tokens", "768",
+                 "--calibration_sequence_length", "32", "--steps", "20", "--batch_size", "4", "--learning_rate",
+                 "0.005", *flags, "--save_dir", str(tmp_path / "again")])
+    after = divergence(checkpoint, text, "--quant_weights_path", tmp_path / "again", *flags[2:])
+    assert after < divergence(checkpoint, text, *flags)
 
 
 # ---- a trained weight ------------------------------------------------------------------------------------------------
@@ -279,9 +261,7 @@ def test_a_folder_of_another_run_is_refused(finished, tmp_path):
 
 
 @pytest.mark.parametrize("flags, named", [
-    ([], "nothing to finish; give a configuration, or --levels"),
-    (["--levels", "2"], "--levels: is for all layers of a database; give --quant_weights_path"),
-    (["quant", "--levels", "2"], "--levels: .* and no configuration"),
+    ([], "nothing to finish; give a configuration"),
     (["quant", "--steps", "0"], "--steps 0: must be at least 1"),
     (["quant", "--learning_rate", "0"], "--learning_rate 0: must be above 0"),
     (["quant", "--batch_size", "99"], "--batch_size 99: takes 99 documents of 32 tokens, more than"),
