@@ -157,22 +157,13 @@ def build_blocks(args: argparse.Namespace, manifest: dict, calibration: Calibrat
     entries = manifest["layers"]
     incomplete = [i for i, block in enumerate(layers) if any(entries[name] is None for name in block)]
     began, seconds = time.time(), []
-    writer = ThreadPoolExecutor(1)
     for index in range(incomplete[-1] + 1):
         started = time.time()
         with calibration.working(index):
             if index in incomplete:
                 hessians = calibration.measure(layers[index], advance=feed_forward is None)
                 measured = time.time()
-                writing, notes = {}, []
-                for name in list(hessians):                  # the layers of the block that this process solves
-                    weight = layers[index][name].weight
-                    levels = solve(name, weight, hessians.pop(name), args, solve_layer, notes.append)
-                    for written in writing.values():         # no more than one layer stays in memory for its file
-                        written.result()
-                    writing[name] = writer.submit(store.write_layer, args.save_dir, name, tuple(weight.shape), levels)
-                built = {name: written.result() for name, written in writing.items()}
-                for others, lines in distributed.gather((built, notes)):
+                for others, lines in distributed.gather(solve_block(layers[index], hessians, args, solve_layer)):
                     entries.update(others)
                     print("".join(f"{line}\n" for line in lines), end="")
                 distributed.from_main(store.write_manifest)(args.save_dir, manifest)
@@ -197,6 +188,21 @@ def build_blocks(args: argparse.Namespace, manifest: dict, calibration: Calibrat
             print(f"block {index + 1}/{len(layers)}: already built", flush=True)
     distributed.report_idle(time.time() - began)
     print(f"{args.save_dir}: finished, {len(entries)} layers in {timedelta(seconds=round(time.time() - began))}")
+
+
+def solve_block(layers: dict[str, nn.Linear], hessians: dict[str, torch.Tensor | None], args: argparse.Namespace,
+                solve_layer: Callable) -> tuple[dict[str, dict], list[str]]:
+    """(layer -> its entry in the manifest, notes) of the layers of a block that this process has Hessians of, which are
+    used up. A layer's file is written while the next one is solved; on leaving, however that is, none is half-way."""
+    writing, notes = {}, []
+    with ThreadPoolExecutor(1) as writer:
+        for name in list(hessians):
+            weight = layers[name].weight
+            levels = solve(name, weight, hessians.pop(name), args, solve_layer, notes.append)
+            for written in writing.values():                 # no more than one layer stays in memory for its file
+                written.result()
+            writing[name] = writer.submit(store.write_layer, args.save_dir, name, tuple(weight.shape), levels)
+        return {name: written.result() for name, written in writing.items()}, notes
 
 
 def solve(name: str, weight: torch.Tensor, hessian: torch.Tensor | None, args: argparse.Namespace,
