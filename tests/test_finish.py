@@ -9,9 +9,9 @@ import eval_config
 import export
 import families
 import finish
-from database.packing import unpack_bits, unpack_quantized
+from database.packing import unpack_bits, unpack_quantized, unpack_sparse
 from database.store import Database
-from database.tuning import DenseWeight, HiddenStates, QuantizedWeight
+from database.tuning import DenseWeight, HiddenStates, QuantizedWeight, SparseWeight
 from utils.configs import write_drop_config, write_level_config
 from utils.decoder import Decoder
 
@@ -185,6 +185,16 @@ def test_a_quantized_weight_is_trained_as_what_is_stored(databases, checkpoint, 
             assert not torch.equal(stored["codes"], packed["codes"])
             assert torch.allclose(weight.value(), unpack_quantized(stored, database.shape(name), level, 16), rtol=1e-6,
                                   atol=0)
+
+
+def test_a_sparse_weight_is_trained_as_what_is_stored(databases):
+    database = Database.open(databases["sparse"])
+    name = database.layers[0]
+    weight = SparseWeight(database.packed(name, 0), database.shape(name))
+    with torch.no_grad():
+        weight.trained[0].add_(1.0)                      # what is pruned, too
+    stored = unpack_sparse(weight.packed(), database.shape(name)).float()
+    assert torch.allclose(weight.value(), stored, rtol=1e-3) and (stored == 0).any()
 
 
 def test_every_microbatch_is_seen_before_any_is_seen_again(checkpoint):
