@@ -1,9 +1,10 @@
 # make setup: a virtual environment in .venv      make test: set-up, then the tests
 # make demo: set-up, then all three searches on the demo model      make lint: ruff, see ruff.toml
 # make test-kernels: Triton's kernels without a GPU, interpreted and compiled
+# make test-runtimes: exports loaded by llama.cpp and MLX
 PYTHON ?= python3
 
-.PHONY: setup demo test lint test-kernels tables-small clean
+.PHONY: setup demo test lint test-kernels test-runtimes tables-small clean
 
 setup: .venv/ready
 
@@ -32,6 +33,16 @@ lint: setup
 test-kernels: .venv/triton/ready
 	PYTHONPATH=.venv/triton TRITON_INTERPRET=1 .venv/bin/python -m pytest -q tests/test_kernels.py
 	PYTHONPATH=.venv/triton .venv/bin/python -m pytest -q -s tests/test_kernels_compiled.py
+
+# so do the runtimes that load exports
+.venv/runtimes/ready: .venv/ready requirements-gguf.txt requirements-mlx.txt
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(@D) \
+	    -r requirements-gguf.txt -r requirements-mlx.txt
+	touch $@
+
+test-runtimes: .venv/runtimes/ready
+	PYTHONPATH=.venv/runtimes HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 .venv/bin/python -m pytest -q \
+	    tests/test_formats_mlx.py tests/test_formats_gguf.py tests/test_import_levels.py -k "formats or gguf"
 
 clean:
 	rm -rf .venv

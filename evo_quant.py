@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from operator import getitem
 
+from database.exported import FORMATS, exportable_levels
 from database.levels import LevelSwitcher, open_database
 from database.sensitivity import estimate_alone
 from database.store import Database
@@ -42,6 +43,9 @@ def make_parser() -> argparse.ArgumentParser:
                        help="average bits a weight, never exceeded, e.g. 2.5")
     space.add_argument("--count_overhead", action="store_true",
                        help="count scales and zeros towards the target, not the codes alone")
+    space.add_argument("--for_format", choices=list(FORMATS),
+                       help="leave out levels that export.py --format cannot hold as they are (default: all are "
+                            "searched)")
     space.add_argument("--group_rule", choices=["size", "name", "none"], default="size",
                        help="bits move between layers of the same size, of the same name, or any (default: size)")
     space.add_argument("--step_size", type=int, default=1, metavar="BITS",
@@ -291,7 +295,7 @@ def main(argv: list[str] | None = None) -> dict:
         check_writable(args.quant_weights_path, "--quant_weights_path")     # a copy of the result goes there
         search.load(quant_weights_path=database.sha256)      # a run goes on only with the levels it was begun on
         switcher = LevelSwitcher(search.decoder, database, args.level_cache_gb)
-        levels = {name: database.levels(name) for name in database.layers}
+        levels = exportable_levels(database, args.for_format)
         space = build_space(args, database, build_units(switcher.names, levels, args))
     search.prepare(switcher.set_block, lambda candidate: switcher.states(space.levels(candidate)),
                    logged=lambda candidate: {"levels": candidate}, divergences=args.init == "measured")

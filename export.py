@@ -5,7 +5,8 @@
         evo-kl-configuration-3.txt --fuse promote --save_dir out
 
 Dropped sub-blocks become fewer blocks; sparse weights are zeros in place; quantized weights are the database's integers
-in compressed-tensors' format (transformers, vLLM), a GGUF file (llama.cpp), or dequantized (--format dense).
+in compressed-tensors' format (transformers, vLLM), a GGUF file (llama.cpp), MLX's (mlx-lm), or dequantized (--format
+dense).
 """
 import argparse
 import json
@@ -21,9 +22,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from database.exported import layer_bytes
 from database.levels import add_configuration_flags, check_configuration_flags, load_configuration, open_configuration
 from database.store import Database
-from formats import compressed_tensors
+from formats import compressed_tensors, mlx
 from formats.compressed_tensors import Quantized
 from formats.gguf import check_gguf, write_gguf
 from formats.regroup import Regrouped, regroup
@@ -50,8 +52,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     output = parser.add_argument_group("output")
     output.add_argument("--save_dir", required=True, metavar="FOLDER", help="a new folder for the exported model")
     output.add_argument("--overwrite", action="store_true", help="replace an export that is there already")
-    output.add_argument("--format", default="auto", choices=["auto", "dense", "compressed-tensors", "gguf"],
-                        help="auto: compressed-tensors for a quantized model, else dense (default: auto)")
+    output.add_argument("--format", default="auto", choices=["auto", "dense", "compressed-tensors", "gguf",
+                                                                       *mlx.SCALES],
+                        help="auto: compressed-tensors for a quantized model, else dense; mlx-float16 takes less space "
+                             "than mlx, but rounds (default: auto)")
     output.add_argument("--fuse", default="none", choices=["none", "promote"],
                         help="compressed-tensors: pack q/k/v and gate/up in the widest bitwidth among them, as vLLM "
                              "needs, without changing a weight (default: none)")
@@ -77,6 +81,10 @@ def main(argv: list[str] | None = None) -> dict:
                                    trust_remote_code=args.trust_remote_code)
         if args.format == "gguf":
             check_gguf(config, tokenizer)
+        if args.format in mlx.SCALES:
+            mlx.check_model(config)
+            for name, level in opened[1].items():
+                layer_bytes(opened[0], name, level, args.format)
         dtype = args.dtype if args.dtype != "auto" else str(config.dtype or torch.float32).removeprefix("torch.")
         decoder = load_decoder(args.model_name_or_path, dtype, args.device, trust_remote_code=args.trust_remote_code)
         dense = count(decoder.model)
@@ -90,6 +98,8 @@ def main(argv: list[str] | None = None) -> dict:
     with finished_or_nothing(args.save_dir) as folder:
         if args.format == "gguf":
             report = write_gguf(folder / "model.gguf", regrouped.model, tokenizer, quantized)
+        elif args.format in mlx.SCALES:
+            report = mlx.write_mlx(folder, regrouped.model, tokenizer, quantized, args.max_shard_size, args.format)
         else:
             report = write_checkpoint(folder, regrouped.model, tokenizer, quantized, args)
         report = {"format": args.format, "model": args.model_name_or_path, "command": command,
@@ -116,9 +126,9 @@ def check_flags(args: argparse.Namespace, config) -> None:
         raise ValueError("--drop_config, --sparse_config_path, --quant_config_path: nothing to export; give a "
                          "configuration")
     check_configuration_flags(args, config)
-    if args.format == "compressed-tensors" and not args.quant_config_path:
-        raise ValueError("--format compressed-tensors: holds quantized weights; give --quant_weights_path and "
-                         "--quant_config_path, or use --format dense")
+    if args.format in ("compressed-tensors", *mlx.SCALES) and not args.quant_config_path:
+        raise ValueError(f"--format {args.format}: holds quantized weights; give --quant_weights_path and "
+                         f"--quant_config_path, or use --format dense")
     if args.fuse == "promote" and args.format != "compressed-tensors":
         raise ValueError(f"--fuse promote: is for --format compressed-tensors, not {args.format}; leave it out")
     if not re.fullmatch(r"[1-9]\d*[KMGT]B", args.max_shard_size):

@@ -67,6 +67,14 @@ def unevenly_packed(linear: Iterable[str], schemes: Mapping[str, Scheme]) -> lis
     return [names for names in fused_layers(linear) if len({schemes.get(name) for name in names}) > 1]
 
 
+def layer_bytes(shape: tuple[int, int], bits: int, group_size: int, symmetric: bool) -> int:
+    """Of a layer [out, in] with half-precision scales, packed by itself."""
+    out, columns = shape
+    groups = 1 if group_size >= columns else columns // math.gcd(group_size, columns)
+    zeros = 0 if symmetric else 4 * groups * -(-out * bits // 32)
+    return 4 * out * -(-columns * bits // 32) + 2 * out * groups + zeros + 16
+
+
 def pack(name: str, layer: Quantized, scheme: Scheme) -> dict[str, torch.Tensor]:
     """The layer's tensors, by the names they have in the checkpoint."""
     codes, scales, zeros = layer.codes.short(), layer.scales, layer.zeros.short()

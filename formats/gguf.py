@@ -36,11 +36,9 @@ def check_gguf(config, tokenizer) -> None:
     if config.model_type not in ARCHITECTURES:
         raise ValueError(f"--format gguf: {config.model_type} models are not supported, only "
                          f"{', '.join(ARCHITECTURES)}; use another --format")
-    window = getattr(config, "sliding_window", None)
-    types = getattr(config, "layer_types", None) or ["sliding_attention"]
-    if window and window < config.max_position_embeddings and "sliding_attention" in types:
-        raise ValueError(f"--format gguf: llama.cpp would ignore this model's sliding window of {window} tokens; use "
-                         f"another --format")
+    if sliding_window(config):
+        raise ValueError(f"--format gguf: llama.cpp would ignore this model's sliding window of "
+                         f"{sliding_window(config)} tokens; use another --format")
     rope_type = config.rope_parameters.get("rope_type", "default")
     if rope_type != "default" and (rope_type not in ("llama3", "linear") or config.model_type != "llama"):
         raise ValueError(f"--format gguf: rotary embeddings of type {rope_type} are not supported for "
@@ -49,6 +47,13 @@ def check_gguf(config, tokenizer) -> None:
         raise ValueError(f"--tokenizer_name: has {len(tokenizer)} tokens, but the model only {config.vocab_size}, "
                          f"which llama.cpp does not load; give the model's own tokenizer")
     split_name(tokenizer_json(tokenizer))
+
+
+def sliding_window(config) -> int | None:
+    """Tokens that an attention sees, where that is fewer than the model takes."""
+    window = getattr(config, "sliding_window", None)
+    types = getattr(config, "layer_types", None) or ["sliding_attention"]
+    return window if window and window < config.max_position_embeddings and "sliding_attention" in types else None
 
 
 def write_gguf(path: Path, model: nn.Module, tokenizer, quantized: Mapping[str, Quantized]) -> dict:
@@ -127,6 +132,19 @@ def encode(layer: Quantized) -> tuple[str, np.ndarray | str]:
     nibbles = (low_half & 15) | (high_half << 4)
     fifth_bits = [np.packbits(numbers >> 4, axis=-1, bitorder="little")] if kind == "Q5_0" else []
     return kind, np.concatenate([scale, *fifth_bits, nibbles], axis=-1).reshape(out, -1)
+
+
+def layer_bytes(shape: tuple[int, int], bits: int, group_size: int, symmetric: bool) -> int:
+    """Of a layer [out, in] in a block type that holds whatever zeros it has. Raises ValueError with the reason where
+    there is none."""
+    out, columns = shape
+    if columns % BLOCK or group_size < columns and group_size % BLOCK:
+        raise ValueError(f"rows of {columns} in groups of {group_size}, and GGUF has blocks of 32")
+    most = 1 << (bits - 1) if symmetric else (1 << bits) - 1         # from minus this to this, less one if symmetric
+    kind = next((kind for kind, half in HALF_RANGES.items() if most < half + symmetric), None)
+    if kind is None:
+        raise ValueError(f"{bits} bits with zeros, and GGUF's widest blocks hold 8 bits without")
+    return out * columns // BLOCK * {"Q4_0": 18, "Q5_0": 22, "Q8_0": 34}[kind]
 
 
 def expand(layer: Quantized) -> tuple[torch.Tensor, torch.Tensor]:

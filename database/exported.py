@@ -1,0 +1,41 @@
+"""What an export makes of a database's levels: whether its format holds one as it is, and in how many bytes."""
+from collections.abc import Callable
+
+from database.store import Database
+from formats import compressed_tensors, gguf, mlx
+
+FORMATS: dict[str, Callable[..., int]] = {
+    "compressed-tensors": compressed_tensors.layer_bytes, "gguf": gguf.layer_bytes,
+    "mlx": lambda shape, bits, size, _: mlx.layer_bytes(shape, bits, size, "mlx"),
+    "mlx-float16": lambda shape, bits, size, _: mlx.layer_bytes(shape, bits, size, "mlx-float16")}
+
+
+def layer_bytes(database: Database, name: str, level: int, format: str) -> int:
+    """Of a layer at a level in an export of --format `format`, at most. Raises ValueError where the format cannot hold
+    the level as it is."""
+    try:
+        return FORMATS[format](database.shape(name), level, database.group_size(name, level),
+                               bool(database.manifest["flags"].get("sym")))
+    except ValueError as error:
+        raise ValueError(f"--format {format}: {name} has {error}") from error
+
+
+def exportable_levels(database: Database, format: str | None) -> dict[str, list[int]]:
+    """Of every layer the levels that the format holds, all without one; says what is left out. Raises ValueError where
+    a layer has none."""
+    levels = {name: database.levels(name) for name in database.layers}
+    left_out: dict[str, str] = {}
+    for name, known in levels.items() if format else ():
+        for level in tuple(known):
+            try:
+                layer_bytes(database, name, level, format)
+            except ValueError as error:
+                known.remove(level)
+                left_out.setdefault(str(error).partition(" has ")[2], name)
+        if not known:
+            raise ValueError(f"--for_format {format}: {name} has {next(reversed(left_out))}, so none of its levels can "
+                             f"be exported; build a database with --group_size 32, 64 or 128, or leave the flag out")
+    for reason, name in left_out.items():
+        print(f"--for_format {format}: {name} and others like it are not searched at levels that it cannot hold: "
+              f"{reason}")
+    return levels
