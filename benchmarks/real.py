@@ -1,0 +1,250 @@
+"""A real pretrained model end to end: baselines, the paper's way, the recommended one, finished, and exported.
+
+    python benchmarks/real.py --data wikitext2:wiki.valid.txt --eval_data wikitext2:wiki.test.txt stdlib --write_readme
+
+Two budgets a task; ours and the paper's way spend about as many tokens, and few (SEARCH): all is to end within three
+hours on two cores. Every seed draws other calibration text and another search; all
+are evaluated on the same held-out text, and on text of another kind. What is finished is not run again: PARTS and seeds
+can be added. The model is SmolLM2-135M-Instruct (benchmarks/real_model.py) unless --model_name_or_path is given.
+"""
+import argparse
+import json
+import statistics
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)
+import matplotlib
+from matplotlib import pyplot
+
+from benchmarks.finish import Bench
+from benchmarks.programs import claim, run, write_readme
+from database.levels import LevelSwitcher
+from database.store import Database
+from utils.configs import read_drop_config, read_level_config
+from utils.data import evaluation_documents
+from utils.files import write_atomic
+from utils.fitness import Fitness
+from utils.model import load_decoder, load_tokenizer
+from utils.report import format_table
+
+DEPTH, SPARSITY, BITS = (0.125, 0.25), (0.5, 0.6), (2.5, 3)
+SEARCH = ["--offspring", 16, "--survivors_per_selection", 4, 2, 1, "--tokens_per_selection", 128, 512, 2048,
+          "--no_eval"]
+RANDOM = ["--initially_generated", 32, "--initial_tokens", 512]
+PAPER = {"depth": [*RANDOM, "--generations", 6], "sparse": [*RANDOM, "--generations", 6],
+         "quant": [*RANDOM, "--generations", 6]}
+OURS = {"depth": ["--init", "measured", "--initial_tokens", 128, "--generations", 5],
+        "sparse": ["--init", "measured", "--initial_tokens", 64, "--screen", 4, "--generations", 5],
+        "quant": ["--init", "measured", "--initial_tokens", 64, "--screen", 4, "--generations", 5]}
+BASELINE_TOKENS = 4096
+SCORES = {"cosine_similarity": "ShortGPT", "perplexity": "Shortened Llama"}
+PROGRAMS = {"depth": "evo_drop.py", "sparse": "evo_unstructured.py", "quant": "evo_quant.py"}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name_or_path", help="default: fetch SmolLM2-135M-Instruct")
+    parser.add_argument("--data", default="stdlib", help="calibration text (default: stdlib)")
+    parser.add_argument("--eval_data", nargs="+", default=["stdlib"], help="held-out text (default: stdlib)")
+    parser.add_argument("--parts", nargs="+", default=["depth", "bits", "sparsity"],
+                        choices=["depth", "bits", "sparsity"])
+    parser.add_argument("--calibration_tokens", type=int, default=16384)
+    parser.add_argument("--sequence_length", type=int, default=256)
+    parser.add_argument("--eval_tokens", type=int, default=8192, help="of each text")
+    parser.add_argument("--steps", type=int, default=50, help="of finish.py (default: 50)")
+    parser.add_argument("--batch_size", type=int, default=4, help="of finish.py (default: 4)")
+    parser.add_argument("--no_finish", action="store_true", help="finish nothing, export nothing")
+    parser.add_argument("--out", type=Path, default=Path("results/real"))
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=1, help="at once, one thread each")
+    parser.add_argument("--write_readme", nargs="?", const="real", metavar="NAME",
+                        help="put the table between the <!-- NAME --> marks of benchmarks/README.md (default: real)")
+    return parser.parse_args()
+
+
+class Real(Bench):
+    """What is run once for each budget; `found` holds configurations by way, `rows` what is known of each."""
+
+    def database(self, kind: str, target: float) -> Path:
+        if kind == "quant":
+            return self.once("quant", [
+                "-m", "database.gptq", *self.text, "--bitwidth_options", 2, 3, 4, 5, 6, "--calibration_bitwidth", 3,
+                "--group_size", self.group_size(), "--perchannel", "--mse"])
+        return self.once(f"sparse-{target}", ["-m", "database.sparsegpt", *self.text, "--sparsity", target])
+
+    def group_size(self) -> int:
+        """The largest of 128, 64, 32 that divides the hidden size."""
+        hidden = json.loads((Path(self.args.model_name_or_path) / "config.json").read_text())["hidden_size"]
+        return next(size for size in (128, 64, 32) if hidden % size == 0)
+
+    def budget(self, kind: str, target: float) -> dict[str, dict]:
+        """way -> {"files": configurations, "tokens", "seconds"}, of baselines one file, of searches one a seed."""
+        few = ["--calibration_tokens", BASELINE_TOKENS]
+        if kind == "depth":
+            folder = self.once(f"scores-{target}", ["-m", "baselines.drop_scores", *self.text, *few, "--scoring_method",
+                                                    *SCORES, "--sparsities", target])
+            ways = {name: [folder / f"{score}-{target:g}.txt"] for score, name in SCORES.items()}
+            own = ["--sparsity", target]
+        else:
+            folder = self.database(kind, target)
+            own = [f"--{kind}_weights_path", folder]
+            budget = ["--target_bitwidth" if kind == "quant" else "--target_sparsity", target]
+            ways = {"uniform": [self.uniform(folder, int(target) if kind == "quant" else 0)]
+                    } if kind == "sparse" or target == int(target) else {}
+            if kind == "sparse":
+                owl = self.once(f"owl-{target}", ["-m", "baselines.owl", *self.text, *few, "--owl_m", 5, "--owl_lambda",
+                                                  0.05, 0.1, "--select_by", "kl", *own])
+                ways["OWL"] = [owl / "owl.txt"]
+            dp = self.once(f"dp-{kind}-{target}", ["-m", "baselines.dp", "--model_name_or_path",
+                                                   self.args.model_name_or_path, *own, *budget])
+            ways["DP over layer errors"] = [dp / f"dp-manifest-{target:g}.txt"]
+            if kind == "quant":
+                own += [*budget, "--group_rule", "none"]
+        ways = {way: {"files": files} for way, files in ways.items()}
+        for way, flags in (("the paper's way", PAPER[kind]), ("recommended", OURS[kind])):
+            names = [f"{kind}-{target}-{way.split()[-1]}-{seed}" for seed in range(self.args.seeds)]
+            folders = [self.once(name, [
+                PROGRAMS[kind], *self.text, *SEARCH, *flags, *own, "--seed", seed,
+                *([] if kind == "depth" else ["--configuration_name", f"{name}.txt"])])
+                for seed, name in enumerate(names)]
+            summaries = [json.loads((folder / "summary.json").read_text()) for folder in folders]
+            ways[way] = {"files": [folder / ("layer_drop_config.txt" if kind == "depth" else f"{name}.txt")
+                                   for folder, name in zip(folders, names)],
+                         "tokens": statistics.median(summary["tokens"] for summary in summaries),
+                         "seconds": statistics.median(summary["seconds"] for summary in summaries)}
+        return ways
+
+    def uniform(self, database: Path, level: int) -> Path:
+        file = self.out / f"{database.name}-uniform-{level}.txt"
+        if not file.exists():
+            write_atomic(file, "".join(f"{name}: {level}\n" for name in Database.open(database).layers))
+        return file
+
+    def measure(self, kind: str, target: float, ways: dict[str, dict]) -> None:
+        """Put {text: {"kl", "ppl"}} of every file into its way's "values"; all of a budget in one walk."""
+        path = self.out / f"values-{kind}-{target}.json"
+        known = json.loads(path.read_text()) if path.exists() else {}
+        contents = {file: file.read_text() for way in ways.values() for file in way["files"]}
+        missing = {text: file for file, text in contents.items() if text not in known}
+        if missing:
+            model = self.args.model_name_or_path
+            decoder, tokenizer = load_decoder(model, "float32", "cpu"), load_tokenizer(model)
+            if kind == "depth":
+                def set_block(index: int, state: tuple[bool, bool]) -> None:
+                    decoder.blocks[index].drop(*state)
+                states = [tuple(read_drop_config(file)) for file in missing.values()]
+            else:
+                switcher = LevelSwitcher(decoder, Database.open(self.database(kind, target)), 1.0)
+                set_block, states = switcher.set_block, [switcher.states(read_level_config(file))
+                                                         for file in missing.values()]
+            found = {text: {} for text in missing}
+            for name in self.args.eval_data:
+                fitness = Fitness(decoder, evaluation_documents(name, tokenizer, self.args.eval_tokens,
+                                                                self.args.sequence_length), set_block, ["kl", "ppl"])
+                for text, (kl, ppl) in zip(missing, fitness.measure(states)):
+                    found[text][name] = {"kl": kl, "ppl": ppl, "dense": fitness.teacher_perplexity()}
+            known |= found
+            write_atomic(path, json.dumps(known))
+        for way in ways.values():
+            way["values"] = [known[contents[file]] for file in way["files"]]
+
+    def finished(self, kind: str, target: float, ways: dict[str, dict]) -> None:
+        """Add what finish.py makes of the recommended search's first seed, exported, and the export's size."""
+        file = ways["recommended"]["files"][0]
+        flags = ["--drop_config", file] if kind == "depth" else [
+            f"--{kind}_weights_path", self.database(kind, target), f"--{kind}_config_path", file]
+        name = f"{kind}-{target}-finished"
+        folder = self.finish(name, flags, 0)
+        if kind == "depth":
+            exported = folder
+        else:
+            exported = self.once(f"{name}-export", [
+                "export.py", "--model_name_or_path", self.args.model_name_or_path, f"--{kind}_weights_path", folder,
+                f"--{kind}_config_path", file, "--dtype", "float16"])
+        result = self.out / f"{name}.json"
+        if not result.exists():
+            run(["eval_config.py", *self.model, "--eval_datasets", *self.args.eval_data, "--eval_tokens",
+                 self.args.eval_tokens, "--eval_sequence_length", self.args.sequence_length, "--checkpoint", exported,
+                 "--output", result], self.out / "logs" / f"eval-{name}.log")
+        values = json.loads(result.read_text())
+        ways["recommended, finished"] = {
+            "files": [file], "seconds": float((self.out / f"{name}.seconds").read_text()),
+            "values": [{text: {**value, "dense": values["dense"][text]["ppl"] if "dense" in values else None}
+                        for text, value in values["compressed"].items()}],
+            "bytes": sum(part.stat().st_size for part in exported.glob("*.safetensors"))}
+
+
+def plot(results: dict[tuple[str, float], dict[str, dict]], text: str, path: Path) -> None:
+    """One panel a task: perplexity over the budget, by way; the uncompressed model as a line."""
+    matplotlib.use("Agg")
+    kinds = list(dict.fromkeys(kind for kind, _ in results))
+    figure, axes = pyplot.subplots(1, len(kinds), figsize=(4 * len(kinds), 3.4), layout="constrained", squeeze=False)
+    labels = {"depth": "share of sub-blocks dropped", "sparse": "sparsity", "quant": "bits a weight"}
+    for axis, kind in zip(axes.flat, kinds):
+        targets = sorted(target for other, target in results if other == kind)
+        for way in dict.fromkeys(way for target in targets for way in results[kind, target]):
+            known = {target: results[kind, target][way]["values"] for target in targets if way in results[kind, target]}
+            points = [(target, statistics.median(values[text]["ppl"] for values in seeds))
+                      for target, seeds in known.items()]
+            axis.plot(*zip(*points), marker="o", label=way)
+        axis.axhline(results[kind, targets[0]]["recommended"]["values"][0][text]["dense"], color="black", linewidth=0.8,
+                     linestyle="--", label="uncompressed")
+        axis.set(xlabel=labels[kind], ylabel="perplexity", yscale="log", xticks=targets)
+        axis.legend(fontsize=7)
+    figure.savefig(path, dpi=90)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    args = parse_arguments()
+    args.out = args.out.resolve()
+    claim(args.out, args, ("model_name_or_path", "data", "eval_data", "calibration_tokens", "sequence_length",
+                           "eval_tokens", "steps", "batch_size"))
+    if args.model_name_or_path is None:
+        folder = args.out / "SmolLM2-135M-Instruct"
+        if not (folder / "tokenizer.json").exists():
+            run([ROOT / "benchmarks" / "real_model.py", folder], args.out / "logs" / "model.log")
+        args.model_name_or_path = str(folder)
+    bench = Real(args)
+    budgets = [(kind, target) for kind, part, targets in (("depth", "depth", DEPTH), ("quant", "bits", BITS),
+                                                          ("sparse", "sparsity", SPARSITY))
+               if part in args.parts for target in targets]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        results = dict(zip(budgets, pool.map(lambda budget: bench.budget(*budget), budgets)))
+    for (kind, target), ways in results.items():
+        bench.measure(kind, target, ways)
+    if not args.no_finish:
+        with ThreadPoolExecutor(args.jobs) as pool:
+            list(pool.map(lambda item: bench.finished(*item[0], item[1]), results.items()))
+
+    names = {"depth": "{:.1%} depth", "sparse": "{:.0%} sparsity", "quant": "{} bits"}
+    labels = [name.partition(":")[0] for name in args.eval_data]
+    rows = [["budget", "configuration", *[f"{label} {column}" for label in labels for column in ("KL", "range", "ppl")],
+             "tokens", "minutes", "MB"]]
+    for (kind, target), ways in results.items():
+        for way, known in ways.items():
+            row = [names[kind].format(target), way]
+            for text in args.eval_data:
+                kl = [values[text]["kl"] for values in known["values"]]
+                row += [statistics.median(kl), f"{min(kl):.4f}–{max(kl):.4f}" if len(kl) > 1 else None,
+                        statistics.median(values[text]["ppl"] for values in known["values"])]
+            rows.append([*row, f"{known['tokens']:,.0f}" if "tokens" in known else None,
+                         known["seconds"] / 60 if "seconds" in known else None,
+                         f"{known['bytes'] / 1e6:.0f}" if "bytes" in known else None])
+    table = format_table(rows)
+    dense = next(iter(results.values()))["recommended"]["values"][0]
+    table += "\n\nUncompressed: perplexity " + ", ".join(f"{dense[text]['dense']:.2f} ({label})"
+                                                         for text, label in zip(args.eval_data, labels))
+    print(table)
+    (args.out / "table.md").write_text(table + "\n")
+    plot(results, args.eval_data[0], args.out / "real.png")
+    if args.write_readme:
+        plot(results, args.eval_data[0], ROOT / "benchmarks" / "real.png")
+        write_readme(args.write_readme, table + "\n\n![Perplexity over budget](real.png)")
+
+
+if __name__ == "__main__":
+    main()
