@@ -4,6 +4,8 @@
 #   DATA       calibration text (default: fineweb_edu)        EVAL_DATA  held-out text (default: the paper's three)
 #   TASKS      lm-eval tasks, or nothing (default: the paper's five)
 #   LEVELS     of the table, e.g. LEVELS="50 70" (default: the paper's)
+#   SCALE=64   of every search the 64th part of the paper's tokens (token counts and generations divided by 8 each), of
+#              databases the 64th part of the calibration text; documents of 8,192 / 8 tokens (default: 1, the paper)
 #   ESTIMATE=1 print what it would take and stop
 #   SMALL=1    the demo model, Python's own library as text and scaled-down counts, without network or GPU: the same
 #              code path in minutes, a test of these scripts and no result of the paper
@@ -19,24 +21,37 @@ mistral=mistralai/Mistral-7B-v0.3
 phi3=microsoft/Phi-3-medium-128k-instruct
 
 if [ -z "$SMALL" ]; then
+    SCALE=${SCALE:-1}
+    # less NUMBER [LEAST]: NUMBER / √SCALE, rounded, at least LEAST
+    less() { awk -v n="$1" -v least="${2:-1}" -v scale="$SCALE" \
+        'BEGIN { n = int(n / sqrt(scale) + 0.5); print (n > least ? n : least) }'; }
+    awk -v scale="$SCALE" 'BEGIN { exit !(scale >= 1 && scale <= 4096) }' ||
+        { echo "SCALE=$SCALE: must be a number from 1, the paper's tokens, to 4096" >&2; exit 1; }
     OUT=${OUT:-results/tables}
     DATA=${DATA:-fineweb_edu}
     evaluation=(--eval_datasets ${EVAL_DATA:-wikitext2 c4 fineweb_edu})
     TASKS=${TASKS-arc_challenge,arc_easy,hellaswag,piqa,winogrande}
     tasks=(--tasks "$TASKS" --batch_size auto)
     length=()                             # the paper's: the context length, at most 8,192
-    depth_search=(--calibration_tokens 131072 --offspring 32 --initially_generated 64 --initial_tokens 2048
-                  --survivors_per_selection 2 1 --tokens_per_selection 2048 32768)
-    sparsity_search=(--calibration_tokens 524288 --generations 400 --offspring 64
-                     --survivors_per_selection 8 2 1 --tokens_per_selection 2048 16384 65536)
-    quant_search=(--calibration_tokens 524288 --generations 150 --offspring 128 --initially_generated 32
-                  --initial_tokens 2048 --survivors_per_selection 16 4 1 --tokens_per_selection 2048 16384 131072)
-    superfast_search=(--calibration_tokens 524288 --generations 400 --offspring 16 --initially_generated 32
-                      --initial_tokens 2048 --survivors_per_selection 1 1 --tokens_per_selection 512 8192)
-    baseline=(--calibration_tokens 131072)
-    owl_grid=(--calibration_tokens 524288)
-    database=(--calibration_tokens 8388608 --rel_damp 0.01 --block_size 128 --cpu_offload_activations)
-    sparse_levels=(--num_levels 8 --weights_diff 1000000)
+    depth_search=(--calibration_tokens $(less 131072) --offspring 32 --initially_generated 64
+                  --initial_tokens $(less 2048) --survivors_per_selection 2 1
+                  --tokens_per_selection $(less 2048) $(less 32768))
+    sparsity_search=(--calibration_tokens $(less 524288) --generations $(less 400) --offspring 64
+                     --survivors_per_selection 8 2 1 --tokens_per_selection $(less 2048) $(less 16384) $(less 65536))
+    quant_search=(--calibration_tokens $(less 524288) --generations $(less 150) --offspring 128 --initially_generated 32
+                  --initial_tokens $(less 2048) --survivors_per_selection 16 4 1
+                  --tokens_per_selection $(less 2048) $(less 16384) $(less 131072))
+    superfast_search=(--calibration_tokens $(less 524288) --generations $(less 400) --offspring 16
+                      --initially_generated 32 --initial_tokens $(less 2048) --survivors_per_selection 1 1
+                      --tokens_per_selection $(less 512 2) $(less 8192))
+    baseline=(--calibration_tokens $(less 131072))
+    owl_grid=(--calibration_tokens $(less 524288))
+    database=(--calibration_tokens $(awk -v scale="$SCALE" 'BEGIN { print int(8388608 / scale) }') --rel_damp 0.01
+              --block_size 128 --cpu_offload_activations)
+    if [ "$SCALE" != 1 ]; then
+        length=(--calibration_sequence_length $(less 8192))
+        evaluation+=(--eval_tokens $(less 524288) --eval_sequence_length $(less 8192))
+    fi
 else
     OUT=${OUT:-results/tables-small}
     DATA=${DATA:-stdlib}
@@ -45,6 +60,7 @@ else
     TASKS=${TASKS-next_line}
     tasks=(--tasks "$TASKS" --include_path "$OUT/small_task" --limit 16)
     length=(--calibration_sequence_length 256)
+    SCALE=1
     depth_search=(--calibration_tokens 4096 --generations 6 --offspring 8 --initially_generated 8
                   --initial_tokens 256 --survivors_per_selection 2 1 --tokens_per_selection 256 1024)
     sparsity_search=(--calibration_tokens 4096 --generations 4 --offspring 8
@@ -56,7 +72,6 @@ else
     baseline=(--calibration_tokens 2048)
     owl_grid=(--calibration_tokens 2048 --owl_lambda 0.05 0.1 --owl_m 5)
     database=(--calibration_tokens 4096 --rel_damp 0.01 --block_size 128)
-    sparse_levels=(--num_levels 2)
     export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 fi
 [ -n "$TASKS" ] || tasks=()
@@ -91,7 +106,21 @@ begin() {
     rows=()
     base=(--model_name_or_path "$1")
     calibrated=("${base[@]}" --calibration_data "$DATA" "${length[@]}")
+    case $(basename "$1") in              # a step of the paper's models; of others, as it relates to their layers
+        Llama-2-7b-hf | Meta-Llama-3-8B | Llama-3.1-8B | Mistral-7B-v0.3 | Phi-3-medium-128k-instruct)
+            sparse_levels=(--num_levels 8 --weights_diff 1000000) ;;
+        *)  sparse_levels=(--num_levels $([ -n "$SMALL" ] && echo 2 || echo 8)) ;;
+    esac
     mkdir -p "$runs"
+}
+
+# depth_generations LEVEL: the flag for the scaled part of the paper's k(n-k)/1.5, which is evo_drop.py's default
+depth_generations() {
+    [ "$SCALE" = 1 ] || echo --generations $(less "$($PYTHON -c "
+from transformers import AutoConfig
+blocks = AutoConfig.from_pretrained('${base[1]}').get_text_config(decoder=True).num_hidden_layers
+dropped = int($1 / 100 * blocks)
+print(dropped * (blocks - dropped) / 1.5)")")
 }
 
 # part NAME COMMAND...: run a Python program once; its output also goes to NAME.log. A finished part is known by

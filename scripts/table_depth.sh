@@ -17,7 +17,8 @@ table() {
     for level in $LEVELS; do
         for name in "" blocks; do
             part "drop-$level$name" evo_drop.py "${calibrated[@]}" "${depth_search[@]}" --no_eval \
-                --sparsity "$(fraction "$level")" ${name:+--drop_entire_block} --output_dir "$runs/drop-$level$name"
+                --sparsity "$(fraction "$level")" $(depth_generations "$level") ${name:+--drop_entire_block} \
+                --output_dir "$runs/drop-$level$name"
             measured depth "$level" "EvoPress${name:+(attn+mlp)}" "drop-$level$name" \
                 --drop_config "$runs/drop-$level$name/layer_drop_config.txt"
         done

@@ -1,5 +1,6 @@
 """scripts/: the shell is sound, reports fail on empty rows, estimates are the arithmetic they claim to be."""
 import csv
+import itertools
 import json
 import math
 import random
@@ -242,6 +243,34 @@ def test_every_planned_command_is_one_its_program_takes(script, small, tmp_path)
     models = {command[command.index("--model_name_or_path") + 1] for command in commands}
     assert models
     assert models == {"demo/model"} if small else all(Path(model).name in report.MODELS for model in models)
+
+
+def test_one_dial_divides_what_the_searches_and_databases_of_the_paper_take(tmp_path):
+    def value(commands: list[list[str]], program: str, flag: str) -> list[int]:
+        command = next(command for command in commands if program in command)
+        at = command.index(flag) + 1
+        return [int(word) for word in itertools.takewhile(lambda word: not word.startswith("--"), command[at:])]
+
+    scaled = planned(SCRIPTS / "table_quant.sh", tmp_path, MODEL="demo/model", SCALE="64", LEVELS="3")
+    assert value(scaled, "evo_quant.py", "--tokens_per_selection") == [256, 2048, 16384]
+    assert value(scaled, "evo_quant.py", "--generations") == [19]
+    assert value(scaled, "evo_quant.py", "--offspring") == [128]
+    assert value(scaled, "database.gptq", "--calibration_tokens") == [131072]
+    assert value(scaled, "database.gptq", "--calibration_sequence_length") == [1024]
+    paper = planned(SCRIPTS / "table_quant.sh", tmp_path, MODEL="demo/model", LEVELS="3")
+    assert value(paper, "evo_quant.py", "--tokens_per_selection") == [2048, 16384, 131072]
+    assert not any("--calibration_sequence_length" in command for command in paper)
+    refused = subprocess.run(["bash", SCRIPTS / "table_quant.sh"], capture_output=True, text=True,
+                             env={"PATH": "/usr/bin:/bin", "SCALE": "0.5"})
+    assert refused.returncode == 1 and refused.stderr.startswith("SCALE=0.5: ")
+
+
+def test_the_step_of_sparsity_is_the_papers_for_its_models_and_follows_the_size_of_others(tmp_path):
+    def steps(model: str) -> set[str]:
+        return {word for command in planned(SCRIPTS / "table_sparsity.sh", tmp_path, MODEL=model)
+                for flag, word in zip(command, command[1:]) if flag == "--weights_diff"}
+
+    assert steps("meta-llama/Meta-Llama-3-8B") == {"1000000"} and steps("demo/model") == set()
 
 
 def test_a_model_of_which_the_paper_has_one_sparsity_is_taken_to_that_unless_others_are_asked_for(tmp_path):
