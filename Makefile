@@ -18,7 +18,7 @@ demo: setup
 	PYTHON=.venv/bin/python bash demo/run.sh
 
 test: setup
-	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 .venv/bin/python -m pytest -q tests \
+	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 .venv/bin/python -m pytest -q tests -n 2 --dist loadfile \
 	    -o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true
 
 lint: setup

@@ -23,6 +23,7 @@ import eval_config
 import evo_drop
 import evo_quant
 import evo_unstructured
+import finish
 from baselines import dp, drop_scores, owl
 from database import gptq, sparsegpt
 from scripts import convergence, nonmonotonicity
@@ -201,6 +202,20 @@ def database(shape: Shape, args: argparse.Namespace) -> Need:
                 copies=travelling, written=size)
 
 
+def finishing(shape: Shape, args: argparse.Namespace, database_bytes: float) -> Need:
+    length = args.calibration_sequence_length or min(finish.SEQUENCE_LENGTH, shape.context)
+    trained = 3 * args.steps * args.batch_size * length                     # forward, and twice that back
+    states = 3 * HALF * args.calibration_tokens * shape.hidden              # given, passed, and one being made
+    on_device = states < DEVICE / 4
+    # of a block's weights: what is trained, its gradient and Adam's two moments, all in float32, the value in both
+    block = (4 * 4 + 4 + 2 * HALF) * shape.weights / shape.blocks
+    kept = database_bytes / 5 if args.quant_weights_path else HALF * shape.parameters
+    return Need({"bf16": shape.forward(2 * args.calibration_tokens + trained, length)},
+                HALF * shape.parameters + database_bytes, kept,
+                HALF * resident(shape, args) + block + (states if on_device else 0),
+                HALF * shape.parameters + (0 if on_device else states))
+
+
 def evaluation(shape: Shape, args: argparse.Namespace, database_bytes: float) -> Need:
     tokens = 0 if args.no_perplexity else args.eval_tokens * len(args.eval_datasets)
     compressed = bool(args.drop_config or args.sparse_config_path or args.quant_config_path)
@@ -236,6 +251,8 @@ def need_of(command: list[str], sizes: dict[str, float]) -> Need:
             return need
         case "eval_config.py":
             return evaluation(shape, args, stored)
+        case "finish.py":
+            return finishing(shape, args, stored)
         case "baselines.drop_scores":
             return scores(shape, args)
         case "baselines.owl":
@@ -257,6 +274,7 @@ def need_of(command: list[str], sizes: dict[str, float]) -> Need:
 
 PARSERS = {"evo_drop.py": evo_drop.parse_arguments, "evo_unstructured.py": evo_unstructured.parse_arguments,
            "evo_quant.py": evo_quant.parse_arguments, "eval_config.py": eval_config.parse_arguments,
+           "finish.py": finish.parse_arguments,
            "database.sparsegpt": lambda argv: sparsegpt.make_parser().parse_args(argv),
            "database.gptq": lambda argv: gptq.make_parser().parse_args(argv),
            "baselines.drop_scores": drop_scores.parse_arguments, "baselines.owl": owl.parse_arguments,

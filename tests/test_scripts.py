@@ -206,6 +206,14 @@ def test_offloaded_blocks_are_copied_for_every_microbatch_and_two_stay_on_the_de
     assert offloaded.seconds == pytest.approx(offloaded.copies / 25e9 + offloaded.files / 2e9)      # ... or not
 
 
+def test_finishing_runs_the_text_twice_and_every_step_three_times(llama3):
+    asked = need("finish.py --quant_weights_path db --quant_config_path 3 --save_dir out", {"db": 18e9})
+    assert asked.flop == {"bf16": pytest.approx(SHAPE.forward(2 * 262144 + 3 * 200 * 8 * 2048, 2048))}
+    assert asked.host == 2 * SHAPE.parameters and asked.disk == 18e9 / 5
+    more = need("finish.py --calibration_tokens 2097152 --quant_weights_path db --quant_config_path 3 --save_dir out")
+    assert more.host - asked.host == 3 * 2 * 2097152 * 4096      # hidden states that the device has no room for
+
+
 def test_needs_add_up_with_the_highest_peak():
     total = (estimate.Need({"bf16": 1}, 2, 3, 40, 5, 6, 7, 8)
              + estimate.Need({"bf16": 10, "fp32": 7}, 20, 30, 4, 50, 60, 70, 80))
