@@ -4,7 +4,7 @@
 # make test-runtimes: exports loaded by llama.cpp and MLX
 PYTHON ?= python3
 
-.PHONY: setup demo test lint test-kernels test-runtimes tables-small clean
+.PHONY: setup demo test lint test-kernels test-runtimes real tables-small clean
 
 setup: .venv/ready
 
@@ -43,6 +43,13 @@ test-kernels: .venv/triton/ready
 test-runtimes: .venv/runtimes/ready
 	PYTHONPATH=.venv/runtimes HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 .venv/bin/python -m pytest -q \
 	    tests/test_formats_mlx.py tests/test_formats_gguf.py tests/test_import_levels.py -k "formats or gguf"
+
+# a real pretrained model end to end, SmolLM2-135M or MODEL=folder, DATA= its calibration text, EVAL_DATA= what it is
+# evaluated on, PARTS= of "depth bits sparsity", SEEDS=, JOBS= at once; run again to go on
+real: .venv/runtimes/ready
+	PYTHONPATH=.venv/runtimes .venv/bin/python benchmarks/real.py $(if $(MODEL),--model_name_or_path $(MODEL)) \
+	    $(if $(DATA),--data $(DATA)) $(if $(EVAL_DATA),--eval_data $(EVAL_DATA)) $(if $(PARTS),--parts $(PARTS)) \
+	    $(if $(SEEDS),--seeds $(SEEDS)) $(if $(JOBS),--jobs $(JOBS)) $(if $(OUT),--out $(OUT))
 
 clean:
 	rm -rf .venv
