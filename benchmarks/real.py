@@ -17,6 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 import matplotlib
+import torch
 from matplotlib import pyplot
 
 from benchmarks.finish import Bench
@@ -56,7 +57,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--eval_tokens", type=int, default=8192, help="of each text")
     parser.add_argument("--steps", type=int, default=50, help="of finish.py (default: 50)")
     parser.add_argument("--batch_size", type=int, default=4, help="of finish.py (default: 4)")
-    parser.add_argument("--no_finish", action="store_true", help="finish nothing, export nothing")
+    parser.add_argument("--no_finish", action="store_true", help="finish and export nothing more")
     parser.add_argument("--out", type=Path, default=Path("results/real"))
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=1, help="at once, one thread each")
@@ -153,10 +154,12 @@ class Real(Bench):
 
     def finished(self, kind: str, target: float, ways: dict[str, dict]) -> None:
         """Add what finish.py makes of the recommended search's first seed, exported, and the export's size."""
-        file = ways["recommended"]["files"][0]
+        file, name = ways["recommended"]["files"][0], f"{kind}-{target}-finished"
+        result = self.out / f"{name}.json"
+        if self.args.no_finish and not result.exists():
+            return
         flags = ["--drop_config", file] if kind == "depth" else [
             f"--{kind}_weights_path", self.database(kind, target), f"--{kind}_config_path", file]
-        name = f"{kind}-{target}-finished"
         folder = self.finish(name, flags, 0)
         if kind == "depth":
             exported = folder
@@ -164,7 +167,6 @@ class Real(Bench):
             exported = self.once(f"{name}-export", [
                 "export.py", "--model_name_or_path", self.args.model_name_or_path, f"--{kind}_weights_path", folder,
                 f"--{kind}_config_path", file, "--dtype", "float16"])
-        result = self.out / f"{name}.json"
         if not result.exists():
             run(["eval_config.py", *self.model, "--eval_datasets", *self.args.eval_data, "--eval_tokens",
                  self.args.eval_tokens, "--eval_sequence_length", self.args.sequence_length, "--checkpoint", exported,
@@ -208,17 +210,15 @@ def main() -> None:
         if not (folder / "tokenizer.json").exists():
             run([ROOT / "benchmarks" / "real_model.py", folder], args.out / "logs" / "model.log")
         args.model_name_or_path = str(folder)
+    torch.set_num_threads(1)                         # a budget's evaluation, of which there are --jobs at once
     bench = Real(args)
     budgets = [(kind, target) for kind, part, targets in (("depth", "depth", DEPTH), ("quant", "bits", BITS),
                                                           ("sparse", "sparsity", SPARSITY))
                if part in args.parts for target in targets]
     with ThreadPoolExecutor(args.jobs) as pool:
         results = dict(zip(budgets, pool.map(lambda budget: bench.budget(*budget), budgets)))
-    for (kind, target), ways in results.items():
-        bench.measure(kind, target, ways)
-    if not args.no_finish:
-        with ThreadPoolExecutor(args.jobs) as pool:
-            list(pool.map(lambda item: bench.finished(*item[0], item[1]), results.items()))
+        list(pool.map(lambda item: bench.measure(*item[0], item[1]), results.items()))
+        list(pool.map(lambda item: bench.finished(*item[0], item[1]), results.items()))
 
     names = {"depth": "{:.1%} depth", "sparse": "{:.0%} sparsity", "quant": "{} bits"}
     labels = [name.partition(":")[0] for name in args.eval_data]
