@@ -3,19 +3,20 @@ import argparse
 import hashlib
 import re
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from database import store
 from database.hessian import Calibration
 from utils import distributed
 from utils.data import documents_sha256, sequence_length
 from utils.decoder import Decoder
+from utils.experts import ExpertLayer, Layer
 from utils.files import check_writable
 from utils.fitness import out_of_memory
 from utils.flags import add_calibration_flags, add_model_flags, check_calibration_flags
@@ -37,7 +38,8 @@ def add_build_flags(parser: argparse.ArgumentParser, layers_flag: str, solves: b
     group.add_argument("--save_dir", type=Path, required=True, metavar="DIR",
                        help="of the database: manifest.json and a file a layer; run again to resume a killed build")
     group.add_argument(layers_flag, metavar="REGEX", help="layers to compress, by full name, e.g. "
-                       "'.*layers.*((q|k|v|o|gate|up|down)_proj)$' (default: every linear layer of the blocks)")
+                       "'.*layers.*((q|k|v|o|gate|up|down)_proj)$' (default: every linear layer of the blocks, "
+                       "experts' matrices among them)")
     if solves:
         group.add_argument("--rel_damp", type=float, default=1e-2, metavar="SHARE",
                            help="added to the Hessian's diagonal, as a share of its mean (default: 0.01)")
@@ -139,6 +141,7 @@ def build(args: argparse.Namespace, method: str, layers_flag: str, solve_layer: 
     layers = choose_layers(decoder, pattern, f"--{layers_flag}")
     header["weights_sha256"] = weights_sha256({name: layer for block in layers for name, layer in block.items()})
     check_same(manifest, header, args.save_dir)
+    print(coverage(decoder, layers), flush=True)
     if check:
         check(decoder, layers)
     if manifest is None:
@@ -150,7 +153,7 @@ def build(args: argparse.Namespace, method: str, layers_flag: str, solve_layer: 
 
 
 def build_blocks(args: argparse.Namespace, manifest: dict, calibration: Calibration,
-                 layers: list[dict[str, nn.Linear]], solve_layer: Callable, feed_forward: int | None, wandb=None
+                 layers: list[dict[str, Layer]], solve_layer: Callable, feed_forward: int | None, wandb=None
                  ) -> None:
     """Walk the blocks up to the last incomplete one: solve and save those that are incomplete, pass through others.
     `wandb`, a run of Weights & Biases, gets every block's seconds and errors."""
@@ -187,22 +190,31 @@ def build_blocks(args: argparse.Namespace, manifest: dict, calibration: Calibrat
         else:
             print(f"block {index + 1}/{len(layers)}: already built", flush=True)
     distributed.report_idle(time.time() - began)
+    uncalibrated = sum(not entry.get("calibrated", True) for entry in entries.values())
+    if uncalibrated:
+        print(f"{uncalibrated} of {len(entries)} layers saw too few calibration tokens, so they were rounded to "
+              f"nearest, pruned by magnitude or imported; more --calibration_tokens reach more of them")
     print(f"{args.save_dir}: finished, {len(entries)} layers in {timedelta(seconds=round(time.time() - began))}")
 
 
-def solve_block(layers: dict[str, nn.Linear], hessians: dict[str, torch.Tensor | None], args: argparse.Namespace,
+def solve_block(layers: dict[str, Layer], hessians: dict[str, torch.Tensor | None], args: argparse.Namespace,
                 solve_layer: Callable) -> tuple[dict[str, dict], list[str]]:
     """(layer -> its entry in the manifest, notes) of the layers of a block that this process has Hessians of, which are
     used up. A layer's file is written while the next one is solved; on leaving, however that is, none is half-way."""
-    writing, notes = {}, []
+    writing, notes, uncalibrated = {}, [], set()
     with ThreadPoolExecutor(1) as writer:
         for name in list(hessians):
-            weight = layers[name].weight
-            levels = solve(name, weight, hessians.pop(name), args, solve_layer, notes.append)
+            weight, hessian = layers[name].weight, hessians.pop(name)
+            if hessian is None:
+                uncalibrated.add(name)
+                if isinstance(layers[name], ExpertLayer):    # of which there may be thousands: counted at the end
+                    hessian = torch.eye(weight.shape[1], device=weight.device)
+            levels = solve(name, weight, hessian, args, solve_layer, notes.append)
             for written in writing.values():                 # no more than one layer stays in memory for its file
                 written.result()
             writing[name] = writer.submit(store.write_layer, args.save_dir, name, tuple(weight.shape), levels)
-        return {name: written.result() for name, written in writing.items()}, notes
+        return {name: written.result() | ({"calibrated": False} if name in uncalibrated else {})
+                for name, written in writing.items()}, notes
 
 
 def solve(name: str, weight: torch.Tensor, hessian: torch.Tensor | None, args: argparse.Namespace,
@@ -226,7 +238,7 @@ def solve(name: str, weight: torch.Tensor, hessian: torch.Tensor | None, args: a
     return levels
 
 
-def choose_layers(decoder: Decoder, pattern: str | None, flag: str) -> list[dict[str, nn.Linear]]:
+def choose_layers(decoder: Decoder, pattern: str | None, flag: str) -> list[dict[str, Layer]]:
     """The layers of every block whose full name matches. Raises ValueError when none does."""
     layers = [{name: layer for name, layer in block.layers.items() if re.search(pattern or "", name)}
               for block in decoder.blocks]
@@ -237,6 +249,22 @@ def choose_layers(decoder: Decoder, pattern: str | None, flag: str) -> list[dict
         raise ValueError(f"{flag} {pattern}: matches none of the {len(decoder.layers)} linear layers, such as "
                          f"{next(iter(decoder.layers))}")
     return layers
+
+
+def coverage(decoder: Decoder, layers: list[dict[str, Layer]]) -> str:
+    """How much of the blocks' weights some layers are, and what most of the rest is, in words."""
+    covered: Counter = Counter()
+    for block in layers:
+        for layer in block.values():
+            covered[getattr(layer, "parameter", layer.weight)] += layer.in_features * layer.out_features
+    total, others = 0, Counter()
+    for block in decoder.blocks:
+        for name, parameter in block.module.named_parameters():
+            total += parameter.numel()
+            others[re.sub(r"\d+", "*", name)] += parameter.numel() - covered[parameter]
+    rest = ", ".join(f"{name} ({count / total:.2%})" for name, count in others.most_common(3) if count)
+    return (f"{sum(map(len, layers))} layers hold {covered.total() / total:.2%} of the blocks' weights"
+            f"{f'; most of what stays as it is: {rest}' if rest else ''}")
 
 
 def check_same(manifest: dict | None, header: dict, save_dir: Path) -> None:
@@ -274,7 +302,7 @@ def forget_damaged(save_dir: Path, manifest: dict) -> dict:
     return manifest
 
 
-def weights_sha256(layers: dict[str, nn.Linear]) -> str:
+def weights_sha256(layers: dict[str, Layer]) -> str:
     """Hash of 64 weights spread over every layer: tells a fine-tuned or retrained model from the one built for."""
     digest = hashlib.sha256()
     for name, layer in layers.items():

@@ -12,10 +12,13 @@ from database.solver import spans
 from utils import distributed
 from utils.decoder import Decoder
 from utils.errors import RunError
+from utils.experts import ExpertLayer, Layer, eager, inputs_seen
 from utils.fitness import Row, assemble, default_microbatch_tokens, microbatches, out_of_memory, storage_for
 
 CHUNKS = 32                      # of the calibration tokens, dealt out to the processes; no more can share a pass
 SLAB = 2**24                     # elements of a Hessian that travel at once
+LEAST_TOKENS = 2                 # of an expert, for each of its inputs: with fewer, GPTQ and SparseGPT lose more on
+                                 # other text than rounding to nearest and pruning by magnitude do
 COLUMN = 2**20                   # operations in the time that solving a column takes however few its rows are
 
 
@@ -62,11 +65,12 @@ class Calibration:
             module.to("cpu")
 
     @torch.no_grad()
-    def measure(self, layers: dict[str, nn.Linear], advance: bool) -> dict[str, torch.Tensor | None]:
+    def measure(self, layers: dict[str, Layer], advance: bool) -> dict[str, torch.Tensor | None]:
         """Run the block and return layer -> its Hessian, see `InputHessians`; `advance` as in `run`."""
         hessians = InputHessians(layers)
         try:
-            self.run(advance, hessians)
+            with inputs_seen(layers, hessians.add):
+                self.run(advance, hessians)
         finally:
             hessians.remove_hooks()
         return hessians.finish()
@@ -78,12 +82,13 @@ class Calibration:
         Raises RunError where not even a single row fits into memory.
         """
         count = distributed.world_size()
-        for first in range(0, len(self.chunks), count):          # a chunk for every process at a time
-            chunk = first + distributed.rank()
-            if chunk < len(self.chunks):
-                self._run_chunk(chunk, advance, hessians)
-            if hessians:
-                hessians.end_chunk()
+        with eager(self.decoder.model):      # measured or not: with another kernel a build resumed here would differ
+            for first in range(0, len(self.chunks), count):      # a chunk for every process at a time
+                chunk = first + distributed.rank()
+                if chunk < len(self.chunks):
+                    self._run_chunk(chunk, advance, hessians)
+                if hessians:
+                    hessians.end_chunk()
         self.position += advance
 
     def _run_chunk(self, chunk: int, advance: bool, hessians: "InputHessians | None") -> None:
@@ -149,7 +154,8 @@ class InputHessians:
     Each has an owner among the processes, the one that is to solve its layers: only there the sums come together.
     """
 
-    def __init__(self, layers: dict[str, nn.Linear]):
+    def __init__(self, layers: dict[str, Layer]):
+        """Layers that are modules report their inputs by themselves; those of experts are given to `add`."""
         self.layers = layers
         self.source: dict[str, str] = {}             # layer -> the layer that accumulates the Hessian of its input
         self.sums: dict[str, torch.Tensor] = {}      # of this process's chunk
@@ -160,7 +166,7 @@ class InputHessians:
         self._seen: dict[str, int] = {}              # tokens of this process's chunk
         self._inputs: dict[str, torch.Tensor] = {}   # of this microbatch
         self._hooks = [layer.register_forward_pre_hook(self._hook(name), with_kwargs=True)
-                       for name, layer in layers.items()]
+                       for name, layer in layers.items() if isinstance(layer, nn.Module)]
 
     def remove_hooks(self) -> None:
         for hook in self._hooks:
@@ -193,8 +199,8 @@ class InputHessians:
         self._seen.clear()
 
     def finish(self) -> dict[str, torch.Tensor | None]:
-        """Layer -> float32 [in, in], the same tensor for layers with the same input, None for one that saw no token;
-        of the layers that are this process's to solve.
+        """Layer -> float32 [in, in], the same tensor for layers with the same input, None for one that saw no token, or
+        of an expert's too few; of the layers that are this process's to solve.
 
         Raises ValueError naming the first layer whose input is not finite.
         """
@@ -209,6 +215,8 @@ class InputHessians:
         for name, upper in self.totals.items():
             upper.triu_().div_(max(self.tokens[name], 1))
             hessians[name] = upper.add_(upper.triu(1).T)
+            if isinstance(self.layers[name], ExpertLayer) and self.tokens[name] < LEAST_TOKENS * len(upper):
+                del hessians[name]
         return {name: hessians.get(self.source.get(name)) for name in own}
 
     def _deal(self, names: list[str]) -> None:
@@ -233,22 +241,23 @@ class InputHessians:
         chunk.zero_()
 
     def _hook(self, name: str):
-        def accumulate(module, args, kwargs):
-            x = args[0] if args else kwargs["input"]
-            if name not in self.source:
-                self.source[name] = next((other for other, seen in self._inputs.items() if seen is x), name)
-            source = self.source[name]
-            if source != name:
-                if self._inputs.get(source) is not x:
-                    raise ValueError(_inconsistent(name, source))
-                return
-            self._inputs[name] = x
-            x = x.reshape(-1, x.shape[-1])
-            if name not in self.sums:
-                self.sums[name] = torch.zeros(x.shape[1], x.shape[1], device=x.device)
-            self._seen[name] = self._seen.get(name, 0) + len(x)
-            add_outer_products(self.sums[name], x)
-        return accumulate
+        return lambda module, args, kwargs: self.add(name, args[0] if args else kwargs["input"])
+
+    def add(self, name: str, x: torch.Tensor) -> None:
+        """Add a layer's input [..., in], which layers that share it are given as the same tensor."""
+        if name not in self.source:
+            self.source[name] = next((other for other, seen in self._inputs.items() if seen is x), name)
+        source = self.source[name]
+        if source != name:
+            if self._inputs.get(source) is not x:
+                raise ValueError(_inconsistent(name, source))
+            return
+        self._inputs[name] = x
+        x = x.reshape(-1, x.shape[-1])
+        if name not in self.sums:
+            self.sums[name] = torch.zeros(x.shape[1], x.shape[1], device=x.device)
+        self._seen[name] = self._seen.get(name, 0) + len(x)
+        add_outer_products(self.sums[name], x)
 
 
 def _inconsistent(name: str, *sources: str) -> str:

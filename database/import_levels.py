@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from functools import partial
 
 import torch
-from torch import nn
 
 from database.build import add_build_flags, build, run
 from database.packing import Packed, pack_quantized, unpack_quantized
 from database.solver import output_errors
 from formats.quantized_checkpoints import Checkpoint, fingerprint, open_checkpoint
 from utils.decoder import Decoder
+from utils.experts import Layer
 
 LEAST_COSINE = 0.5               # of a layer and its level; unrelated weights have next to 0, 2 bits about 0.9
 NORM_TOLERANCE = 1e-2            # a norm may have been rounded to another dtype
@@ -31,7 +31,7 @@ def open_checkpoints(checkpoints: dict[str, Checkpoint], args: argparse.Namespac
                               for found in checkpoints.values())
 
 
-def check(checkpoints: Mapping[str, Checkpoint], decoder: Decoder, layers: list[dict[str, nn.Linear]]) -> None:
+def check(checkpoints: Mapping[str, Checkpoint], decoder: Decoder, layers: list[dict[str, Layer]]) -> None:
     """Raise ValueError, naming the checkpoint and the layer, where they do not all hold the decoder's layers, each in
     one format and in bitwidths that differ."""
     names = {name: layer for block in layers for name, layer in block.items()}

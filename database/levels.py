@@ -21,12 +21,13 @@ class LevelSwitcher:
     def __init__(self, decoder: Decoder, database: Database, cache_gb: float):
         """Raises ValueError when the database was built for another model, or for layers this one does not have."""
         database.check_model(decoder.config)
-        unknown = [name for name in database.layers if name not in decoder.layers]
+        layers = decoder.layers
+        unknown = [name for name in database.layers if name not in layers]
         if unknown:
             raise ValueError(f"{database.path}: has {unknown[0]}, which is not a linear layer of the model's blocks; "
                              f"build a database for this model")
         for name in database.layers:
-            shape = tuple(decoder.layers[name].weight.shape)
+            shape = tuple(layers[name].weight.shape)
             if shape != database.shape(name):
                 raise ValueError(f"{database.path}: {name} is {database.shape(name)}, but {shape} in the model; build "
                                  f"a database for this model")
@@ -34,7 +35,7 @@ class LevelSwitcher:
         self.names = [[name for name in block.layers if name in stored] for block in decoder.blocks]
         self.loaded: dict[str, int] = {}
         self.switches = 0
-        self._layers = decoder.layers
+        self._layers = layers
         self._uncompressed: dict[str, torch.Tensor] | None = None   # weights that `restorable` is to bring back
         self._decoder = decoder
         if decoder.offloaded:

@@ -5,7 +5,7 @@ manifest.json
   sha256: of all the rest
   layers: name -> null while the layer is not built, then
     shape [out, in]; bytes and sha256 of its file; levels: level -> {kept or bits and overhead_bits, error}, and
-    group_size where it is not the one of the flags
+    group_size where it is not the one of the flags; calibrated: false where it saw too few tokens for a Hessian
 The method "gptq" stands for quantized levels, those of other tools included (import_levels.py). A layer file has a
 level's tensors under "<level>.<part>" (parts: see packing.py). Files appear whole or not at all, and a file is in use
 only once the manifest names its checksum, so a build may be killed at any moment; what is truncated, altered, swapped

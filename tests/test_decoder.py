@@ -31,8 +31,9 @@ def test_attention_and_mlp_are_the_modules_the_family_calls_so(family):
         assert block.mlp.modules == [child for name, child in children.items() if name in MLPS]
         for sub_block in (block.attn, block.mlp):
             assert sub_block.size == sum(p.numel() for module in sub_block.modules for p in module.parameters()) > 0
-        assert block.layers == {f"{block.name}.{name}": layer for name, layer in block.module.named_modules()
-                                if isinstance(layer, nn.Linear)}
+        assert {name: layer for name, layer in block.layers.items() if isinstance(layer, nn.Module)} == {
+            f"{block.name}.{name}": layer for name, layer in block.module.named_modules()
+            if isinstance(layer, nn.Linear)}
     assert list(decoder.layers) == [name for block in decoder.blocks for name in block.layers]
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import Cache
 
 from utils import attention
+from utils.experts import Layer, expert_layers, merged_names, orientations
 from utils.offload import OffloadedBlocks
 
 ATTENTION_ARGUMENTS = {"attention_mask", "position_embeddings", "past_key_values", "past_key_value", "layer_past"}
@@ -64,7 +65,7 @@ class Block:
     module: nn.Module
     attn: SubBlock
     mlp: SubBlock
-    layers: dict[str, nn.Linear] = field(default_factory=dict)   # full name -> layer, in module order
+    layers: dict[str, Layer] = field(default_factory=dict)       # full name -> layer, in module order
 
     @property
     def dropped(self) -> tuple[bool, bool]:
@@ -108,8 +109,8 @@ class Decoder:
         self._probe(by_document)
 
     @property
-    def layers(self) -> dict[str, nn.Linear]:
-        """Every linear layer of the blocks by its full name, in module order."""
+    def layers(self) -> dict[str, Layer]:
+        """Every linear layer of the blocks by its full name, in module order, experts' matrices among them."""
         return {name: layer for block in self.blocks for name, layer in block.layers.items()}
 
     @torch.no_grad()
@@ -216,9 +217,12 @@ class Decoder:
         vocabulary = self.config.get_text_config(decoder=True).vocab_size
         tokens = torch.randint(vocabulary, (2, 16), generator=generator).to(self.device)
         first, second = tokens[:, :7], tokens[:, 7:]
-        logits = self.model(input_ids=second, use_cache=False).logits
+        with orientations(self.model, [block.module for block in self.blocks]) as experts:
+            logits = self.model(input_ids=second, use_cache=False).logits
         for hook in hooks:
             hook.remove()
+        if experts:
+            self._add_experts(experts)
         if logits.isnan().any():
             if self.offloaded:
                 self.offloaded.restore()
@@ -260,6 +264,15 @@ class Decoder:
                                          inputs.hidden_states))
             block.drop(False, False)
         self.identity_when_dropped = all(unchanged)
+
+    def _add_experts(self, transposed: dict[nn.Parameter, bool]) -> None:
+        """Take the matrices of experts for layers; transposed: see `orientations`."""
+        merged = merged_names(self.model)
+        for block in self.blocks:
+            linear, block.layers = block.layers, {}
+            for name, module in block.module.named_modules(prefix=block.name):
+                block.layers |= ({name: module} if name in linear else
+                                 expert_layers(name, module, transposed, merged))
 
     def _ask_for_no_mask(self, hidden_states: torch.Tensor) -> None:
         """Have `logits` ask for no mask, where the family allows that: to find out whether it needs one, transformers
