@@ -10,7 +10,14 @@ Without a configuration only the dense model is evaluated. Prints tables and, wi
 import argparse
 import json
 
-from database.levels import add_configuration_flags, check_configuration_flags, load_configuration
+from database.levels import (
+    add_configuration_flags,
+    check_configuration_flags,
+    describe_levels,
+    describe_whole,
+    load_configuration,
+    open_configuration,
+)
 from utils.data import check_dataset, sequence_length
 from utils.errors import RunError, user_errors
 from utils.evaluation import Evaluation, load_evaluation_documents
@@ -68,6 +75,9 @@ def main(argv: list[str] | None = None) -> dict:
                                   args.trust_remote_code) if args.checkpoint else None
 
     compressed = bool(args.drop_config or args.sparse_config_path or args.quant_config_path)
+    if opened := open_configuration(args):
+        print(f"searched layers: {describe_levels(*opened)}\n"
+              f"whole model: {describe_whole(decoder, config, *opened)}")
     results = {}
     if datasets:
         evaluation = Evaluation(decoder, documents, set_block, args.microbatch_tokens)

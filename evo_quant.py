@@ -15,7 +15,7 @@ from contextlib import suppress
 from operator import getitem
 
 from database.exported import FORMATS, exportable_levels
-from database.levels import LevelSwitcher, open_database
+from database.levels import LevelSwitcher, describe_levels, describe_whole, open_database
 from database.sensitivity import estimate_alone
 from database.store import Database
 from utils import distributed, flags
@@ -339,19 +339,19 @@ def main(argv: list[str] | None = None) -> dict:
     files = [folder / args.configuration_name for folder in (search.run.folder, database.path)]
     for file in files:
         write_level_config(file, winner)
+    whole = describe_whole(search.decoder, config, database, winner)
+    print(f"whole model: {whole}")
     search.evaluate("uniform" if search.start == uniform_candidate(space, args.target_bitwidth) else "measured start"
                     if args.init == "measured" else f"best of {args.initially_generated} random")
     return search.finish(describe(space, parents[0], database), *level_map(switcher.names, winner), "bits", files,
-                         database=str(database.path), levels=winner)
+                         database=str(database.path), levels=winner, whole_model=whole)
 
 
 def describe(space: Space, candidate: Candidate, database: Database) -> str:
     """The budget as met, in words: bits counted in the database, not computed from the flags."""
     levels = space.levels(candidate)
     weights = sum(math.prod(database.shape(name)) for name in levels)
-    codes, stored = (sum(database.bits(name, level, overhead) for name, level in levels.items()) / weights
-                     for overhead in (False, True))
-    return f"{codes:.4f} bits a weight, {stored:.4f} with scales and zeros, budget {space.budget / weights:.4f}"
+    return f"{describe_levels(database, levels)}, budget {space.budget / weights:.4f}"
 
 
 if __name__ == "__main__":

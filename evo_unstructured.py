@@ -11,11 +11,11 @@ each time, by their KL divergence from the uncompressed model. The result has on
 import argparse
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from operator import mul
 
-from database.levels import LevelSwitcher, open_database
+from database.levels import LevelSwitcher, describe_levels, describe_whole, open_database
 from database.sensitivity import REFINE_TOKENS, estimate_alone, estimate_around
 from database.store import Database
 from utils import distributed, flags
@@ -79,6 +79,7 @@ class Space:
     def __init__(self, units: list[Unit], max_total_deviation: int | None = None):
         self.units = units
         self.sizes = [len(unit) for unit in units]
+        self.of_experts = [unit.of_experts for unit in units]
         self.max_total_deviation = max_total_deviation
 
     def steps(self, candidate: Candidate) -> int:
@@ -131,7 +132,7 @@ def allocated_candidates(space: Space, estimates: list[list[dict[int, float]]]) 
     return found
 
 
-def balance(space: Space, candidate: Candidate, fixed: set[int], rng: random.Random) -> Candidate | None:
+def balance(space: Space, candidate: Candidate, fixed: Collection[int], rng: random.Random) -> Candidate | None:
     """Move units outside `fixed`, drawn at random, until the steps add up to zero. None where that fails."""
     while steps := space.steps(candidate):
         direction = -1 if steps > 0 else 1
@@ -145,12 +146,15 @@ def balance(space: Space, candidate: Candidate, fixed: set[int], rng: random.Ran
 
 def switch(space: Space, candidate: Candidate, rng: random.Random) -> Candidate | None:
     """Level-switch mutation: one unit a level up, another a level down; more than one where tied units differ in
-    size. None where no such switch is drawn."""
+    size. A step of all of a block's experts is one of a hundred other layers: experts give to experts, and others to
+    others, where they can. None where no such switch is drawn."""
     up = [i for i, unit in enumerate(space.units) if candidate[i] + 1 in unit.levels]
     if not up:
         return None
     raised = rng.choice(up)
-    return balance(space, space.moved(candidate, raised, 1), {raised}, rng)
+    child = space.moved(candidate, raised, 1)
+    others = {i for i, of_experts in enumerate(space.of_experts) if of_experts != space.of_experts[raised]}
+    return balance(space, child, {raised, *others}, rng) or (others and balance(space, child, {raised}, rng)) or None
 
 
 def mutate(space: Space, parents: list[Candidate], max_mutations: int, rng: random.Random,
@@ -306,19 +310,19 @@ def main(argv: list[str] | None = None) -> dict:
     files = [folder / args.configuration_name for folder in (search.run.folder, database.path)]
     for file in files:
         write_level_config(file, winner)
+    whole = describe_whole(search.decoder, config, database, winner)
+    print(f"whole model: {whole}")
     search.evaluate("uniform" if not any(search.start) else "measured start" if args.init == "measured"
                     else f"best of {args.initially_generated} random")
     sparsity = {name: 1 - database.kept(name, level) / math.prod(database.shape(name))
                 for name, level in winner.items()}
     return search.finish(describe(space, parents[0], database), *level_map(switcher.names, sparsity), "sparsity", files,
-                         database=str(database.path), levels=winner)
+                         database=str(database.path), levels=winner, whole_model=whole)
 
 
 def describe(space: Space, candidate: Candidate, database: Database) -> str:
     """The budget as met, in words: weights counted in the database, not computed from the flags."""
-    kept = sum(database.kept(name, level) for name, level in space.levels(candidate).items())
-    total = sum(math.prod(database.shape(name)) for name in database.layers)
-    return f"{kept:,} of {total:,} weights kept, sparsity {1 - kept / total:.4%}"
+    return describe_levels(database, space.levels(candidate))
 
 
 if __name__ == "__main__":

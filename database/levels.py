@@ -85,6 +85,32 @@ class LevelSwitcher:
         return tuple(tuple(levels[name] for name in names) for names in self.names)
 
 
+def describe_levels(database: Database, levels: Mapping[str, int]) -> str:
+    """What some layers' levels make of them, in words, counted in the database."""
+    weights = sum(math.prod(database.shape(name)) for name in levels)
+    if database.method == "sparsegpt":
+        kept = sum(database.kept(name, level) for name, level in levels.items())
+        return f"{kept:,} of {weights:,} weights kept, sparsity {1 - kept / weights:.4%}"
+    codes, stored = (sum(database.bits(name, level, overhead) for name, level in levels.items()) / weights
+                     for overhead in (False, True))
+    return f"{codes:.4f} bits a weight, {stored:.4f} with scales and zeros"
+
+
+def describe_whole(decoder: Decoder, config, database: Database, levels: Mapping[str, int]) -> str:
+    """What they make of the whole model, in words. config: as the checkpoint has it, in whose dtype all else is
+    stored."""
+    weights = sum(parameter.numel() for parameter in decoder.model.parameters())
+    searched = sum(math.prod(database.shape(name)) for name in levels)
+    share = f"{searched:,} of {weights:,} weights ({searched / weights:.1%}) are in layers that were searched"
+    if database.method == "sparsegpt":
+        pruned = searched - sum(database.kept(name, level) for name, level in levels.items())
+        return f"sparsity {pruned / weights:.4%}; {share}"
+    bits = 8 * getattr(torch, str(config.dtype or decoder.dtype).removeprefix("torch.")).itemsize
+    stored = sum(database.bits(name, level, overhead=True) for name, level in levels.items())
+    return (f"{(stored + (weights - searched) * bits) / weights:.4f} bits a weight with scales and zeros; {share}, the "
+            f"others have {bits} bits")
+
+
 # ---- configurations on the command line ------------------------------------------------------------------------------
 
 

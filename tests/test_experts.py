@@ -4,12 +4,14 @@ import inspect
 import json
 import random
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
+import evo_unstructured
 import families
 import plain_solvers
 from database import gptq, sparsegpt
@@ -17,6 +19,7 @@ from database.hessian import LEAST_TOKENS
 from database.store import Database
 from utils.data import calibration_documents
 from utils.model import load_decoder, load_tokenizer
+from utils.units import Unit, build_units, level_map
 
 BUILDS = {"quant": (gptq, ["--bitwidth_options", "2", "3", "4", "--calibration_bitwidth", "3", "--group_size", "16",
                            "--perchannel"]),
@@ -116,3 +119,33 @@ def test_an_expert_with_few_tokens_is_rounded_to_nearest_and_what_a_database_cov
     others = ("bias", "norm.weight", "gate.weight", "router.weight", "sinks")
     assert covered == sum(size for name, size in parameters.items() if not name.endswith(others))
     assert f"{len(layers)} layers hold {covered / sum(parameters.values()):.2%} of the blocks' weights" in said
+
+
+@pytest.mark.parametrize("tie, sizes", [("", [1, 4, 4, 4]), ("gate_up", [1, 8, 4]), ("experts", [1, 12]),
+                                        ("single_experts", [1] * 13), ("gate_up,single_experts", [1] + [2, 1] * 4),
+                                        ("block", [13])])
+def test_a_blocks_experts_change_together_unless_they_are_untied(tie, sizes):
+    blocks = [[f"layers.{i}.attn.q_proj", *(f"layers.{i}.mlp.experts.{expert}.{role}_proj" for expert in range(4)
+                                            for role in ("gate", "up", "down"))] for i in range(2)]
+    levels = {name: [2, 3] for names in blocks for name in names}
+    units = build_units(blocks, levels, SimpleNamespace(tie=tie, pin=[], bounds=[]))
+    assert [len(unit) for unit in units] == 2 * sizes
+    assert sorted(name for unit in units for name in unit.names) == sorted(levels)
+    rows, kinds = level_map(blocks, {name: 1.0 + (".3.up" in name) for name in levels})
+    assert kinds == ["attn.q_proj", "mlp.experts.gate_proj", "mlp.experts.up_proj", "mlp.experts.down_proj"]
+    assert rows == [[1, 1], [1, 1], [1.25, 1.25], [1, 1]]
+
+
+def test_sparsity_moves_between_experts_and_between_other_layers():
+    units = ([Unit((f"attn.{i}",), tuple(range(-2, 3))) for i in range(6)]
+             + [Unit(tuple(f"{i}.experts.{expert}.up" for expert in range(100)), (-1, 0, 1)) for i in range(6)])
+    space, rng = evo_unstructured.Space(units), random.Random(0)
+    for _ in range(50):
+        child = evo_unstructured.switch(space, (0,) * 12, rng)
+        assert space.feasible(child) and sum(map(abs, child)) == 2
+        assert not any(child[:6]) or not any(child[6:])
+    # experts alone cannot give what they are to gain: other layers do, where there are enough
+    mixed = evo_unstructured.Space([Unit((f"attn.{i}",), (-1, 0, 1)) for i in range(9)]
+                                   + [Unit(tuple(f"experts.{expert}.up" for expert in range(3)), (0, 1))])
+    children = [evo_unstructured.switch(mixed, (0,) * 10, rng) for _ in range(50)]
+    assert any(child[9] for child in children) and all(map(mixed.feasible, children))

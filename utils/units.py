@@ -1,5 +1,6 @@
 """Units of an allocation search: layers that change level together, and the levels they may take."""
 import argparse
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -7,6 +8,7 @@ from fnmatch import fnmatchcase
 # Projections that inference engines fuse into one matrix, by the names they have in published models.
 FUSED = {"qkv": {"q_proj", "k_proj", "v_proj", "query", "key", "value", "wq", "wk", "wv"},
          "gate_up": {"gate_proj", "up_proj", "w1", "w3"}}
+EXPERT = re.compile(r"(.*experts)\.\d+\.(.+)")        # a layer of one expert of many: which experts, what of each
 
 
 @dataclass(frozen=True)
@@ -17,11 +19,17 @@ class Unit:
     def __len__(self) -> int:
         return len(self.names)
 
+    @property
+    def of_experts(self) -> bool:
+        return EXPERT.fullmatch(self.names[0]) is not None
+
 
 def add_unit_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--tie", default="", metavar="SETS",
                        help="layers that change level together, so that engines that fuse them can serve the result: "
-                            "qkv, gate_up, qkv,gate_up or block (default: none)")
+                            "qkv, gate_up, qkv,gate_up or block; of a mixture, a matrix changes in all experts of a "
+                            "block together, with experts all of them do, with single_experts each alone "
+                            "(default: none)")
     group.add_argument("--pin", nargs="+", default=[], metavar="PATTERN=LEVEL",
                        help="layers held at one level, e.g. 'model.layers.0.*=4'")
     group.add_argument("--bounds", nargs="+", default=[], metavar="PATTERN=LOW:HIGH",
@@ -31,8 +39,9 @@ def add_unit_flags(group: argparse._ArgumentGroup) -> None:
 def check_unit_flags(args: argparse.Namespace) -> None:
     """Raise ValueError for a --tie, --pin or --bounds that cannot be read."""
     for word in filter(None, args.tie.split(",")):
-        if word not in (*FUSED, "block"):
-            raise ValueError(f"--tie {args.tie}: {word} is not a set of layers; use qkv, gate_up, qkv,gate_up or block")
+        if word not in (*FUSED, "block", "experts", "single_experts"):
+            raise ValueError(f"--tie {args.tie}: {word} is not a set of layers; use qkv, gate_up, qkv,gate_up, block, "
+                             f"experts or single_experts")
     parse_bounds(args)
 
 
@@ -75,6 +84,8 @@ def build_units(blocks: Sequence[Sequence[str]], levels: Mapping[str, Iterable[i
             parent, _, last = name.rpartition(".")
             fused = next((tie for tie in ties if last in FUSED.get(tie, ())), None)
             key = (index,) if "block" in ties else (parent, fused) if fused else (name,)
+            if "block" not in ties and "single_experts" not in ties and (expert := EXPERT.fullmatch(name)):
+                key = (index, expert[1], None if "experts" in ties else fused or expert[2])
             grouped.setdefault(key, []).append(name)
     units = []
     for names in grouped.values():
@@ -87,17 +98,24 @@ def build_units(blocks: Sequence[Sequence[str]], levels: Mapping[str, Iterable[i
 
 
 def level_map(blocks: Sequence[Sequence[str]], values: Mapping[str, float]) -> tuple[list[list[float]], list[str]]:
-    """([kinds, blocks] with NaN where a block has no such layer, kinds): values by kind of layer and depth."""
-    kinds = list(dict.fromkeys(_kind(name, names) for names in blocks for name in names))
-    rows = [[next((values[name] for name in names if _kind(name, names) == kind), float("nan")) for names in blocks]
-            for kind in kinds]
-    return rows, kinds
+    """([kinds, blocks] with NaN where a block has no such layer, kinds): values by kind of layer and depth; of a
+    block's experts the mean."""
+    kinds = [_kinds(names) for names in blocks]
+    rows: dict[str, list[float]] = {kind: [float("nan")] * len(blocks) for of_block in kinds for kind in of_block}
+    for index, of_block in enumerate(kinds):
+        for kind, names in of_block.items():
+            rows[kind][index] = sum(values[name] for name in names) / len(names)
+    return list(rows.values()), list(rows)
 
 
-def _kind(name: str, names: Sequence[str]) -> str:
-    """A layer's name inside its block: what follows the part that all names of the block share."""
-    if len(names) == 1:
-        return name.rpartition(".")[2]
-    parts = [other.split(".") for other in names]
-    shared = next(i for i, words in enumerate(zip(*parts)) if len(set(words)) > 1)
-    return ".".join(name.split(".")[shared:])
+def _kinds(names: Sequence[str]) -> dict[str, list[str]]:
+    """A block's layers by what their names are inside it: what follows the part that all share, less an expert's
+    number."""
+    parts = [name.split(".") for name in names]
+    shared = next((i for i, words in enumerate(zip(*parts)) if len(set(words)) > 1), -1)
+    kinds: dict[str, list[str]] = {}
+    for name, words in zip(names, parts):
+        kind = ".".join(words[shared:])
+        expert = EXPERT.fullmatch(kind)
+        kinds.setdefault(f"{expert[1]}.{expert[2]}" if expert else kind, []).append(name)
+    return kinds
