@@ -224,7 +224,8 @@ def test_table_of_evaluations_has_a_column_for_every_dataset_and_measure():
 
 def test_picture_appears_whole(tmp_path):
     records = [{"tokens": 10 * i, "fitness": 1 / i} for i in (1, 2, 3)]
-    plot_search(tmp_path / "search.png", records, [[0, 1], [1, 0]], ["attention", "MLP"], "title", "dropped", "kl")
+    plot_search(tmp_path / "search.png", records, [(10, 1.0), (20, 0.6)], 64, [[0, 1], [1, 0]], ["attention", "MLP"],
+                "title", "dropped", "kl")
     assert (tmp_path / "search.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in tmp_path.iterdir()] == ["search.png"]
 

@@ -77,6 +77,25 @@ def test_resumed_run_has_its_random_numbers_tokens_parents_and_what_the_script_s
     assert list(again.generations()) == [3, 4]
 
 
+def test_curve_has_each_new_parent_on_the_same_text_killed_or_not_and_none_of_the_search_s_tokens(opened, monkeypatch):
+    pictures = []
+    monkeypatch.setattr("utils.search.plot_search", lambda *drawn: pictures.append(drawn[2:4]))
+    search = opened(4)
+    search.begin([(0.5, (3,))])
+    for candidates in ([(3,), (0, 1)], [(0, 1), (2,)]):
+        for generation, candidate in zip(search.generations(), candidates):
+            search.tokens += 10
+            search.record([(0.5 / generation, candidate)])
+        search = opened(4)
+    search.finish("a third", [[0]], ["blocks"], "dropped", [])
+    [(curve, common)] = pictures
+    assert [tokens for tokens, _ in curve] == [0, 20, 40] and search.tokens == 40
+    minibatch = search._shared
+    values = search.fitness.measure([search.states(candidate) for candidate in ((3,), (0, 1), (2,))], minibatch)
+    assert [value for _, value in curve] == [value for value, in values] and len({value for _, value in curve}) == 3
+    assert common == sum(length for _, length in minibatch) > 0
+
+
 def test_a_start_of_which_nothing_is_finite_is_refused(opened):
     search = opened(1)
     with pytest.raises(RunError, match="--fitness_fn kl: not finite for any start; use --dtype bfloat16 or float32"):

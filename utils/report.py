@@ -47,9 +47,14 @@ def commit() -> str:
 
 
 @distributed.main_only
-def plot_search(path: str | Path, records: list[dict], levels: Sequence[Sequence[float]], row_names: Sequence[str],
-                title: str, level_label: str, fitness_fn: str) -> None:
-    """search.png: the best candidate's fitness over tokens spent, above a map of the winner's levels [rows, blocks]."""
+def plot_search(path: str | Path, records: list[dict], found: Sequence[tuple[int, float]], common_tokens: int,
+                levels: Sequence[Sequence[float]], row_names: Sequence[str], title: str, level_label: str,
+                fitness_fn: str) -> None:
+    """search.png: what the search had found over tokens spent, above a map of the winner's levels [rows, blocks].
+
+    found: (tokens spent, fitness) of every new best candidate, all on the same `common_tokens` tokens. Fitness of
+    `records`, the log's, is each on its generation's own minibatch, and goes up and down with those.
+    """
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -59,8 +64,13 @@ def plot_search(path: str | Path, records: list[dict], levels: Sequence[Sequence
         layout="constrained")
     figure.suptitle(title, fontsize=10, wrap=True)
     curve.plot([record["tokens"] / 1e6 for record in records], [record["fitness"] for record in records],
-               color="tab:blue", marker=".", markersize=4, linewidth=1)
-    curve.set(xlabel="tokens spent, millions", ylabel=f"{fitness_fn} of the best candidate,\non its last minibatch")
+               color="tab:gray", marker=".", markersize=3, linewidth=0, alpha=0.5, label="each on its last minibatch")
+    if found:
+        tokens, values = zip(*found, (records[-1]["tokens"], found[-1][1]))
+        curve.step([spent / 1e6 for spent in tokens], values, where="post", color="tab:blue", linewidth=1.5,
+                   label=f"all on the same {common_tokens:,} tokens")
+        curve.legend(fontsize=8)
+    curve.set(xlabel="tokens spent, millions", ylabel=f"{fitness_fn} of the best candidate")
     curve.grid(alpha=0.3)
     image = picture.imshow(levels, aspect="auto", cmap="viridis", interpolation="nearest")
     picture.set_yticks(range(len(row_names)), row_names)

@@ -28,6 +28,7 @@ from utils.measurements import Candidate, Measurements
 from utils.report import evaluation_rows, format_table, plot_search
 from utils.runs import Run, default_folder, open_wandb, rng_state, set_rng_state
 
+CURVE_SHARE = 4              # parents are compared on this fraction of the last selection step's tokens
 Ranked = list[tuple[float, Candidate]]       # (fitness, candidate), best first
 
 
@@ -43,6 +44,7 @@ class Search:
         self.resumed = bool(self.saved)
         self.rng = random.Random(args.seed)
         self.tokens = 0                              # of all candidates together
+        self.curve: list[tuple[int, float]] = []     # (tokens, fitness of the new best parent on the same documents)
         self.evaluations: dict[str, dict] = {}       # whose -> dataset -> perplexity and KL divergence
 
     def earlier_summary(self) -> dict:
@@ -81,13 +83,15 @@ class Search:
                                getattr(args, "kl_topk", 0), args.microbatch_tokens,
                                progress="uncompressed model on calibration data", sizes=sizes.get("fitness"))
         self.measurements = Measurements(self.fitness, states, args.fitness_fn, not args.no_reuse)
+        self._shared = draw_minibatch(self.documents, max(2, args.tokens_per_selection[-1] // CURVE_SHARE // 2 * 2),
+                                      random.Random(args.seed))
         if self.resumed:
             saved = self.saved
             set_rng_state(self.rng, saved["rng"])
             self.measurements.restore(saved.get("measurements", []))
             self.generation, self.best, self.tokens = saved["generation"], saved["fitness"], saved["tokens"]
             self.parents, starts = ([tuple(c) for c in saved[key]] for key in ("population", "start"))
-            self.start = starts[0]
+            self.start, self.curve = starts[0], saved.get("curve", [])
             print(f"{self.run.folder}: resumed after generation {self.generation}")
 
     def draw(self, num_tokens: int) -> Row:
@@ -106,7 +110,7 @@ class Search:
         if not math.isfinite(ranked[0][0]):
             raise RunError(f"--fitness_fn {self.args.fitness_fn}: not finite for any start; use --dtype bfloat16 or "
                            f"float32")
-        self.generation, self.start = 0, ranked[0][1]
+        self.generation, self.start, self.parents = 0, ranked[0][1], []
         self._keep(ranked[:self.args.population_size])
         self.run.log(self._log_line())
         self._checkpoint(state)
@@ -154,19 +158,24 @@ class Search:
         files: that have been written; found: what else the summary has.
         """
         args = self.args
-        plot_search(self.run.folder / "search.png", self.run.records(), values, row_names,
-                    f"{Path(args.model_name_or_path).name}: {budget}", label, args.fitness_fn)
+        plot_search(self.run.folder / "search.png", self.run.records(), self.curve, sum(n for _, n in self._shared),
+                    values, row_names, f"{Path(args.model_name_or_path).name}: {budget}", label, args.fitness_fn)
         summary = {"task": self.task, "model": args.model_name_or_path, "budget": budget, "fitness": self.best,
                    "fitness_fn": args.fitness_fn, "generations": self.run.generations, "tokens": self.tokens,
                    "evaluation": self.evaluations, **found, **self.run.timing(self.tokens)}
         self.run.summarize(summary)
         distributed.report_idle(time.time() - self.run.began)
         print(f"budget: {budget}\ntokens: {self.tokens:,} in {summary['seconds']:.0f} s\n"
+              f"search.png: {len(self.curve)} parents on {sum(n for _, n in self._shared):,} more tokens each\n"
               f"saved: {' and '.join(map(str, files))}")
         return summary
 
     def _keep(self, survivors: Ranked) -> None:
+        best = self.parents[:1]
         self.best, self.parents = survivors[0][0], [candidate for _, candidate in survivors]
+        if self.parents[:1] != best:                 # for the picture alone, so it is not among the search's tokens
+            [(value,)] = self.fitness.measure([self.states(self.parents[0])], self._shared, (self.args.fitness_fn,))
+            self.curve.append((self.tokens, value))
         self.measurements.keep(self.parents)
 
     def _log_line(self) -> dict:
@@ -177,4 +186,4 @@ class Search:
         self.run.checkpoint(generation=self.generation, rng=rng_state(self.rng), population=self.parents,
                             start=[self.start], fitness=self.best, tokens=self.tokens,
                             microbatch_tokens={"fitness": self.fitness.sizes, "evaluation": self.evaluation.sizes},
-                            measurements=self.measurements.state, **state)
+                            measurements=self.measurements.state, curve=self.curve, **state)
