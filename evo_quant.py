@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from operator import getitem
 
-from database.exported import FORMATS, exportable_levels
+from database.exported import FORMATS, check_experts, exportable_levels
 from database.levels import LevelSwitcher, describe_levels, describe_whole, open_database
 from database.sensitivity import estimate_alone
 from database.store import Database
@@ -295,6 +295,12 @@ def main(argv: list[str] | None = None) -> dict:
         check_writable(args.quant_weights_path, "--quant_weights_path")     # a copy of the result goes there
         search.load(quant_weights_path=database.sha256)      # a run goes on only with the levels it was begun on
         switcher = LevelSwitcher(search.decoder, database, args.level_cache_gb)
+        try:
+            check_experts(search.decoder, database)
+        except ValueError as error:
+            if args.for_format == "compressed-tensors":
+                raise
+            print(f"export.py {error}")
         levels = exportable_levels(database, args.for_format)
         space = build_space(args, database, build_units(switcher.names, levels, args))
     search.prepare(switcher.set_block, lambda candidate: switcher.states(space.levels(candidate)),

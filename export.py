@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from database.exported import layer_bytes
+from database.exported import check_experts, layer_bytes
 from database.levels import add_configuration_flags, check_configuration_flags, load_configuration, open_configuration
 from database.store import Database
 from formats import compressed_tensors, mlx
@@ -30,7 +30,9 @@ from formats.compressed_tensors import Quantized
 from formats.gguf import check_gguf, write_gguf
 from formats.regroup import Regrouped, regroup
 from utils.configs import drop_words, read_drop_config
+from utils.decoder import Decoder
 from utils.errors import RunError, user_errors
+from utils.experts import ExpertLayer
 from utils.files import check_writable, write_atomic
 from utils.model import DTYPES, load_config, load_decoder, load_tokenizer, save_pretrained
 from utils.report import evaluation_rows, format_table
@@ -87,21 +89,28 @@ def main(argv: list[str] | None = None) -> dict:
                 layer_bytes(opened[0], name, level, args.format)
         dtype = args.dtype if args.dtype != "auto" else str(config.dtype or torch.float32).removeprefix("torch.")
         decoder = load_decoder(args.model_name_or_path, dtype, args.device, trust_remote_code=args.trust_remote_code)
+        if args.format == "compressed-tensors":
+            check_experts(decoder, opened[0])
         dense = count(decoder.model)
         set_block, candidate = load_configuration(args, decoder)
         for index, state in enumerate(candidate):
             set_block(index, state)                  # from here on, decoder.model is the model that was searched
         dropped = [drop for drop, _ in candidate]
         regrouped = regroup(decoder, dropped)
-
-    quantized = quantized_layers(regrouped, *opened) if args.quant_config_path and args.format != "dense" else {}
+        experts = expert_layers(decoder, regrouped)
+        quantized = {}
+        if args.quant_config_path and args.format != "dense":
+            quantized = quantized_layers(regrouped, experts, *opened)
+            if experts:
+                compressed_tensors.experts_scheme([quantized[name] for name in experts])
     with finished_or_nothing(args.save_dir) as folder:
         if args.format == "gguf":
             report = write_gguf(folder / "model.gguf", regrouped.model, tokenizer, quantized)
         elif args.format in mlx.SCALES:
             report = mlx.write_mlx(folder, regrouped.model, tokenizer, quantized, args.max_shard_size, args.format)
         else:
-            report = write_checkpoint(folder, regrouped.model, tokenizer, quantized, args)
+            report = write_checkpoint(folder, regrouped.model, tokenizer, quantized,
+                                      {name: parameter for name, (parameter, _) in experts.items()}, args)
         report = {"format": args.format, "model": args.model_name_or_path, "command": command,
                   "blocks": {"dense": len(decoder.blocks), "exported": len(regrouped.pairs)},
                   "parameters": {"dense": dense["parameters"], "exported": count(regrouped.model)["parameters"]},
@@ -205,12 +214,31 @@ def finished_or_nothing(save_dir: str) -> Iterator[Path]:
         raise
 
 
-def quantized_layers(regrouped: Regrouped, database: Database, levels: Mapping[str, int]) -> dict[str, Quantized]:
-    """Codes of the model's quantized layers, by their names in the new model; zeroed ones are quantized zeros."""
+def expert_layers(decoder: Decoder, regrouped: Regrouped) -> dict[str, tuple[str, str]]:
+    """Name of every expert's matrix in the new model -> (name of the parameter that has it, name of the matrix in the
+    original one)."""
+    def places(of: Decoder) -> dict[str, tuple]:
+        names = {parameter: name for name, parameter in of.model.named_parameters()}
+        return {name: (names[layer.parameter], layer.expert, layer.outputs.start) for name, layer in of.layers.items()
+                if isinstance(layer, ExpertLayer)}
+
+    originals = {place: name for name, place in places(decoder).items()}
+    if not originals:
+        return {}
+    new = decoder if regrouped.model is decoder.model else Decoder(regrouped.model)
+    return {name: (parameter, originals[regrouped.sources[parameter], *place])
+            for name, (parameter, *place) in places(new).items()}
+
+
+def quantized_layers(regrouped: Regrouped, experts: Mapping[str, tuple[str, str]], database: Database,
+                     levels: Mapping[str, int]) -> dict[str, Quantized]:
+    """Codes of the model's quantized layers, by their names in the new model; zeroed ones are quantized zeros. experts:
+    see `expert_layers`."""
     layers = {}
-    for name in linear_layers(regrouped.model):
-        source = regrouped.sources[f"{name}.weight"].removesuffix(".weight")
-        if source in levels and f"{name}.weight" in regrouped.zeroed:
+    linear = {name: regrouped.sources[f"{name}.weight"].removesuffix(".weight")
+              for name in linear_layers(regrouped.model)}
+    for name, source in (linear | {name: source for name, (_, source) in experts.items()}).items():
+        if source in levels and (f"{name}.weight" if name in linear else experts[name][0]) in regrouped.zeroed:
             layers[name] = compressed_tensors.zero_layer(database.shape(source))
         elif source in levels:
             level = levels[source]
@@ -219,21 +247,26 @@ def quantized_layers(regrouped: Regrouped, database: Database, levels: Mapping[s
 
 
 def write_checkpoint(folder: Path, model: nn.Module, tokenizer, quantized: Mapping[str, Quantized],
-                     args: argparse.Namespace) -> dict:
-    """Write the files that `from_pretrained` reads; returns what to report of the quantized layers."""
+                     experts: Mapping[str, str], args: argparse.Namespace) -> dict:
+    """Write the files that `from_pretrained` reads; returns what to report of the quantized layers. experts: name of an
+    expert's matrix -> the parameter that has it."""
     if not quantized:
         save_pretrained(model, tokenizer, folder, max_shard_size=args.max_shard_size)
         return {}
     linear = linear_layers(model)
-    schemes = compressed_tensors.choose_schemes(quantized, promote=args.fuse == "promote")
+    schemes = compressed_tensors.choose_schemes(quantized, promote=args.fuse == "promote", experts=experts)
     state, stored = model.state_dict(), 0
     for name, layer in quantized.items():
+        if name in experts:                          # which transformers unpacks in the dtype of the scales
+            layer = layer._replace(scales=layer.scales.float())
         packed = compressed_tensors.pack(name, layer, schemes[name])
         stored += sum(tensor.nbytes for tensor in packed.values())
-        del state[f"{name}.weight"]
+        state.pop(experts.get(name, f"{name}.weight"), None)
         state.update(packed)
+    routers = [name for name, module in model.named_modules() if experts and not isinstance(module, (nn.Linear,
+               nn.Embedding)) and getattr(module, "weight", torch.empty(0)).dim() == 2]      # linear layers in vLLM
     model.config.quantization_config = compressed_tensors.quantization_config(
-        schemes, ignore=[name for name in linear if name not in schemes])
+        schemes, [name for name in linear if name not in schemes] + routers, experts)
     save_pretrained(model, tokenizer, folder, state_dict=state, max_shard_size=args.max_shard_size)
     uneven = compressed_tensors.unevenly_packed(linear, schemes)
     odd = [name for name, layer in quantized.items() if layer.codes.shape[0] % 32]

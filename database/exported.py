@@ -3,6 +3,8 @@ from collections.abc import Callable
 
 from database.store import Database
 from formats import compressed_tensors, gguf, mlx
+from utils.decoder import Decoder
+from utils.experts import ExpertLayer
 
 FORMATS: dict[str, Callable[..., int]] = {
     "compressed-tensors": compressed_tensors.layer_bytes, "gguf": gguf.layer_bytes,
@@ -39,3 +41,17 @@ def exportable_levels(database: Database, format: str | None) -> dict[str, list[
         print(f"--for_format {format}: {name} and others like it are not searched at levels that it cannot hold: "
               f"{reason}")
     return levels
+
+
+def check_experts(decoder: Decoder, database: Database) -> None:
+    """Raise ValueError for a mixture whose experts transformers would not read from compressed-tensors."""
+    experts = {name: layer for name, layer in decoder.layers.items() if isinstance(layer, ExpertLayer)}
+    if not all(layer.separate for layer in experts.values()):
+        raise ValueError(f"--format compressed-tensors: transformers reads no quantized experts of "
+                         f"{type(decoder.model).__name__}; use --format dense")
+    stored = set(database.layers)
+    missing = next((name for name in experts if name not in stored), None)
+    if missing:
+        raise ValueError(f"--format compressed-tensors: {database.path} lacks {missing}, and transformers reads all "
+                         f"of a model's experts quantized or none; build a database of all layers, or use --format "
+                         f"dense")

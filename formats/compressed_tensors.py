@@ -4,7 +4,7 @@ A layer is scale * (code - zero) with unsigned codes and zeros. The format store
 and zeros fit any wider asymmetric container, and with zeros of 2**(bits-1) throughout, a symmetric one.
 """
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
 # linear layers that vLLM runs as one, so that they must be packed alike (its packed_modules_mapping)
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+EXPERTS = r"re:.*experts\.\d+\..*"     # target of a mixture's experts: transformers knows their scheme by the word
 
 
 class Quantized(NamedTuple):
@@ -41,14 +42,30 @@ def zero_layer(shape: Iterable[int]) -> Quantized:
                      torch.full((out, 1), 2, dtype=torch.uint8), 2, columns)
 
 
-def choose_schemes(layers: Mapping[str, Quantized], promote: bool) -> dict[str, Scheme]:
-    """How each layer is packed; with `promote`, fused layers as the widest of them, which changes no weight."""
+def choose_schemes(layers: Mapping[str, Quantized], promote: bool, experts: Collection[str] = ()) -> dict[str, Scheme]:
+    """How each layer is packed; with `promote`, fused layers as the widest of them, which changes no weight. `experts`:
+    names of those that are an expert's."""
     schemes = {name: Scheme(layer.bits, layer.symmetric, _even_group_size(layer)) for name, layer in layers.items()}
     for names in fused_layers(layers) if promote else ():
         bits = max(schemes[name].bits for name in names)
         symmetric = all(schemes[name].symmetric for name in names)
         schemes.update({name: Scheme(bits, symmetric, schemes[name].group_size) for name in names})
+    if experts:
+        schemes.update(dict.fromkeys(experts, experts_scheme([layers[name] for name in experts])))
     return schemes
+
+
+def experts_scheme(layers: Collection[Quantized]) -> Scheme:
+    """How all of a model's experts are packed: transformers reads them by one scheme, and a symmetric one. It is the
+    narrowest that changes no weight; raises ValueError where there is none."""
+    bits = max(layer.bits + (not layer.symmetric) for layer in layers)
+    if bits > 8:
+        raise ValueError("--format compressed-tensors: transformers reads experts from symmetric integers of up to 8 "
+                         "bits, and asymmetric ones of 8 need 9; use --format dense, or search with --bounds "
+                         "'*.experts.*=2:7', or on a database built with --sym")
+    sizes = {_even_group_size(layer) for layer in layers}
+    group_size = math.gcd(*(_even_group_size(layer) or layer.codes.shape[1] for layer in layers))
+    return Scheme(bits, True, None if sizes == {None} else group_size)
 
 
 def fused_layers(names: Iterable[str]) -> list[list[str]]:
@@ -79,7 +96,7 @@ def pack(name: str, layer: Quantized, scheme: Scheme) -> dict[str, torch.Tensor]
     """The layer's tensors, by the names they have in the checkpoint."""
     codes, scales, zeros = layer.codes.short(), layer.scales, layer.zeros.short()
     if scheme.symmetric:
-        codes = codes + (1 << (scheme.bits - 1)) - (1 << (layer.bits - 1))
+        codes = codes + (1 << (scheme.bits - 1)) - zeros[:, torch.arange(codes.shape[1]) // layer.group_size]
     if scheme.group_size is not None:
         columns = torch.arange(0, codes.shape[1], scheme.group_size) // layer.group_size
         scales, zeros = scales[:, columns], zeros[:, columns]
@@ -92,18 +109,20 @@ def pack(name: str, layer: Quantized, scheme: Scheme) -> dict[str, torch.Tensor]
     return {f"{name}.{part}": tensor for part, tensor in tensors.items()}
 
 
-def quantization_config(schemes: Mapping[str, Scheme], ignore: list[str]) -> dict:
-    """The `quantization_config` of config.json; `ignore`: linear layers that are not quantized."""
-    groups: dict[Scheme, list[str]] = {}
+def quantization_config(schemes: Mapping[str, Scheme], ignore: list[str], experts: Collection[str] = ()) -> dict:
+    """The `quantization_config` of config.json; `ignore`: linear layers that are not quantized; `experts`: names of
+    those that are an expert's."""
+    groups: dict[tuple[Scheme, bool], list[str]] = {}
     for name, scheme in schemes.items():
-        groups.setdefault(scheme, []).append(name)
+        groups.setdefault((scheme, name in experts), []).append(name)
     return {"quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
             "ignore": ignore, "config_groups": {f"group_{number}": {
-                "targets": names,
+                "targets": [EXPERTS] if of_experts else names,
+                **({"format": "pack-quantized"} if of_experts else {}),          # vLLM asks for it here, too
                 "weights": {"num_bits": scheme.bits, "type": "int", "symmetric": scheme.symmetric, "dynamic": False,
                             **({"strategy": "channel"} if scheme.group_size is None else
                                {"strategy": "group", "group_size": scheme.group_size})},
-            } for number, (scheme, names) in enumerate(groups.items())}}
+            } for number, ((scheme, of_experts), names) in enumerate(groups.items())}}
 
 
 def bits_a_weight(layers: Iterable[Quantized], stored: int) -> dict:

@@ -2,16 +2,21 @@
 import argparse
 import inspect
 import json
+import math
 import random
 import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
+import evo_quant
 import evo_unstructured
+import export
+import exports
 import families
 import plain_solvers
 from database import gptq, sparsegpt
@@ -46,6 +51,10 @@ def mixture(request, tmp_path_factory, tokenizer):
     for kind in BUILDS:
         build(kind, folder, folder / kind)
     return folder
+
+
+def family(mixture):
+    return json.loads((mixture / "config.json").read_text())["model_type"]
 
 
 def build(kind, model, folder, *flags):
@@ -149,3 +158,89 @@ def test_sparsity_moves_between_experts_and_between_other_layers():
                                    + [Unit(tuple(f"experts.{expert}.up" for expert in range(3)), (0, 1))])
     children = [evo_unstructured.switch(mixed, (0,) * 10, rng) for _ in range(50)]
     assert any(child[9] for child in children) and all(map(mixed.feasible, children))
+
+
+def searched(model, output, kind, *flags):
+    """The levels that a search of two generations has found, as it was run by the command line."""
+    script = {"quant": evo_quant, "sparse": evo_unstructured}[kind]
+    summary = script.main([
+        "--model_name_or_path", str(model), f"--{kind}_weights_path", str(model / kind), "--calibration_data",
+        f"{model}/text.jsonl", "--calibration_tokens", "512", "--calibration_sequence_length", "64", "--generations",
+        "2", "--offspring", "6", "--survivors_per_selection", "2", "1", "--tokens_per_selection", "64", "128",
+        "--initially_generated", "4", "--initial_tokens", "64", "--no_eval", "--output_dir", str(output), *flags])
+    return summary["levels"]
+
+
+@torch.no_grad()
+def expected_logits(model, levels, database, tokens):
+    """Of the model with every level's weights written into its parameters, by their own names."""
+    whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    gate_name, up_name, _ = MIXTURES[whole.config.model_type][1]
+    for name, level in levels.items():
+        weight, parts = database.weight(name, level), name.split(".")
+        if "experts" not in parts:
+            whole.get_submodule(name).weight.copy_(weight)
+            continue
+        experts, expert = whole.get_submodule(".".join(parts[:-2])), int(parts[-2])
+        fused = parts[-1] in (gate_name, up_name)
+        matrix = (experts.gate_up_proj if fused else experts.down_proj)[expert]
+        if whole.config.model_type == "gpt_oss":
+            matrix = matrix.T[("gate_proj", "up_proj").index(parts[-1])::2] if fused else matrix.T
+        elif fused:
+            matrix = matrix.chunk(2)[(gate_name, up_name).index(parts[-1])]
+        matrix.copy_(weight)
+    return whole(input_ids=tokens).logits
+
+
+def test_what_a_search_finds_is_tied_meets_its_budget_and_comes_back_from_every_export(mixture, tmp_path, capsys):
+    tokens = torch.randint(3, 200, (2, 24), generator=torch.Generator().manual_seed(0))
+    database, config = Database.open(mixture / "quant"), tmp_path / "run" / "evo-kl-configuration-3.txt"
+    levels = searched(mixture, tmp_path / "run", "quant", "--target_bitwidth", "3")
+    weights = {name: math.prod(database.shape(name)) for name in levels}
+    assert sum(weights[name] * level for name, level in levels.items()) == 3 * sum(weights.values())
+    for role in MIXTURES[family(mixture)][1]:
+        for block in range(2):
+            assert len({levels[f"model.layers.{block}.mlp.experts.{expert}.{role}"] for expert in range(4)}) == 1
+    stored = sum(database.bits(name, level, overhead=True) for name, level in levels.items())
+    parameters = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_pretrained(mixture).parameters())
+    bits = (stored + 32 * (parameters - sum(weights.values()))) / parameters
+    said = capsys.readouterr().out
+    assert f"whole model: {bits:.4f} bits a weight with scales and zeros" in said
+
+    command = ["--model_name_or_path", str(mixture), "--quant_weights_path", str(mixture / "quant"),
+               "--quant_config_path", str(config), "--device", "cpu"]
+    expected = expected_logits(mixture, levels, database, tokens)
+    export.main([*command, "--save_dir", str(tmp_path / "dense"), "--format", "dense"])
+    assert torch.equal(exports.reload(tmp_path / "dense", tokens)["logits"], expected)
+    if family(mixture) == "gpt_oss":           # whose checkpoints hold experts merged
+        assert "transformers reads no quantized experts of GptOssForCausalLM" in said
+        with pytest.raises(SystemExit, match="reads no quantized experts of GptOssForCausalLM; use --format dense"):
+            export.main([*command, "--save_dir", str(tmp_path / "packed")])
+        assert not (tmp_path / "packed").exists()
+        return
+    export.main([*command, "--save_dir", str(tmp_path / "packed")])
+    assert torch.allclose(exports.reload(tmp_path / "packed", tokens)["logits"], expected, atol=1e-5)
+    names = safe_open(tmp_path / "packed" / "model.safetensors", "pt").keys()
+    role = MIXTURES[family(mixture)][1][1]
+    assert [name for name in names if f"experts.3.{role}.weight_packed" in name] and not any(
+        "gate_up_proj" in name for name in names)
+
+
+@pytest.mark.parametrize("mixture", ["gpt_oss"], indirect=True)
+def test_a_sparse_search_comes_back_from_its_export(mixture, tmp_path):
+    tokens = torch.randint(3, 200, (2, 24), generator=torch.Generator().manual_seed(0))
+    levels = searched(mixture, tmp_path / "run", "sparse")
+    assert sum(levels.values()) == 0 and any(levels.values())
+    export.main(["--model_name_or_path", str(mixture), "--sparse_weights_path", str(mixture / "sparse"), "--device",
+                 "cpu", "--sparse_config_path", str(tmp_path / "run" / "final_configuration.txt"),
+                 "--save_dir", str(tmp_path / "sparse")])
+    expected = expected_logits(mixture, levels, Database.open(mixture / "sparse"), tokens)
+    assert torch.equal(exports.reload(tmp_path / "sparse", tokens)["logits"], expected)
+
+
+@pytest.mark.parametrize("mixture", ["qwen3_moe"], indirect=True)
+def test_a_database_without_the_experts_is_not_exported_as_if_they_were_there(mixture, tmp_path):
+    build("quant", mixture, tmp_path / "db", "--quantizable_modules", "self_attn", "--calibration_tokens", "64")
+    with pytest.raises(SystemExit, match=r"lacks model\.layers\.0\.mlp\.experts\.0\.gate_proj"):
+        export.main(["--model_name_or_path", str(mixture), "--quant_weights_path", str(tmp_path / "db"), "--device",
+                     "cpu", "--quant_config_path", "3", "--save_dir", str(tmp_path / "packed")])

@@ -29,6 +29,7 @@ class ExpertLayer:
     transposed: bool                 # the latter
     expert: int
     outputs: slice                   # of all its outputs: gate and up in one parameter are two layers
+    separate: bool                   # in checkpoints it is a matrix of its own, which transformers merges
 
     @property
     def weight(self) -> torch.Tensor:
@@ -121,11 +122,12 @@ def expert_layers(name: str, module: nn.Module, transposed: Mapping[nn.Parameter
     transposed: see `orientations`; merged: see `merged_names`."""
     parent, _, last = name.rpartition(".")
     folder = name if "experts" in last else f"{name}.experts"
-    parts: list[tuple[str, nn.Parameter, slice]] = []            # of an expert
+    parts: list[tuple[str, nn.Parameter, slice, bool]] = []      # of an expert
     for own, parameter in module.named_parameters(recurse=False):
         if parameter not in transposed:
             continue
         roles = next((names for pattern, names in merged.items() if re.search(f"{pattern}$", f"{name}.{own}")), None)
+        separate = roles is not None
         if not roles and own == "weight":                        # then the module has the name that tells it apart
             folder, roles = parent if "experts" in parent else f"{parent}.experts", (last,)
         elif not roles:
@@ -135,9 +137,9 @@ def expert_layers(name: str, module: nn.Module, transposed: Mapping[nn.Parameter
         for i, role in enumerate(roles):
             share = size // len(roles)
             parts.append((role, parameter, slice(i, size, len(roles)) if taking_turns
-                          else slice(i * share, (i + 1) * share)))
-    return {f"{folder}.{expert}.{role}": ExpertLayer(parameter, transposed[parameter], expert, outputs)
-            for expert in range(len(parts[0][1]) if parts else 0) for role, parameter, outputs in parts}
+                          else slice(i * share, (i + 1) * share), separate))
+    return {f"{folder}.{expert}.{role}": ExpertLayer(parameter, transposed[parameter], expert, outputs, separate)
+            for expert in range(len(parts[0][1]) if parts else 0) for role, parameter, outputs, separate in parts}
 
 
 @contextmanager
