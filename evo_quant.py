@@ -28,7 +28,7 @@ from utils.screening import AdditiveModel
 from utils.search import Search
 from utils.units import Unit, add_unit_flags, build_units, check_unit_flags, level_map
 
-Candidate = tuple[int, ...]      # the bitwidth of every unit
+Candidate = tuple[float, ...]      # the bitwidth of every unit
 FAILED_DRAWS = 200               # draws without a new candidate after which a generation makes do with fewer offspring
 
 
@@ -77,16 +77,16 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 class Space:
     """All candidates within the budget of bits, short of it by less than any legal single step up would cost."""
 
-    def __init__(self, units: list[Unit], bits: list[dict[int, int]], groups: list[int], budget: int, step_size: int):
+    def __init__(self, units: list[Unit], bits: list[dict[float, int]], groups: list[int], budget: int, step_size: int):
         """`bits`: of every unit, level -> bits in total; `groups`: of every unit, the group within which bits move."""
         self.units = units
         self.bits = bits
         self.groups = groups
         self.budget = budget
-        # levels a step up or down leads to: the nearest one at least step_size bits away
-        self.up = [{level: min((l for l in unit.levels if l >= level + step_size), default=None)
+        # levels a step up or down leads to: the nearest one at least step_size bits away, fractions of a bit aside
+        self.up = [{level: min((l for l in unit.levels if l // 1 >= level // 1 + step_size), default=None)
                     for level in unit.levels} for unit in units]
-        self.down = [{level: max((l for l in unit.levels if l <= level - step_size), default=None)
+        self.down = [{level: max((l for l in unit.levels if l // 1 <= level // 1 - step_size), default=None)
                       for level in unit.levels} for unit in units]
         self.step_costs = [{level: costs[above] - costs[level] for level, above in steps.items() if above is not None}
                            for costs, steps in zip(bits, self.up)]
@@ -133,9 +133,8 @@ def build_space(args: argparse.Namespace, database: Database, units: list[Unit])
 
 def uniform_candidate(space: Space, target: float) -> Candidate | None:
     """The target everywhere, where it is a level of every unit and meets the budget."""
-    uniform = tuple(int(target) for _ in space.units)
-    return uniform if target == int(target) and all(int(target) in unit.levels for unit in space.units) and (
-        space.feasible(uniform)) else None
+    uniform = tuple(level for unit in space.units for level in unit.levels if level == target)
+    return uniform if len(uniform) == len(space.units) and space.feasible(uniform) else None
 
 
 def random_candidate(space: Space, target: float, rng: random.Random) -> Candidate:
@@ -198,7 +197,7 @@ def switch(space: Space, candidate: Candidate, rng: random.Random) -> Candidate 
     return None
 
 
-def moved(candidate: Candidate, index: int, level: int) -> Candidate:
+def moved(candidate: Candidate, index: int, level: float) -> Candidate:
     return (*candidate[:index], level, *candidate[index + 1:])
 
 

@@ -28,6 +28,7 @@ from database.store import Database
 from formats import compressed_tensors, mlx
 from formats.compressed_tensors import Quantized
 from formats.gguf import check_gguf, write_gguf
+from formats.kquants import Blocks
 from formats.regroup import Regrouped, regroup
 from utils.configs import drop_words, read_drop_config
 from utils.decoder import Decoder
@@ -61,6 +62,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     output.add_argument("--fuse", default="none", choices=["none", "promote"],
                         help="compressed-tensors: pack q/k/v and gate/up in the widest bitwidth among them, as vLLM "
                              "needs, without changing a weight (default: none)")
+    output.add_argument("--tensor_types", metavar="FILE",
+                        help="of --format gguf: also write there which type each layer has, as llama-quantize "
+                             "--tensor-type-file reads it")
     output.add_argument("--max_shard_size", default="5GB", metavar="SIZE",
                         help="of a safetensors file, e.g. 500MB (default: 5GB)")
     output.add_argument("--evaluation", metavar="FILE",
@@ -85,6 +89,7 @@ def main(argv: list[str] | None = None) -> dict:
             check_gguf(config, tokenizer)
         if args.format in mlx.SCALES:
             mlx.check_model(config)
+        if opened and opened[0].method == "gptq" and args.format not in ("dense", "gguf"):
             for name, level in opened[1].items():
                 layer_bytes(opened[0], name, level, args.format)
         dtype = args.dtype if args.dtype != "auto" else str(config.dtype or torch.float32).removeprefix("torch.")
@@ -119,6 +124,9 @@ def main(argv: list[str] | None = None) -> dict:
         lines = describe(report, dropped, regrouped)
         write_atomic(folder / "README.md", model_card(report, lines, evaluation))
         write_atomic(folder / MARK, json.dumps(report, indent=2) + "\n")
+    if args.tensor_types:
+        write_atomic(args.tensor_types, "".join(f"^{re.escape(name)}$={kind.lower()}\n"
+                                                for name, kind in report["tensor_types"].items()))
     print("\n".join(lines))
     print(f"saved: {args.save_dir}")
     return report
@@ -140,6 +148,11 @@ def check_flags(args: argparse.Namespace, config) -> None:
                          f"--quant_config_path, or use --format dense")
     if args.fuse == "promote" and args.format != "compressed-tensors":
         raise ValueError(f"--fuse promote: is for --format compressed-tensors, not {args.format}; leave it out")
+    if args.tensor_types and (args.format != "gguf" or not args.quant_config_path):
+        raise ValueError(f"--tensor_types {args.tensor_types}: says how --format gguf stores quantized layers; give "
+                         f"that with --quant_config_path, or leave it out")
+    if args.tensor_types:
+        check_writable(Path(args.tensor_types).absolute().parent, "--tensor_types")
     if not re.fullmatch(r"[1-9]\d*[KMGT]B", args.max_shard_size):
         raise ValueError(f"--max_shard_size {args.max_shard_size}: not a size; write it like 500MB or 5GB")
     folder = Path(args.save_dir)
@@ -231,17 +244,23 @@ def expert_layers(decoder: Decoder, regrouped: Regrouped) -> dict[str, tuple[str
 
 
 def quantized_layers(regrouped: Regrouped, experts: Mapping[str, tuple[str, str]], database: Database,
-                     levels: Mapping[str, int]) -> dict[str, Quantized]:
+                     levels: Mapping[str, float]) -> dict[str, Quantized | Blocks]:
     """Codes of the model's quantized layers, by their names in the new model; zeroed ones are quantized zeros. experts:
     see `expert_layers`."""
     layers = {}
     linear = {name: regrouped.sources[f"{name}.weight"].removesuffix(".weight")
               for name in linear_layers(regrouped.model)}
     for name, source in (linear | {name: source for name, (_, source) in experts.items()}).items():
-        if source in levels and (f"{name}.weight" if name in linear else experts[name][0]) in regrouped.zeroed:
+        if source not in levels:
+            continue
+        level = levels[source]
+        zeroed = (f"{name}.weight" if name in linear else experts[name][0]) in regrouped.zeroed
+        if kind := database.type(source, level):
+            blocks = database.packed(source, level)["blocks"]
+            layers[name] = Blocks(kind, torch.zeros_like(blocks) if zeroed else blocks)
+        elif zeroed:
             layers[name] = compressed_tensors.zero_layer(database.shape(source))
-        elif source in levels:
-            level = levels[source]
+        else:
             layers[name] = Quantized(*database.codes(source, level), level, database.group_size(source, level))
     return layers
 

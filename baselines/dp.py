@@ -18,7 +18,7 @@ from database.levels import LevelSwitcher, open_database
 from database.sensitivity import layer_errors, measure_alone
 from database.store import Database
 from utils.allocation import allocate, interpolate
-from utils.configs import write_level_config
+from utils.configs import parse_level, write_level_config
 from utils.errors import RunError, user_errors
 from utils.files import check_writable, write_atomic
 from utils.fitness import Fitness
@@ -47,7 +47,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     errors.add_argument("--errors", choices=["manifest", "kl"], default="manifest",
                         help="the database's layer errors, or KL of each layer alone at each level, measured on the "
                              "calibration tokens (default: manifest, which needs no model and no tokens)")
-    errors.add_argument("--measured_levels", type=int, nargs="+", metavar="LEVEL",
+    errors.add_argument("--measured_levels", type=parse_level, nargs="+", metavar="LEVEL",
                         help="of --errors kl: measure only these, or the outermost of a layer with fewer, and take "
                              "the others to follow the layer's error, e.g. -8 -4 0 4 8, or 2 3 for bits (default: all)")
     errors.add_argument("--level_cache_gb", type=float, default=0.0, metavar="GB",

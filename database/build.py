@@ -104,8 +104,8 @@ def build(args: argparse.Namespace, method: str, layers_flag: str, solve_layer: 
 
     solve_layer(name, weight, hessian, args) -> ({level: (packed, manifest entry)}, relative damping used, or None);
     resolve(args, config) replaces missing flags that depend on the model; `feed_forward` is the level whose weights the
-    next block's inputs come from, None: the model's own. check(decoder, layers of every block) may raise ValueError
-    before anything is written.
+    next block's inputs come from, in a layer that lacks it the next one above; None: the model's own. check(decoder,
+    layers of every block) may raise ValueError before anything is written.
     """
     check_build_flags(args)
     pattern = getattr(args, layers_flag)
@@ -174,7 +174,8 @@ def build_blocks(args: argparse.Namespace, manifest: dict, calibration: Calibrat
             if feed_forward is not None and index < incomplete[-1]:
                 database = store.Database(args.save_dir, finished=False)
                 for name, layer in layers[index].items():
-                    layer.weight.data.copy_(database.weight(name, feed_forward, layer.weight.device))
+                    level = min(level for level in database.levels(name) if level >= feed_forward)
+                    layer.weight.data.copy_(database.weight(name, level, layer.weight.device))
             if index < incomplete[-1] and calibration.position == index:
                 calibration.run()
         if index in incomplete:

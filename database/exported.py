@@ -12,9 +12,13 @@ FORMATS: dict[str, Callable[..., int]] = {
     "mlx-float16": lambda shape, bits, size, _: mlx.layer_bytes(shape, bits, size, "mlx-float16")}
 
 
-def layer_bytes(database: Database, name: str, level: int, format: str) -> int:
+def layer_bytes(database: Database, name: str, level: float, format: str) -> int:
     """Of a layer at a level in an export of --format `format`, at most. Raises ValueError where the format cannot hold
     the level as it is."""
+    if kind := database.type(name, level):
+        if format != "gguf":
+            raise ValueError(f"--format {format}: {name} has {kind} blocks, and only --format gguf holds those")
+        return database.bits(name, level) // 8
     try:
         return FORMATS[format](database.shape(name), level, database.group_size(name, level),
                                bool(database.manifest["flags"].get("sym")))
@@ -22,7 +26,7 @@ def layer_bytes(database: Database, name: str, level: int, format: str) -> int:
         raise ValueError(f"--format {format}: {name} has {error}") from error
 
 
-def exportable_levels(database: Database, format: str | None) -> dict[str, list[int]]:
+def exportable_levels(database: Database, format: str | None) -> dict[str, list[float]]:
     """Of every layer the levels that the format holds, all without one; says what is left out. Raises ValueError where
     a layer has none."""
     levels = {name: database.levels(name) for name in database.layers}

@@ -14,7 +14,7 @@ from torch import nn
 from database.build import NOT_COMPARED, check_same, find_manifest, forget_damaged, start_writing, weights_sha256
 from database.packing import Packed
 from database.store import FORMAT, Database, config_sha256, write_layer, write_manifest
-from database.tuning import DenseWeight, HiddenStates, QuantizedWeight, SparseWeight, Weight
+from database.tuning import BlockWeight, DenseWeight, HiddenStates, QuantizedWeight, SparseWeight, Weight
 from formats.regroup import regroup
 from utils import distributed
 from utils.data import documents_sha256
@@ -52,7 +52,7 @@ class FinishedDatabase:
     """A database with a configuration's levels, of which every block is trained by itself."""
 
     def __init__(self, args: argparse.Namespace, header: dict, decoder: Decoder, source: Database,
-                 levels: Mapping[str, int], dropped: Sequence[tuple[bool, bool]]):
+                 levels: Mapping[str, float], dropped: Sequence[tuple[bool, bool]]):
         """Raises ValueError where the folder holds anything else."""
         self.path, self.decoder, self.source = args.save_dir, decoder, source
         self.levels, self.dropped = levels, dropped
@@ -82,15 +82,21 @@ class FinishedDatabase:
         """What is to be trained, by the parameter's name within the block."""
         gone = _dropped_modules(block, self.dropped[block.index])
         return {f"{_within(block, name)}.weight": self._weight(name, self.levels[name]) for name in self.names(block)
-                if block.layers[name] not in gone}
+                if block.layers[name] not in gone and self._trainable(name)}
 
-    def _weight(self, name: str, level: int) -> Weight:
+    def _trainable(self, name: str) -> bool:
+        return self.source.method == "sparsegpt" or self.source.type(name, self.levels[name]) != "F16"
+
+    def _weight(self, name: str, level: float) -> Weight:
         weight = self.decoder.layers[name].weight
         packed = self.source.packed(name, level, weight.device)
         if self.source.method == "sparsegpt":
             return SparseWeight(packed, self.source.shape(name), **self.learning_rate)
+        keep_codes = SOURCE in self.source.manifest["flags"]
+        if kind := self.source.type(name, level):
+            return BlockWeight(weight, packed, kind, keep_codes, **self.learning_rate)
         return QuantizedWeight(weight, packed, level, self.source.group_size(name, level),
-                               keep_codes=SOURCE in self.source.manifest["flags"], **self.learning_rate)
+                               keep_codes, **self.learning_rate)
 
     def save(self, block: Block, trained: Mapping[str, Weight], calibration: HiddenStates, states: list | None) -> None:
         """Write the block's layers. The block is still uncompressed; `states`: what it is given."""

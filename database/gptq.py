@@ -7,9 +7,11 @@ import argparse
 
 import torch
 
+from database import kquant
 from database.build import add_build_flags, build, run
 from database.packing import Packed, pack_quantized
 from database.solver import inverse_factor, lazy_sweep, output_errors, quantize_columns
+from formats.kquants import K_QUANTS, level_of
 
 SMALLEST_SCALE = 2.0**-24        # above zero in half precision
 SHRINKS = [1 - step / 100 for step in range(80)]
@@ -128,6 +130,13 @@ def resolve(args: argparse.Namespace, config) -> None:
 def main(args: argparse.Namespace) -> None:
     args.bitwidth_options = sorted(set(args.bitwidth_options))
     words = " ".join(map(str, args.bitwidth_options))
+    k_quant = args.grid == "k-quant"
+    if k_quant and not set(args.bitwidth_options) <= set(K_QUANTS):
+        raise ValueError(f"--bitwidth_options {words}: the K-quants are of {', '.join(map(str, K_QUANTS))} bits")
+    for flag in ("group_size", "perchannel", "sym", "act_order", "mse") if k_quant else ():
+        if getattr(args, flag):
+            raise ValueError(f"--{flag}: K-quants have groups, rows and ranges of their own; leave it out with "
+                             f"--grid k-quant")
     if not all(1 <= bits <= 8 for bits in args.bitwidth_options):
         raise ValueError(f"--bitwidth_options {words}: must be from 1 to 8, e.g. 2 3 4 5 6")
     if args.calibration_bitwidth not in args.bitwidth_options:
@@ -136,6 +145,11 @@ def main(args: argparse.Namespace) -> None:
     if args.group_size is not None and args.group_size < 1:
         raise ValueError(f"--group_size {args.group_size}: must be at least 1 column, e.g. 128; leave it out for one "
                          f"grid a row")
+    if k_quant:
+        build(args, "gptq", "quantizable_modules", kquant.solve_layer, resolve,
+              level_of(K_QUANTS[args.calibration_bitwidth]))
+        return
+    del args.grid                    # databases of before there was a choice are the same
     if not args.perchannel:
         print("without --perchannel all rows of a layer share their grid, which loses much at few bits; the paper has "
               "--group_size 128 --perchannel")
@@ -146,6 +160,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m database.gptq", description=__doc__.split("\n")[0])
     add_build_flags(parser, "--quantizable_modules")
     group = parser.add_argument_group("levels")
+    group.add_argument("--grid", choices=["uniform", "k-quant"], default="uniform",
+                       help="k-quant: the levels are llama.cpp's Q2_K to Q6_K and Q8_0, for export.py --format gguf, "
+                            "called by their real bits: 2.625, 3.4375, 4.5, 5.5, 6.5625, 8.5; rows that 256 does not "
+                            "divide take the types that llama.cpp takes (default: uniform)")
     group.add_argument("--bitwidth_options", type=int, nargs="+", default=[2, 3, 4, 5, 6], metavar="BITS",
                        help="from 1 to 8 (default: 2 3 4 5 6)")
     group.add_argument("--calibration_bitwidth", type=int, default=3, metavar="BITS",

@@ -12,6 +12,7 @@ import torch
 from database.build import add_build_flags, build, run
 from database.packing import Packed, pack_quantized, unpack_quantized
 from database.solver import output_errors
+from formats.kquants import dequantize
 from formats.quantized_checkpoints import Checkpoint, fingerprint, open_checkpoint
 from utils.decoder import Decoder
 from utils.experts import Layer
@@ -35,7 +36,7 @@ def check(checkpoints: Mapping[str, Checkpoint], decoder: Decoder, layers: list[
     """Raise ValueError, naming the checkpoint and the layer, where they do not all hold the decoder's layers, each in
     one format and in bitwidths that differ."""
     names = {name: layer for block in layers for name, layer in block.items()}
-    seen: dict[int, str] = {}
+    seen: dict[float | str, str] = {}
     for path, checkpoint in checkpoints.items():
         first = None
         for name, layer in names.items():
@@ -48,14 +49,16 @@ def check(checkpoints: Mapping[str, Checkpoint], decoder: Decoder, layers: list[
                     raise ValueError(f"{stored.kind}, but {first[0]} has {first[1].kind}; a level is the same in all "
                                      f"layers, so give a uniform checkpoint, or leave layers out with "
                                      f"--quantizable_modules")
-                checkpoint.grid(name)
+                if not checkpoint.k_quant:
+                    checkpoint.grid(name)
             except ValueError as error:
                 raise ValueError(f"--checkpoints {path}: {name}: {error}") from error
             first = first or (name, stored)
-        if first[1].bits in seen:
-            raise ValueError(f"--checkpoints {seen[first[1].bits]} {path}: both have {first[1].bits} bits in "
+        level = checkpoint.k_quant or first[1].bits
+        if level in seen:
+            raise ValueError(f"--checkpoints {seen[level]} {path}: both have {first[1].bits} bits in "
                              f"{first[0]}, and a database has one level a bitwidth; leave one of them out")
-        seen[first[1].bits] = path
+        seen[level] = path
         for name, parameter in decoder.model.named_parameters():
             theirs = checkpoint.vector(name) if parameter.dim() == 1 else None
             if theirs is not None and not same(parameter, theirs):
@@ -70,26 +73,39 @@ def same(parameter: torch.Tensor, theirs: torch.Tensor) -> bool:
 
 
 def read_levels(checkpoints: Mapping[str, Checkpoint], name: str, weight: torch.Tensor, hessian: torch.Tensor,
-                args: argparse.Namespace) -> tuple[dict[int, tuple[Packed, dict]], None]:
+                args: argparse.Namespace) -> tuple[dict[float, tuple[Packed, dict]], None]:
     """bitwidth -> (packed tensors, manifest entry) of a layer, for `build`. Raises ValueError, naming the checkpoint,
     where its weights are nothing like the layer's."""
     weight, levels = weight.float(), {}
     for path, checkpoint in checkpoints.items():
-        bits, grid = checkpoint.stored(name).bits, checkpoint.grid(name)
-        codes, scales, zeros = (part.to(weight.device) for part in (checkpoint.codes(name), grid.scales, grid.zeros))
-        packed = pack_quantized(codes, scales, zeros, bits)
-        level = unpack_quantized(packed, weight.shape, bits, grid.group_size)
+        bits = checkpoint.stored(name).bits
+        if checkpoint.k_quant:
+            blocks = checkpoint.blocks(name)
+            packed = {"blocks": blocks.data.to(weight.device)}
+            entry = {"bits": 8 * blocks.data.nbytes, "overhead_bits": 0, "type": blocks.kind}
+        else:
+            grid = checkpoint.grid(name)
+            parts = [part.to(weight.device) for part in (checkpoint.codes(name), grid.scales, grid.zeros)]
+            packed = pack_quantized(*parts, bits)
+            entry = {"bits": weight.numel() * bits, "overhead_bits": 8 * sum(part.nbytes for part in parts[1:]),
+                     "group_size": grid.group_size}
+        level = unpack(packed, entry, weight.shape, bits)
         if (weight * level).sum() < LEAST_COSINE * weight.norm() * level.norm():
             raise ValueError(f"--checkpoints {path}: its weights are nothing like the model's; give a checkpoint of "
                              f"this model")
-        levels[bits] = packed, {"bits": codes.numel() * bits, "overhead_bits": 8 * (scales.nbytes + zeros.nbytes),
-                                "group_size": grid.group_size}
-    unpacked = (unpack_quantized(packed, weight.shape, bits, entry["group_size"]).T
-                for bits, (packed, entry) in levels.items())
+        levels[bits] = packed, entry
+    unpacked = (unpack(*level, weight.shape, bits).T for bits, level in levels.items())
     errors = output_errors(weight.T.contiguous(), unpacked, hessian)
     for (_, entry), error in zip(levels.values(), errors, strict=True):
         entry["error"] = error
     return levels, None
+
+
+def unpack(packed: Packed, entry: dict, shape: tuple[int, int], bits: float) -> torch.Tensor:
+    """The level's weight, float32 [out, in]."""
+    if "type" in entry:
+        return dequantize(entry["type"], packed["blocks"])
+    return unpack_quantized(packed, shape, bits, entry["group_size"])
 
 
 def main(args: argparse.Namespace) -> None:
@@ -107,7 +123,8 @@ def make_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("levels")
     group.add_argument("--checkpoints", nargs="+", required=True, metavar="PATH",
                        help="folders (compressed-tensors pack-quantized, GPTQ, auto-round) or .gguf files (Q4_0, Q4_1, "
-                            "Q5_0, Q5_1, Q8_0) of this model, each of another bitwidth and uniform in all layers")
+                            "Q5_0, Q5_1, Q8_0, Q2_K to Q6_K) of this model, each of another bitwidth and uniform in "
+                            "all layers")
     return parser
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from database.store import Database, LevelCache
-from utils.configs import check_level_config, read_drop_config, read_level_config
+from utils.configs import check_level_config, parse_level, read_drop_config, read_level_config
 from utils.decoder import Decoder
 
 GIGABYTE = 10**9
@@ -188,8 +188,8 @@ def open_configuration(args: argparse.Namespace) -> tuple[Database, dict[str, in
         if not file:
             continue
         database = open_database(args, kind)
-        uniform = re.fullmatch(r"-?\d+", file) is not None
-        levels = dict.fromkeys(database.layers, int(file)) if uniform else read_level_config(file)
+        uniform = re.fullmatch(r"-?\d+(\.\d+)?", file) is not None
+        levels = dict.fromkeys(database.layers, parse_level(file)) if uniform else read_level_config(file)
         check_level_config(f"--{kind}_config_path {file}" if uniform else file, levels,
                            {name: database.levels(name) for name in database.layers})
         return database, levels

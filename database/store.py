@@ -5,11 +5,12 @@ manifest.json
   sha256: of all the rest
   layers: name -> null while the layer is not built, then
     shape [out, in]; bytes and sha256 of its file; levels: level -> {kept or bits and overhead_bits, error}, and
-    group_size where it is not the one of the flags; calibrated: false where it saw too few tokens for a Hessian
+    group_size where it is not the one of the flags, or type, of blocks as GGUF has them (formats/kquants.py);
+    calibrated: false where it saw too few tokens for a Hessian
 The method "gptq" stands for quantized levels, those of other tools included (import_levels.py). A layer file has a
-level's tensors under "<level>.<part>" (parts: see packing.py). Files appear whole or not at all, and a file is in use
-only once the manifest names its checksum, so a build may be killed at any moment; what is truncated, altered, swapped
-or comes from another database never passes the checksum.
+level's tensors under "<level>.<part>" (parts: see packing.py; of a type, its blocks). Files appear whole or not at all,
+and a file is in use only once the manifest names its checksum, so a build may be killed at any moment; what is
+truncated, altered, swapped or comes from another database never passes the checksum.
 """
 import hashlib
 import json
@@ -23,6 +24,8 @@ from safetensors.torch import save
 from torch import nn
 
 from database import packing
+from formats import kquants
+from utils.configs import parse_level
 from utils.errors import RunError
 from utils.files import read_sealed, seal, write_atomic
 
@@ -78,33 +81,37 @@ class Database:
         """(out, in) of a layer's weight."""
         return tuple(self.manifest["layers"][name]["shape"])
 
-    def levels(self, name: str) -> list[int]:
-        """A layer's levels in ascending order: signed sparsity steps, or bitwidths."""
-        return sorted(map(int, self.manifest["layers"][name]["levels"]))
+    def levels(self, name: str) -> list[float]:
+        """A layer's levels in ascending order: signed sparsity steps, or bits a weight."""
+        return sorted(map(parse_level, self.manifest["layers"][name]["levels"]))
 
-    def kept(self, name: str, level: int) -> int:
+    def type(self, name: str, level: float) -> str | None:
+        """GGUF's type of a level (gptq); None for scale * (code - zero)."""
+        return self._level(name, level).get("type")
+
+    def kept(self, name: str, level: float) -> int:
         """Number of weights kept (sparsegpt)."""
         return self._level(name, level)["kept"]
 
-    def bits(self, name: str, level: int, overhead: bool = False) -> int:
+    def bits(self, name: str, level: float, overhead: bool = False) -> int:
         """Bits of all codes (gptq); with `overhead`, also of the scales and the uint8 zeros as stored."""
         entry = self._level(name, level)
         return entry["bits"] + (entry["overhead_bits"] if overhead else 0)
 
-    def error(self, name: str, level: int) -> float:
+    def error(self, name: str, level: float) -> float:
         """Relative output error ‖(W−Ŵ)X‖²/‖WX‖² on the calibration tokens; for a layer that saw none, X = I."""
         return self._level(name, level)["error"]
 
-    def weight(self, name: str, level: int, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    def weight(self, name: str, level: float, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
                ) -> torch.Tensor:
         """The layer at a level, [out, in]; by default in the dtype it is stored in (float32 for quantized levels)."""
         return self.unpack(name, level, self.packed(name, level, device)).to(dtype)
 
-    def codes(self, name: str, level: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def codes(self, name: str, level: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """A gptq level as (codes uint8 [out, in], scales [out, groups], zeros uint8 [out, groups])."""
         return packing.unpack_codes(self.packed(name, level), self.shape(name), level)
 
-    def group_size(self, name: str, level: int) -> int:
+    def group_size(self, name: str, level: float) -> int:
         """Input columns that share a scale (gptq): the whole row without --group_size."""
         size = self._level(name, level).get("group_size") or self.manifest["flags"].get("group_size")
         return size or self.shape(name)[1]
@@ -115,7 +122,7 @@ class Database:
             raise ValueError(f"{self.path}: built for {self.manifest['model']}, whose configuration differs from this "
                              f"model's; build a database for this model or name that one")
 
-    def packed(self, name: str, level: int, device: str | torch.device = "cpu") -> packing.Packed:
+    def packed(self, name: str, level: float, device: str | torch.device = "cpu") -> packing.Packed:
         """The packed tensors of a level on `device`. Raises ValueError when the file is not the one that was built."""
         self._level(name, level)
         if name not in self._files:
@@ -123,16 +130,20 @@ class Database:
             if not intact(self.path, self.manifest, name):
                 raise RunError(f"{file}: not the file that was built (wrong checksum); {_REBUILD}")
             self._files[name] = safe_open(file, framework="pt")
-        parts = ("mask", "values") if self.method == "sparsegpt" else ("codes", "scales", "zeros")
+        parts = (("mask", "values") if self.method == "sparsegpt" else ("blocks",) if self.type(name, level) else
+                 ("codes", "scales", "zeros"))
         return {part: self._files[name].get_tensor(f"{level}.{part}").to(device) for part in parts}
 
-    def unpack(self, name: str, level: int, packed: packing.Packed, out: torch.Tensor | None = None) -> torch.Tensor:
+    def unpack(self, name: str, level: float, packed: packing.Packed, out: torch.Tensor | None = None) -> torch.Tensor:
         """Weight [out, in] on the device of `packed`; into `out`, which may have another dtype, where it is given."""
         if self.method == "sparsegpt":
             return packing.unpack_sparse(packed, self.shape(name), out)
+        if kind := self.type(name, level):
+            weight = kquants.dequantize(kind, packed["blocks"])
+            return weight if out is None else out.copy_(weight)
         return packing.unpack_quantized(packed, self.shape(name), level, self.group_size(name, level), out)
 
-    def _level(self, name: str, level: int) -> dict:
+    def _level(self, name: str, level: float) -> dict:
         try:
             return self.manifest["layers"][name]["levels"][str(level)]
         except KeyError:
@@ -149,9 +160,9 @@ class LevelCache:
         self.database, self.device, self.dtype, self.max_bytes = database, device, dtype, max_bytes
         self.in_turn = in_turn
         self.bytes = 0
-        self._levels: OrderedDict[tuple[str, int], packing.Packed] = OrderedDict()
+        self._levels: OrderedDict[tuple[str, float], packing.Packed] = OrderedDict()
 
-    def copy_(self, parameter: nn.Parameter, name: str, level: int) -> None:
+    def copy_(self, parameter: nn.Parameter, name: str, level: float) -> None:
         """Unpack a level into `parameter.data` ([out, in], on the cache's device), rounded to the cache's dtype."""
         packed, weight = self._packed(name, level), parameter.data
         if weight.dtype == self.dtype and weight.is_contiguous():
@@ -167,7 +178,7 @@ class LevelCache:
         self.max_bytes = min(self.max_bytes, freed // 2)
         return freed
 
-    def _packed(self, name: str, level: int) -> packing.Packed:
+    def _packed(self, name: str, level: float) -> packing.Packed:
         key = (name, level)
         if key in self._levels:
             self._levels.move_to_end(key)
@@ -206,7 +217,8 @@ def write_manifest(path: Path, manifest: dict) -> None:
     write_atomic(path / MANIFEST, seal(manifest, indent=1))
 
 
-def write_layer(path: Path, name: str, shape: tuple[int, int], levels: dict[int, tuple[packing.Packed, dict]]) -> dict:
+def write_layer(path: Path, name: str, shape: tuple[int, int], levels: dict[float, tuple[packing.Packed, dict]]
+                ) -> dict:
     """Write a layer's file; returns its entry for the manifest. levels: level -> (packed, the level's entry)."""
     content = save({f"{level}.{part}": tensor.cpu().contiguous() for level, (packed, _) in levels.items()
                     for part, tensor in packed.items()})

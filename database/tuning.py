@@ -1,8 +1,8 @@
 """Train a block's compressed weights together, so that it gives what the uncompressed block gave.
 
 What is trained depends on how a weight is compressed, and never changes its size: of a quantized one the rounding of
-every code and every scale (as in AutoRound, arXiv 2309.05516), of a sparse one the values that are kept, of one that
-is neither all of it. Gradients pass through rounding unchanged.
+every code and every scale (as in AutoRound, arXiv 2309.05516), of K-quants the rounding alone, of a sparse one the
+values that are kept, of one that is neither all of it. Gradients pass through rounding unchanged.
 """
 from collections.abc import Mapping, Sequence
 
@@ -10,6 +10,7 @@ import torch
 from torch.func import functional_call
 
 from database.packing import Packed, pack_quantized, pack_sparse, unpack_bits
+from formats.kquants import TYPES, decode, encode, grids
 from utils import distributed
 from utils.decoder import Decoder
 from utils.fitness import assemble, microbatches, storage_for
@@ -63,6 +64,30 @@ class QuantizedWeight:
         return grids if grids.shape[1] == 1 else grids.repeat_interleave(self.group_size, dim=1)[:, :self.columns]
 
 
+class BlockWeight:
+    """A weight in blocks of GGUF's, of which the codes, unrounded, are trained. The grids stay."""
+    def __init__(self, weight: torch.Tensor, packed: Packed, kind: str, keep_codes: bool, learning_rate: float = 0.02):
+        """As for QuantizedWeight; kind: of the blocks."""
+        self.kind, self.parts = kind, decode(kind, packed["blocks"])
+        self.scale, self.minimum = (grid.repeat_interleave(TYPES[kind].group, 1) for grid in grids(kind, self.parts))
+        unrounded = torch.where(self.scale == 0, 0, (weight.float() + self.minimum) / self.scale)
+        if keep_codes:
+            unrounded = unrounded.clamp(self.parts.codes - CODE_EDGE, self.parts.codes + CODE_EDGE)
+        self.trained = [unrounded.requires_grad_()]
+        self.learning_rates = [learning_rate]
+
+    def value(self) -> torch.Tensor:
+        """float32 [out, in], of which gradients pass to what is trained."""
+        return self.scale * self._codes() - self.minimum
+
+    @torch.no_grad()
+    def packed(self) -> Packed:
+        return {"blocks": encode(self.kind, self.parts._replace(codes=self._codes().to(torch.uint8)))}
+
+    def _codes(self) -> torch.Tensor:
+        return _straight_through(self.trained[0], self.trained[0].round()).clamp(0, TYPES[self.kind].top)
+
+
 class SparseWeight:
     """A weight of which the kept values are trained; what is pruned stays zero."""
     def __init__(self, packed: Packed, shape: tuple[int, int], learning_rate: float = 0.04):
@@ -93,7 +118,7 @@ class DenseWeight:
         return self.trained[0]
 
 
-Weight = QuantizedWeight | SparseWeight | DenseWeight
+Weight = QuantizedWeight | BlockWeight | SparseWeight | DenseWeight
 
 
 def _root_mean_square(values: torch.Tensor) -> float:

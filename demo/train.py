@@ -36,12 +36,14 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
                                    model_max_length=CONTEXT)
 
 
-def build_model(vocab_size: int) -> LlamaForCausalLM:
-    """3.5 million weights; every size a multiple of 128, so that group-wise quantization takes it as it is."""
+def build_model(vocab_size: int, width: int = 1, blocks: int = 16) -> LlamaForCausalLM:
+    """3.5 million weights; every size a multiple of 128, with `width` 2 of 256, so that quantization in groups, or in
+    K-quants' blocks, takes it as it is."""
     return LlamaForCausalLM(LlamaConfig(
-        vocab_size=vocab_size, hidden_size=128, intermediate_size=384, num_hidden_layers=16, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=CONTEXT, tie_word_embeddings=True, bos_token_id=0,
-        eos_token_id=1, pad_token_id=1, attention_bias=False, initializer_range=0.02))
+        vocab_size=vocab_size, hidden_size=128 * width, intermediate_size=384 * width, num_hidden_layers=blocks,
+        num_attention_heads=4 * width, num_key_value_heads=4 * width, max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True, bos_token_id=0, eos_token_id=1, pad_token_id=1, attention_bias=False,
+        initializer_range=0.02))
 
 
 def main() -> None:
@@ -49,6 +51,8 @@ def main() -> None:
     parser.add_argument("--save_dir", default=str(Path(__file__).parent / "model"))
     parser.add_argument("--minutes", type=float, default=75, help="length of the schedule, wall-clock")
     parser.add_argument("--vocab_size", type=int, default=1024)
+    parser.add_argument("--width", type=int, default=1, help="times the demo model's")
+    parser.add_argument("--blocks", type=int, default=16)
     parser.add_argument("--batch_tokens", type=int, default=4096, help="tokens a step")
     parser.add_argument("--learning_rate", type=float, default=3e-3)
     parser.add_argument("--init_from", help="folder of a model saved here, to train on with its tokenizer")
@@ -62,7 +66,7 @@ def main() -> None:
     tokenizer = (PreTrainedTokenizerFast.from_pretrained(args.init_from) if args.init_from
                  else train_tokenizer(texts, args.vocab_size))
     tokens = torch.cat([torch.tensor(ids) for ids in tokenizer(texts, verbose=False)["input_ids"]])
-    model = build_model(len(tokenizer))
+    model = build_model(len(tokenizer), args.width, args.blocks)
     if args.init_from:
         model.load_state_dict(LlamaForCausalLM.from_pretrained(args.init_from, dtype=torch.float32).state_dict())
     print(f"{len(texts)} files, {len(tokens):,} tokens, {sum(p.numel() for p in model.parameters()):,} weights",
@@ -100,7 +104,7 @@ def main() -> None:
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, save_dir: str) -> None:
     """Half precision on disk; training goes on in float32."""
-    half = build_model(model.config.vocab_size)
+    half = LlamaForCausalLM(model.config)
     half.load_state_dict(model.state_dict())
     half.half().save_pretrained(save_dir)
     tokenizer.save_pretrained(save_dir)

@@ -24,6 +24,10 @@ class Quantized(NamedTuple):
     group_size: int              # input columns that share a scale; the last group may have fewer
 
     @property
+    def numel(self) -> int:
+        return self.codes.numel()
+
+    @property
     def symmetric(self) -> bool:
         return bool((self.zeros == 1 << (self.bits - 1)).all())
 
@@ -125,12 +129,12 @@ def quantization_config(schemes: Mapping[str, Scheme], ignore: list[str], expert
             } for number, ((scheme, of_experts), names) in enumerate(groups.items())}}
 
 
-def bits_a_weight(layers: Iterable[Quantized], stored: int) -> dict:
-    """What to report: bits of a weight's code as searched, and of all `stored` bytes of these layers."""
+def bits_a_weight(layers: Iterable, stored: int) -> dict:
+    """What to report: bits of a weight as searched, and of all `stored` bytes of these layers."""
     weights = codes = 0
     for layer in layers:
-        weights += layer.codes.numel()
-        codes += layer.codes.numel() * layer.bits
+        weights += layer.numel
+        codes += layer.numel * layer.bits
     return {"bits_a_weight": {"codes": codes / weights, "stored": 8 * stored / weights}}
 
 

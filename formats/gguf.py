@@ -3,6 +3,7 @@
 Quantized layers go, tensor by tensor and without rounding again, into the smallest of GGUF's legacy blocks of 32 that
 holds their integers: Q4_0 from -8 to 7, Q5_0 from -16 to 15, Q8_0 from -128 to 127, each with a float16 scale. What
 does not fit (asymmetric 8-bit levels, rows or groups that blocks of 32 do not divide) is written as F32 and named.
+Layers that are blocks already (K-quants) are written byte for byte.
 """
 import json
 import re
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from formats.compressed_tensors import Quantized, bits_a_weight
+from formats.kquants import Blocks
 
 # model_type -> GGUF's name of the architecture
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
@@ -56,7 +58,7 @@ def sliding_window(config) -> int | None:
     return window if window and window < config.max_position_embeddings and "sliding_attention" in types else None
 
 
-def write_gguf(path: Path, model: nn.Module, tokenizer, quantized: Mapping[str, Quantized]) -> dict:
+def write_gguf(path: Path, model: nn.Module, tokenizer, quantized: Mapping[str, Quantized | Blocks]) -> dict:
     """Write `model`, whose layers in `quantized` keep their integers; returns what to report of them."""
     import gguf
     config = model.config
@@ -67,7 +69,7 @@ def write_gguf(path: Path, model: nn.Module, tokenizer, quantized: Mapping[str, 
     names, heads = tensor_names(config), interleaved_heads(config)
     if config.rope_parameters.get("rope_type", "default") != "default":
         writer.add_tensor("rope_freqs.weight", rope_factors(model).numpy())
-    stored, as_f32 = 0, []
+    stored, as_f32, types = 0, [], {}
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue                                 # llama.cpp takes the embedding when there is no output
@@ -79,13 +81,17 @@ def write_gguf(path: Path, model: nn.Module, tokenizer, quantized: Mapping[str, 
         layer = quantized.get(layer_name) if part == "weight" else None
         if layer is not None:
             rows = interleaved_rows(len(tensor), num_heads)
-            layer = layer._replace(codes=layer.codes[rows], scales=layer.scales[rows], zeros=layer.zeros[rows])
-            kind, data = encode(layer)
+            if isinstance(layer, Blocks):
+                kind, data = layer.kind, layer.data[rows].numpy()
+            else:
+                kind, data = encode(layer._replace(codes=layer.codes[rows], scales=layer.scales[rows],
+                                                   zeros=layer.zeros[rows]))
             if kind == "F32":
                 as_f32.append(f"{target} ({data})")
-                data = dequantize(layer).numpy()
+                data = dequantize(layer)[rows].numpy()
             writer.add_tensor(target, data, raw_dtype=gguf.GGMLQuantizationType[kind])
             stored += data.nbytes
+            types[target] = kind
         else:
             tensor = tensor.cpu()[interleaved_rows(len(tensor), num_heads)]
             if tensor.dim() == 1 or tensor.dtype not in (torch.float16, torch.bfloat16):
@@ -102,7 +108,8 @@ def write_gguf(path: Path, model: nn.Module, tokenizer, quantized: Mapping[str, 
     if not quantized:
         return {}
     notes = [f"Written as F32, since no block type holds them: {', '.join(as_f32)}."] if as_f32 else []
-    return {"written_as_f32": as_f32, "notes": notes, **bits_a_weight(quantized.values(), stored)}
+    return {"written_as_f32": as_f32, "notes": notes, "tensor_types": types,
+            **bits_a_weight(quantized.values(), stored)}
 
 
 # ---- tensors ---------------------------------------------------------------------------------------------------------

@@ -1,17 +1,20 @@
 """Quantized checkpoints that other tools wrote, read layer by layer: their integers, scales and zeros as they are.
 
-compressed-tensors' pack-quantized format, GPTQ's (AutoGPTQ, GPTQModel, auto-round) and GGUF's blocks of 32. Layers are
+compressed-tensors' pack-quantized format, GPTQ's (AutoGPTQ, GPTQModel, auto-round) and GGUF's blocks. Layers are
 called what they are called in the model, and errors say what is wrong without the checkpoint's or the layer's name.
 """
 import hashlib
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from safetensors import safe_open
 
 from formats.gguf import ARCHITECTURES, BITS, decode, interleaved_heads, interleaved_rows, tensor_names
+from formats.kquants import TYPES, Blocks, fitting, level_of
 from utils.files import read_json
 
 SCALES = (torch.float16, torch.bfloat16, torch.float32)
@@ -21,7 +24,7 @@ SAMPLES = 64                     # of every file that a fingerprint reads
 class Stored(NamedTuple):
     """What a layer is stored as."""
     kind: str                    # in words, the same for all layers of a uniform checkpoint
-    bits: int                    # of a code
+    bits: float                  # of a code; of K-quants, and what stands in for them, a weight
     shape: tuple[int, int]       # (out, in)
 
 
@@ -37,6 +40,7 @@ class Checkpoint(Protocol):
     path: Path
     format: str
     files: list[Path]
+    k_quant: str | None          # the type of a file of K-quants, whose layers are read by `Gguf.blocks`
 
     def stored(self, name: str) -> Stored: ...
     def grid(self, name: str) -> Grid: ...
@@ -88,6 +92,7 @@ def fingerprint(checkpoint: Checkpoint) -> str:
 class SafetensorsFolder:
     """All tensors of the safetensors files in a folder."""
     marks: tuple[str, ...]       # tensors that every quantized layer has
+    k_quant = None
 
     def __init__(self, path: Path):
         self.path, self.files = path, sorted(path.glob("*.safetensors"))
@@ -226,6 +231,9 @@ class Gguf:
         self.path, self.format, self.files = path, "GGUF", [path]
         self._names, self._heads = tensor_names(config), interleaved_heads(config)
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
+        types = Counter(tensor.tensor_type.name for tensor in reader.tensors if tensor.name.startswith("blk."))
+        # of a file that is uniform: the rows of some layers may need another type
+        self.k_quant = next((kind for kind, _ in types.most_common() if kind.endswith("_K") and kind in TYPES), None)
 
     def _tensor(self, name: str):
         return self._tensors.get(self._names(name))
@@ -238,10 +246,19 @@ class Gguf:
         tensor = self._tensor(f"{name}.weight")
         if tensor is None:
             raise ValueError("not in the file")
-        kind = tensor.tensor_type.name
+        kind, shape = tensor.tensor_type.name, tuple(tensor.shape.tolist()[::-1])
+        if self.k_quant and kind in (self.k_quant, fitting(self.k_quant, shape[1])):
+            return Stored(self.k_quant, level_of(kind), shape)
         if kind not in BITS:
-            raise ValueError(f"of type {kind}, which is not one of {', '.join(BITS)}")
-        return Stored(kind, BITS[kind], tuple(tensor.shape.tolist()[::-1]))
+            raise ValueError(f"of type {kind}, which is not one of {', '.join(BITS)}, nor a K-quant like most of the "
+                             f"file")
+        return Stored(kind, BITS[kind], shape)
+
+    def blocks(self, name: str) -> Blocks:
+        """The layer's bytes, in the model's order of rows."""
+        tensor = self._tensor(f"{name}.weight")
+        data = torch.from_numpy(np.array(tensor.data).view(np.uint8)).view(len(tensor.data), -1)
+        return Blocks(tensor.tensor_type.name, self._in_order_of_rows(name, data)[0].contiguous())
 
     def _decoded(self, name: str):
         layer = decode(self.stored(name).kind, self._tensor(f"{name}.weight").data)

@@ -77,8 +77,8 @@ def test_published_level_configuration_is_written_back_to_the_byte(tmp_path):
 
 @pytest.mark.parametrize("line, message", [
     ("model.layers.0.q_proj 3", "is not `layer.name: level`"),
-    ("model.layers.0.q_proj: 3.5", "with a whole number"),
-    ("model.layers.0.q_proj: three", "with a whole number"),
+    ("model.layers.0.q_proj: three", "with a number"),
+    ("model.layers.0.q_proj: nan", "with a number"),
     ("model.layers.0.q_proj:", "is not"),
     (": 3", "is not"),
     ("", "is not"),

@@ -3,6 +3,7 @@
 Depth: one of none/attn/mlp/attn+mlp a line, one line a block. Sparsity and bits: `layer.name: level` a line.
 Files are read strictly: a misspelt or missing line is an error, never a default.
 """
+import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -45,17 +46,26 @@ def check_configuration_name(name: str) -> None:
         raise ValueError(f"--configuration_name {name}: a file name ending in .txt is needed, without a folder")
 
 
-def read_level_config(path: str | Path) -> dict[str, int]:
+def parse_level(text: str) -> float:
+    """A level as files and flags have it: a whole number, or bits a weight with a fraction (K-quants). Raises
+    ValueError."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError
+    return int(value) if value.is_integer() else value
+
+
+def read_level_config(path: str | Path) -> dict[str, float]:
     """Level by layer name, in the file's order. Raises ValueError naming file and line."""
-    levels: dict[str, int] = {}
+    levels: dict[str, float] = {}
     for number, line in enumerate(_lines(path), 1):
         name, colon, level = line.rpartition(":")
         try:
-            value = int(level)
+            value = parse_level(level)
         except ValueError:
             colon = ""
         if not colon or not name.strip():
-            raise ValueError(f"{path}: line {number}: {line!r} is not `layer.name: level` with a whole number")
+            raise ValueError(f"{path}: line {number}: {line!r} is not `layer.name: level` with a number")
         if name.strip() in levels:
             raise ValueError(f"{path}: line {number}: {name.strip()} is there twice")
         levels[name.strip()] = value
@@ -63,12 +73,13 @@ def read_level_config(path: str | Path) -> dict[str, int]:
 
 
 @distributed.main_only
-def write_level_config(path: str | Path, levels: dict[str, int]) -> None:
+def write_level_config(path: str | Path, levels: dict[str, float]) -> None:
     """`layer.name: level` a line, in the order given."""
     write_atomic(path, "".join(f"{name}: {level}\n" for name, level in levels.items()))
 
 
-def check_level_config(path: str | Path, levels: dict[str, int], available: dict[str, Iterable[int]]) -> None:
+def check_level_config(path: str | Path, levels: dict[str, float], available: dict[str, Iterable[float]]
+                       ) -> None:
     """Raise ValueError with the first three lines of `path` that do not fit the layers and levels `available`."""
     wrong = [f"{name}: {level} ({'no such layer' if name not in available else 'no such level'})"
              for name, level in levels.items() if level not in available.get(name, ())]

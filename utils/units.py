@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from utils.configs import parse_level
+
 # Projections that inference engines fuse into one matrix, by the names they have in published models.
 FUSED = {"qkv": {"q_proj", "k_proj", "v_proj", "query", "key", "value", "wq", "wk", "wv"},
          "gate_up": {"gate_proj", "up_proj", "w1", "w3"}}
@@ -14,7 +16,7 @@ EXPERT = re.compile(r"(.*experts)\.\d+\.(.+)")        # a layer of one expert of
 @dataclass(frozen=True)
 class Unit:
     names: tuple[str, ...]       # layers, in model order
-    levels: tuple[int, ...]      # that all of them may take, ascending
+    levels: tuple[float, ...]      # that all of them may take, ascending
 
     def __len__(self) -> int:
         return len(self.names)
@@ -45,7 +47,7 @@ def check_unit_flags(args: argparse.Namespace) -> None:
     parse_bounds(args)
 
 
-def parse_bounds(args: argparse.Namespace) -> list[tuple[str, str, int, int]]:
+def parse_bounds(args: argparse.Namespace) -> list[tuple[str, str, float, float]]:
     """(as given, pattern, lowest, highest level) of every --bounds, then of every --pin."""
     bounds = []
     for flag, items in (("--bounds", args.bounds), ("--pin", args.pin)):
@@ -55,14 +57,14 @@ def parse_bounds(args: argparse.Namespace) -> list[tuple[str, str, int, int]]:
             try:
                 if not pattern or bool(colon) != (flag == "--bounds"):
                     raise ValueError
-                bounds.append((f"{flag} {item}", pattern, int(low), int(high if colon else low)))
+                bounds.append((f"{flag} {item}", pattern, parse_level(low), parse_level(high if colon else low)))
             except ValueError:
                 example = "'*.down_proj=3:6'" if flag == "--bounds" else "'model.layers.0.*=4'"
                 raise ValueError(f"{flag} {item}: not understood; write it like {example}") from None
     return bounds
 
 
-def build_units(blocks: Sequence[Sequence[str]], levels: Mapping[str, Iterable[int]], args: argparse.Namespace
+def build_units(blocks: Sequence[Sequence[str]], levels: Mapping[str, Iterable[float]], args: argparse.Namespace
                 ) -> list[Unit]:
     """Units of the layers in `blocks` (names by block) with the levels that the database and the flags leave them.
 
