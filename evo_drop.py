@@ -10,10 +10,12 @@ uncompressed model. The result is layer_drop_config.txt: one of none/attn/mlp/at
 import argparse
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from formats.regroup import whole
+from formats.towers import with_tower
 from utils import distributed, flags
 from utils.configs import drop_words, read_drop_config, write_drop_config
 from utils.errors import RunError, user_errors
@@ -99,14 +101,18 @@ class Space:
         return tuple((attn, mlp) for attn, mlp in states)
 
 
-def build_space(args: argparse.Namespace, sizes: list[tuple[int, int]]) -> Space:
-    """The search space of the flags; sizes: parameters of every block's (attention, MLP).
+def build_space(args: argparse.Namespace, sizes: list[tuple[int, int]],
+                held: Sequence[tuple[bool, bool]] | None = None) -> Space:
+    """The search space of the flags; sizes: parameters of every block's (attention, MLP); held: which of those the
+    model cannot do without, since later blocks read their keys and values.
 
     Raises ValueError where the budget cannot be met.
     """
     num_blocks = len(sizes)
     legal = (read_drop_config(args.legal_to_drop_path, num_blocks) if args.legal_to_drop_path
              else [(True, True)] * num_blocks)
+    if held:
+        legal = [tuple(may and not kept for may, kept in zip(*pair)) for pair in zip(legal, held)]
     if args.drop_two_consecutive and num_blocks % 2:
         raise ValueError(f"--drop_two_consecutive: the model has {num_blocks} blocks; an even number is needed")
     groups = [(i, i + 1) for i in range(0, num_blocks, 2)] if args.drop_two_consecutive else [
@@ -134,8 +140,8 @@ def build_space(args: argparse.Namespace, sizes: list[tuple[int, int]]) -> Space
             counts[kind] = asked // len(groups[0])
         allowed = sum(unit.kind == kind and unit.legal for unit in units)
         if counts[kind] > allowed:
-            raise ValueError(f"{flag}: {counts[kind]} of '{kind}' to drop, but only {allowed} may be; lower it, or "
-                             f"allow more in --legal_to_drop_path")
+            raise ValueError(f"{flag}: {counts[kind]} of '{kind}' to drop, but only {allowed} may be; lower it"
+                             + (", or allow more in --legal_to_drop_path" if args.legal_to_drop_path else ""))
     return Space(tuple(units), counts)
 
 
@@ -340,7 +346,11 @@ def main(argv: list[str] | None = None) -> dict:
             check_writable(folder, "--drop_config_dir" if folder == args.drop_config_dir else "--save_dir")
         search.load()
         blocks = search.decoder.blocks
-        space = build_space(args, [(block.attn.size, block.mlp.size) for block in blocks])
+        held = [(block.attn.held, block.mlp.held) for block in blocks]
+        if any(map(any, held)):
+            print(f"kept, since later blocks read their keys and values: the attentions of blocks "
+                  f"{', '.join(str(i) for i, (attn, _) in enumerate(held) if attn)}")
+        space = build_space(args, [(block.attn.size, block.mlp.size) for block in blocks], held)
 
     def set_block(index: int, state: tuple[bool, bool] | None) -> None:
         blocks[index].drop(*(state or (False, False)))
@@ -382,7 +392,8 @@ def main(argv: list[str] | None = None) -> dict:
     if args.save_dir:
         for index, state in enumerate(winner):
             set_block(index, state)
-        save_dropped(search.decoder, search.tokenizer, args.save_dir)
+        save_dropped(search.decoder, search.tokenizer, args.save_dir, config.dtype if args.dtype == "auto" else None,
+                     lambda decoder: with_tower(whole(decoder), args.model_name_or_path, config).model)
     return search.finish(describe(space, parents[0], blocks), [[state[half] for state in winner] for half in (0, 1)],
                          ["attention", "MLP"], "dropped", files, dropped=" ".join(drop_words(winner)))
 

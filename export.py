@@ -30,6 +30,7 @@ from formats.compressed_tensors import Quantized
 from formats.gguf import check_gguf, write_gguf
 from formats.kquants import Blocks
 from formats.regroup import Regrouped, regroup
+from formats.towers import is_wrapped, text_class, with_tower, without_tower
 from utils.configs import drop_words, read_drop_config
 from utils.decoder import Decoder
 from utils.errors import RunError, user_errors
@@ -65,6 +66,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     output.add_argument("--tensor_types", metavar="FILE",
                         help="of --format gguf: also write there which type each layer has, as llama-quantize "
                              "--tensor-type-file reads it")
+    output.add_argument("--text_only", action="store_true",
+                        help="of a model that takes images or sound, export the text model alone (default: all of it)")
     output.add_argument("--max_shard_size", default="5GB", metavar="SIZE",
                         help="of a safetensors file, e.g. 500MB (default: 5GB)")
     output.add_argument("--evaluation", metavar="FILE",
@@ -102,6 +105,11 @@ def main(argv: list[str] | None = None) -> dict:
             set_block(index, state)                  # from here on, decoder.model is the model that was searched
         dropped = [drop for drop, _ in candidate]
         regrouped = regroup(decoder, dropped)
+        searched = count(regrouped.model)
+        regrouped = (without_tower(regrouped) if args.text_only else
+                     with_tower(regrouped, args.model_name_or_path, config))
+        exported = count(regrouped.model)
+        dense = {key: dense[key] + max(0, exported[key] - searched[key]) for key in dense}       # the tower
         experts = expert_layers(decoder, regrouped)
         quantized = {}
         if args.quant_config_path and args.format != "dense":
@@ -115,10 +123,11 @@ def main(argv: list[str] | None = None) -> dict:
             report = mlx.write_mlx(folder, regrouped.model, tokenizer, quantized, args.max_shard_size, args.format)
         else:
             report = write_checkpoint(folder, regrouped.model, tokenizer, quantized,
-                                      {name: parameter for name, (parameter, _) in experts.items()}, args)
+                                      {name: parameter for name, (parameter, _) in experts.items()}, args,
+                                      is_wrapped(config))
         report = {"format": args.format, "model": args.model_name_or_path, "command": command,
                   "blocks": {"dense": len(decoder.blocks), "exported": len(regrouped.pairs)},
-                  "parameters": {"dense": dense["parameters"], "exported": count(regrouped.model)["parameters"]},
+                  "parameters": {"dense": dense["parameters"], "exported": exported["parameters"]},
                   "bytes": {"dense": dense["bytes"], "exported": weight_bytes(folder)},
                   "zeros": sum(int((weight == 0).sum()) for weight in regrouped.model.parameters()), **report}
         lines = describe(report, dropped, regrouped)
@@ -169,6 +178,11 @@ def check_flags(args: argparse.Namespace, config) -> None:
             raise ValueError(f"--save_dir {folder}: replacing it would delete {inside[0]}, which this export reads; "
                              f"name another folder")
     check_writable(folder.absolute().parent, "--save_dir")
+    if args.text_only and not is_wrapped(config):
+        raise ValueError(f"--text_only: {config.model_type} models have nothing but text; leave it out")
+    if args.text_only and text_class(config) is None:
+        raise ValueError(f"--text_only: transformers has no class for the text model of {config.model_type}; leave it "
+                         f"out")
 
 
 def read_evaluation(args: argparse.Namespace) -> dict | None:
@@ -248,8 +262,8 @@ def quantized_layers(regrouped: Regrouped, experts: Mapping[str, tuple[str, str]
     """Codes of the model's quantized layers, by their names in the new model; zeroed ones are quantized zeros. experts:
     see `expert_layers`."""
     layers = {}
-    linear = {name: regrouped.sources[f"{name}.weight"].removesuffix(".weight")
-              for name in linear_layers(regrouped.model)}
+    linear = {name: regrouped.sources.get(f"{name}.weight", name).removesuffix(".weight")
+              for name in linear_layers(regrouped.model)}                        # with those of a tower
     for name, source in (linear | {name: source for name, (_, source) in experts.items()}).items():
         if source not in levels:
             continue
@@ -266,11 +280,14 @@ def quantized_layers(regrouped: Regrouped, experts: Mapping[str, tuple[str, str]
 
 
 def write_checkpoint(folder: Path, model: nn.Module, tokenizer, quantized: Mapping[str, Quantized],
-                     experts: Mapping[str, str], args: argparse.Namespace) -> dict:
+                     experts: Mapping[str, str], args: argparse.Namespace, wrapped: bool = False) -> dict:
     """Write the files that `from_pretrained` reads; returns what to report of the quantized layers. experts: name of an
-    expert's matrix -> the parameter that has it."""
+    expert's matrix -> the parameter that has it; `wrapped`: the checkpoint has a tower."""
+    options = {"max_shard_size": args.max_shard_size}
+    if wrapped:                      # under the names that its class gives them, which quantization_config has, too
+        options["save_original_format"] = False
     if not quantized:
-        save_pretrained(model, tokenizer, folder, max_shard_size=args.max_shard_size)
+        save_pretrained(model, tokenizer, folder, **options)
         return {}
     linear = linear_layers(model)
     schemes = compressed_tensors.choose_schemes(quantized, promote=args.fuse == "promote", experts=experts)
@@ -286,7 +303,7 @@ def write_checkpoint(folder: Path, model: nn.Module, tokenizer, quantized: Mappi
                nn.Embedding)) and getattr(module, "weight", torch.empty(0)).dim() == 2]      # linear layers in vLLM
     model.config.quantization_config = compressed_tensors.quantization_config(
         schemes, [name for name in linear if name not in schemes] + routers, experts)
-    save_pretrained(model, tokenizer, folder, state_dict=state, max_shard_size=args.max_shard_size)
+    save_pretrained(model, tokenizer, folder, state_dict=state, **options)
     uneven = compressed_tensors.unevenly_packed(linear, schemes)
     odd = [name for name, layer in quantized.items() if layer.codes.shape[0] % 32]
     notes = [f"vLLM's kernels take output sizes that are multiples of 32; {len(odd)} quantized layers (first {odd[0]}) "

@@ -130,9 +130,13 @@ def main(argv: list[str] | None = None) -> None:
         home = torch.device("cpu") if args.cpu_offload_modules else device
         decoder = load_decoder(args.model_name_or_path, args.dtype, home, args.attn_implementation,
                                args.trust_remote_code)
+        decoder.check_dropped(dropped)
+        if decoder.shares_notes:
+            raise ValueError(f"{type(decoder.model).__name__}: its blocks read keys and values of earlier ones, so "
+                             f"they are not trained one by one yet; export what the search has found as it is")
         header = header_of(args, config, decoder, documents, dropped)
         result = (FinishedDatabase(args, header, decoder, database, levels, dropped) if database else
-                  FinishedCheckpoint(args, header, decoder, dropped))
+                  FinishedCheckpoint(args, config, header, decoder, dropped))
         if result.complete:
             print(f"{args.save_dir}: finished")
             return

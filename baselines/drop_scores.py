@@ -209,6 +209,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
         check_writable(args.save_dir, "--save_dir")
         documents = documents_of(args, config, tokenizer_of(args))
         decoder = decoder_of(args)
+        decoder.check_dropped([(True, True)] * len(decoder.blocks))      # any of them may be, and whole
     num_blocks = len(decoder.blocks)
     counts = {sparsity: num_dropped(sparsity, num_blocks) for sparsity in args.sparsities}
     if set(args.scoring_method) & set(FITNESS):

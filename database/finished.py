@@ -16,6 +16,7 @@ from database.packing import Packed
 from database.store import FORMAT, Database, config_sha256, write_layer, write_manifest
 from database.tuning import BlockWeight, DenseWeight, HiddenStates, QuantizedWeight, SparseWeight, Weight
 from formats.regroup import regroup
+from formats.towers import with_tower
 from utils import distributed
 from utils.data import documents_sha256
 from utils.decoder import Block, Decoder
@@ -133,10 +134,11 @@ class FinishedDatabase:
 class FinishedCheckpoint:
     """A checkpoint without what was dropped, of which every block is trained by itself; until all are, a file each."""
 
-    def __init__(self, args: argparse.Namespace, header: dict, decoder: Decoder,
+    def __init__(self, args: argparse.Namespace, config, header: dict, decoder: Decoder,
                  dropped: Sequence[tuple[bool, bool]]):
         """Raises ValueError where the folder holds anything else."""
         self.path, self.decoder, self.dropped = args.save_dir, decoder, dropped
+        self.model, self.config = args.model_name_or_path, config
         self.learning_rate = {} if args.learning_rate is None else {"learning_rate": args.learning_rate}
         self._begin(json.loads(json.dumps(header, default=str)))
 
@@ -182,7 +184,8 @@ class FinishedCheckpoint:
         """Write the checkpoint: the kept halves regrouped into as few blocks as give the same function."""
         partial = self.path / f".model{PARTIAL}"
         shutil.rmtree(partial, ignore_errors=True)
-        save_pretrained(regroup(self.decoder, self.dropped).model, tokenizer, partial)
+        save_pretrained(with_tower(regroup(self.decoder, self.dropped), self.model, self.config).model, tokenizer,
+                        partial)
         for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):      # last
             os.replace(file, self.path / file.name)
         partial.rmdir()

@@ -54,6 +54,7 @@ class Calibration:
         self.hidden_states = HiddenStates([sum(map(_tokens, chunk)) for chunk in self.chunks], storage, device,
                                           max(map(_tokens, batches)), activations_dir)
         self.position = 0
+        self._notes: dict[tuple, list[dict]] = {}    # row -> what its blocks so far have left for later ones
 
     @contextmanager
     def working(self, index: int) -> Iterator[None]:
@@ -111,6 +112,17 @@ class Calibration:
             print(f"out of memory: from now on at most {self.microbatch_tokens} tokens at once instead of "
                   f"{_tokens(rows)}", flush=True)
 
+    def _notes_of(self, rows: list[Row]) -> list[dict]:
+        """What the blocks so far have left for later ones, of a microbatch: each row's put together."""
+        kept = [self._notes.get(tuple(row), []) for row in rows]
+        return [{key: tuple(torch.stack(parts).to(self.device) for parts in zip(*(of_row[key] for of_row in notes)))
+                 for key in notes[0]} for notes in zip(*kept)]
+
+    def _keep_notes(self, rows: list[Row], notes: list) -> None:
+        for i, row in enumerate(rows):
+            self._notes[tuple(row)] = [{key: tuple(part[i].to(self.hidden_states.storage) for part in parts)
+                                        for key, parts in note.items()} for note in notes]
+
     def _try_chunk(self, chunk: int, advance: bool, hessians: "InputHessians | None") -> tuple[int, str | None]:
         """Run the block over a chunk. Returns its microbatches that are done, and what was said where memory did not
         suffice for one more."""
@@ -120,10 +132,14 @@ class Calibration:
             for entering in self.hidden_states.arrivals(chunk, [(len(rows), _tokens(rows[:1])) for rows in batches]):
                 # masks and rotary embeddings are made anew for every block: kept, they could outweigh the hidden states
                 inputs = self.decoder.block_inputs(*assemble(self.documents, batches[done])[:2])
+                if self.decoder.shares_notes:
+                    inputs.leave(self._notes_of(batches[done]))
                 output = self.decoder.run_block(self.position, inputs.hidden_states if entering is None else entering,
                                                 inputs)
                 if advance:
                     self.hidden_states.depart(start, output)
+                    if self.decoder.shares_notes:
+                        self._keep_notes(batches[done], inputs.notes)
                 if hessians:
                     hessians.end_microbatch()
                 start += _tokens(batches[done])

@@ -202,6 +202,7 @@ def load_configuration(args: argparse.Namespace, decoder: Decoder
     model."""
     dropped = (read_drop_config(args.drop_config, len(decoder.blocks)) if args.drop_config
                else [(False, False)] * len(decoder.blocks))
+    decoder.check_dropped(dropped)
     opened = open_configuration(args)
     switcher = LevelSwitcher(decoder, opened[0], args.level_cache_gb) if opened else None
     levels = switcher.states(opened[1]) if opened else [()] * len(decoder.blocks)

@@ -172,8 +172,9 @@ class HiddenStates:
     def _output(self, index: int, hidden_states: torch.Tensor, args: tuple, kwargs: dict,
                 values: Mapping[str, torch.Tensor] | None = None) -> torch.Tensor:
         """Of a block whose parameters, by name within it, are `values`, or its own."""
-        output = functional_call(self.decoder.blocks[index].module, dict(values or {}), (hidden_states, *args), kwargs)
-        return output if isinstance(output, torch.Tensor) else output[0]
+        output = functional_call(self.decoder.blocks[index].module, dict(values or {}),
+                                 (self.decoder.parted(hidden_states), *args), kwargs)
+        return self.decoder.joined(output if isinstance(output, torch.Tensor) else output[0])
 
     # ---- training ----------------------------------------------------------------------------------------------------
 

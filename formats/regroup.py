@@ -17,6 +17,7 @@ from transformers.initialization import no_init_weights
 from utils.decoder import Block, Decoder
 
 Pairs = list[tuple[int | None, int | None]]      # a new block: whose attention, whose MLP; None: zeros
+Donors = list[tuple[int, int]]                   # a new block: of which ones its halves are, zeros too
 MLP_FIELDS = re.compile(r"mlp|ffn|intermediate|moe|expert|dense|sparse")    # per-block fields that follow the MLP
 NOT_PER_BLOCK = ("architectures", "bos_token_id", "eos_token_id", "pad_token_id")    # lists of another kind
 PROBE_TOKENS = 64
@@ -28,6 +29,7 @@ class Regrouped:
     pairs: Pairs
     sources: dict[str, str]          # name of a tensor in `model` -> its name in the original one
     zeroed: set[str]                 # names in `model` of tensors that are zeros of their source's shape
+    donors: Donors
 
 
 def pair_up(dropped: Sequence[tuple[bool, bool]]) -> Pairs:
@@ -50,28 +52,65 @@ def own_pairs(dropped: Sequence[tuple[bool, bool]], remove: bool) -> Pairs:
     return pairs or [(None, None)]
 
 
+def whole(decoder: Decoder) -> Regrouped:
+    """The model as it is."""
+    names, pairs = list(decoder.model.state_dict()), [(block.index, block.index) for block in decoder.blocks]
+    return Regrouped(decoder.model, pairs, dict(zip(names, names)), set(), pairs)
+
+
 @torch.no_grad()
 def regroup(decoder: Decoder, dropped: Sequence[tuple[bool, bool]]) -> Regrouped:
     """A plain model that computes what `decoder`, whose sub-blocks are dropped as `dropped` says, computes."""
     if not any(map(any, dropped)):
-        names = list(decoder.model.state_dict())
-        return Regrouped(decoder.model, pair_up(dropped), dict(zip(names, names)), set())
+        return whole(decoder)
     generator = torch.Generator().manual_seed(0)
     text_config = decoder.config.get_text_config(decoder=True)
     length = min(PROBE_TOKENS, getattr(text_config, "max_position_embeddings", PROBE_TOKENS))
     tokens = torch.randint(text_config.vocab_size, (1, length), generator=generator).to(decoder.device)
     expected = decoder.model(input_ids=tokens, use_cache=False).logits
+    cached = continues(decoder.model, tokens, expected)
     roles = [child_roles(decoder, block, tokens[:, :8]) for block in decoder.blocks]
-    plans = (pair_up(dropped), own_pairs(dropped, remove=True), own_pairs(dropped, remove=False))
-    for number, pairs in enumerate(plans):
-        if number and pairs == plans[number - 1]:
+    every = [(index, index) for index in range(len(dropped))]
+    plans = [(pairs, donors_of(pairs)) for pairs in (pair_up(dropped), own_pairs(dropped, remove=True))]
+    plans = [kept for plan in plans for kept in (plan, with_every_kind(decoder, *plan))]
+    tried = []
+    for plan in (*plans, (own_pairs(dropped, remove=False), every)):
+        if plan in tried:
             continue
-        regrouped = build(decoder, pairs, roles)
+        tried.append(plan)
+        regrouped = build(decoder, *plan, roles)
         if regrouped is not None and same_settings(decoder, regrouped) and torch.equal(
-                regrouped.model(input_ids=tokens, use_cache=False).logits, expected):
+                regrouped.model(input_ids=tokens, use_cache=False).logits, expected) and (
+                not cached or continues(regrouped.model, tokens, expected)):
             return regrouped
     raise ValueError(f"{type(decoder.model).__name__}: zeroing the dropped sub-blocks does not give the model that "
                      f"skips them, so this configuration cannot be exported; expected zero weights to add zeros")
+
+
+def donors_of(pairs: Pairs) -> Donors:
+    """A half without a donor of its own is zeros in the form of the block of the other half."""
+    return [(_donor(attn, mlp), _donor(mlp, attn)) for attn, mlp in pairs]
+
+
+def with_every_kind(decoder: Decoder, pairs: Pairs, donors: Donors) -> tuple[Pairs, Donors]:
+    """The same with a block of zeros for every kind of attention that is gone: a cache of several kinds may need one of
+    each."""
+    kinds = [type(block.attn.modules[0]) for block in decoder.blocks]
+    gone = dict.fromkeys(kind for kind in kinds if kind not in {kinds[attn] for attn, _ in donors})
+    added = [((None, None), (kinds.index(kind),) * 2) for kind in gone]
+    plan = sorted([*zip(pairs, donors), *added], key=lambda new: max(half for half in new[1]))
+    return [pair for pair, _ in plan], [donor for _, donor in plan]
+
+
+@torch.no_grad()
+def continues(model: nn.Module, tokens: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether the last token's logits are what is `expected`, roughly, where all before it are in a cache."""
+    try:
+        cache = model(input_ids=tokens[:, :-1], use_cache=True).past_key_values
+        found = model(input_ids=tokens[:, -1:], past_key_values=cache, use_cache=True).logits[:, -1]
+    except Exception:                # whatever a cache that lacks something ends in
+        return False
+    return torch.allclose(found, expected[:, -1], rtol=1e-2, atol=1e-2 * float(expected.abs().max()))
 
 
 @torch.no_grad()
@@ -84,12 +123,12 @@ def child_roles(decoder: Decoder, block: Block, tokens: torch.Tensor) -> dict[st
     names = {child: name for name, child in block.module.named_children()}
     roles = {names[child]: "attn" for child in block.attn.modules}
     roles.update({names[child]: "mlp" for child in block.mlp.modules})
-    attention, after = block.attn.modules[0], False
+    after = False
 
     def record(module, args, kwargs):
         nonlocal after
         inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
-        after = after or module is attention
+        after = after or module in block.attn.modules
         roles.setdefault(names[module], "mlp" if after and inputs and inputs[0].any() else "attn")
 
     hooks = [child.register_forward_pre_hook(record, with_kwargs=True) for child in names]
@@ -103,15 +142,16 @@ def child_roles(decoder: Decoder, block: Block, tokens: torch.Tensor) -> dict[st
     return roles
 
 
-def build(decoder: Decoder, pairs: Pairs, roles: list[dict[str, str]]) -> Regrouped | None:
-    """The model of `pairs`; None where its config describes tensors of other names or shapes."""
+def build(decoder: Decoder, pairs: Pairs, donors: Donors, roles: list[dict[str, str]]) -> Regrouped | None:
+    """The model of `pairs`, zeros in the form of `donors`; None where its config describes tensors of other names or
+    shapes."""
     state = decoder.model.state_dict()
     folder = decoder.blocks[0].name.rpartition(".")[0]
     sources = {name: name for name in state if not name.startswith(f"{folder}.")}
     zeroed: set[str] = set()
-    for new, (attn, mlp) in enumerate(pairs):
-        for role, donor in (("attn", attn), ("mlp", mlp)):
-            block = decoder.blocks[_donor(attn, mlp) if donor is None else donor]
+    for new, (pair, forms) in enumerate(zip(pairs, donors)):
+        for role, donor, form in zip(("attn", "mlp"), pair, forms):
+            block = decoder.blocks[form]
             modules = (block.attn if role == "attn" else block.mlp).modules
             children = dict(block.module.named_children())
             for name in state:
@@ -122,38 +162,40 @@ def build(decoder: Decoder, pairs: Pairs, roles: list[dict[str, str]]) -> Regrou
                     if donor is None and children.get(child) in modules:
                         zeroed.add(f"{folder}.{new}.{inside}")
 
-    config = follow(decoder.config, pairs, len(decoder.blocks))
+    config = follow(decoder.config, donors, len(decoder.blocks))
     with no_init_weights():
         model = type(decoder.model)._from_config(config, dtype=decoder.dtype,
                                                  attn_implementation=decoder.config._attn_implementation)
-    tensors = {name: torch.zeros_like(state[source]) if name in zeroed else state[source]
-               for name, source in sources.items()}
+    tensors, used = {}, set()
+    for name, source in sources.items():             # what two new blocks take, a norm say, is not theirs together
+        tensors[name] = (torch.zeros_like(state[source]) if name in zeroed else state[source].clone()
+                         if source in used else state[source])
+        used.add(source)
     if {name: tensor.shape for name, tensor in tensors.items()} != {
             name: tensor.shape for name, tensor in model.state_dict().items()}:
         return None
     model.load_state_dict(tensors, assign=True)
     model.tie_weights()
     model.generation_config = deepcopy(decoder.model.generation_config)
-    return Regrouped(model.to(decoder.device).eval().requires_grad_(False), pairs, sources, zeroed)
+    return Regrouped(model.to(decoder.device).eval().requires_grad_(False), pairs, sources, zeroed, donors)
 
 
-def follow(config, pairs: Pairs, num_blocks: int):
+def follow(config, donors: Donors, num_blocks: int):
     """A copy of `config` for the new blocks: fields with an entry a block, or with indices of blocks, follow the
     attention, or the MLP if their name speaks of it."""
     config = deepcopy(config)
     text_config = config.get_text_config(decoder=True)
-    attn_donors = [_donor(attn, mlp) for attn, mlp in pairs]
-    mlp_donors = [_donor(mlp, attn) for attn, mlp in pairs]
+    attn_donors, mlp_donors = (list(halves) for halves in zip(*donors))
     changed = {}
     for key, value in text_config.to_dict().items():
         if not isinstance(value, (list, tuple)) or key in NOT_PER_BLOCK:
             continue
-        donors = mlp_donors if MLP_FIELDS.search(key) else attn_donors
+        halves = mlp_donors if MLP_FIELDS.search(key) else attn_donors
         if len(value) == num_blocks:
-            changed[key] = [value[donor] for donor in donors]
+            changed[key] = [value[donor] for donor in halves]
         elif key.endswith("_layers"):
-            changed[key] = [new for new, donor in enumerate(donors) if donor in value]
-    for key, value in {**changed, "num_hidden_layers": len(pairs)}.items():
+            changed[key] = [new for new, donor in enumerate(halves) if donor in value]
+    for key, value in {**changed, "num_hidden_layers": len(donors)}.items():
         setattr(text_config, key, value)
     return config
 
@@ -164,9 +206,9 @@ def same_settings(decoder: Decoder, regrouped: Regrouped) -> bool:
     modules, originals = dict(regrouped.model.named_modules()), dict(decoder.model.named_modules())
     owners = {name.rpartition(".")[0]: source.rpartition(".")[0] for name, source in regrouped.sources.items()}
     folder = decoder.blocks[0].name.rpartition(".")[0]
-    for new, (attn, mlp) in enumerate(regrouped.pairs):
-        owners[f"{folder}.{new}"] = decoder.blocks[_donor(attn, mlp)].name
-        for role, donor in (("attn", attn), ("mlp", mlp)):
+    for new, (pair, forms) in enumerate(zip(regrouped.pairs, regrouped.donors)):
+        owners[f"{folder}.{new}"] = decoder.blocks[forms[0]].name
+        for role, donor in zip(("attn", "mlp"), pair):
             for child, original in decoder.blocks[donor].module.named_children() if donor is not None else ():
                 if original in getattr(decoder.blocks[donor], role).modules:
                     owners[f"{folder}.{new}.{child}"] = f"{decoder.blocks[donor].name}.{child}"

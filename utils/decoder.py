@@ -2,9 +2,12 @@
 
 Nothing here knows a family by name. Blocks are `get_decoder().layers`, else the longest ModuleList of equal class. Of
 a block's children that hold weight matrices, the attention is the one whose forward takes masks, rotary embeddings or
-a cache; what is left is the MLP (one module, or several as in OPT).
+a cache (or several side by side, as in Falcon-H1); what is left is the MLP (one module, or several as in OPT). What a
+module puts into a cache, and what blocks pass each other besides hidden states, is found by watching a forward.
 """
 import inspect
+from collections import UserDict
+from collections.abc import Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -17,6 +20,10 @@ from utils.experts import Layer, expert_layers, merged_names, orientations
 from utils.offload import OffloadedBlocks
 
 ATTENTION_ARGUMENTS = {"attention_mask", "position_embeddings", "past_key_values", "past_key_value", "layer_past"}
+# method by which a module puts something into a cache -> shapes of the least it may put there for [batch, tokens]
+CACHED = {"update": lambda batch, tokens: [(batch, 1, tokens, 1)] * 2,
+          "update_conv_state": lambda batch, tokens: [(batch, 1, 1)],
+          "update_indexer": lambda batch, tokens: [(batch, tokens, 1)]}
 COMPILED_VARIANTS = 64           # of a block; beyond them torch would go on uncompiled
 
 
@@ -25,9 +32,17 @@ class SubBlock:
 
     def __init__(self, modules: list[nn.Module]):
         self.modules = modules
-        self.parameters = [parameter for module in modules for parameter in module.parameters()]
-        self.size = sum(parameter.numel() for parameter in self.parameters)  # weights in all
         self.dropped = False
+        self.held = False            # may not be dropped: later blocks read what it leaves for them
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [parameter for module in self.modules for parameter in module.parameters()]
+
+    @property
+    def size(self) -> int:
+        """Weights in all."""
+        return sum(parameter.numel() for parameter in self.parameters)
 
     def drop(self, dropped: bool) -> None:
         """Make the modules return zeros (same as a zeroed output projection, bias included), or restore them."""
@@ -46,8 +61,9 @@ def _zeros_forward(module: nn.Module):
         hidden_states = args[0] if args else kwargs["hidden_states"]
         cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
         if cache is not None:            # positions and masks are sized by what layers have cached: one number a token
-            placeholder = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
-            cache.update(placeholder, placeholder, module.layer_idx)
+            for method, layer_idx, options in module.cached:
+                placeholders = [hidden_states.new_zeros(shape) for shape in CACHED[method](*hidden_states.shape[:2])]
+                getattr(cache, method)(*placeholders, layer_idx, **options)
         width = module.out_features if isinstance(module, nn.Linear) else hidden_states.shape[-1]
         return _as_output(module, hidden_states.new_zeros(*hidden_states.shape[:-1], width))
     return forward
@@ -82,6 +98,19 @@ class BlockInputs:
     hidden_states: torch.Tensor              # [batch, tokens, hidden]: the embedding's output
     calls: list[tuple[tuple, dict]]          # a block: its other positional arguments, its keywords
 
+    @property
+    def notes(self) -> list[MutableMapping]:
+        """Arguments in which blocks leave something for later ones, as keys and values that these share."""
+        found = {id(value): value for args, kwargs in self.calls for value in (*args, *kwargs.values())
+                 if isinstance(value, MutableMapping)}
+        return list(found.values())
+
+    def leave(self, notes: Sequence[Mapping]) -> None:
+        """Have the next block find what an earlier block's `notes` were copied to."""
+        for own, given in zip(self.notes, notes):
+            own.clear()
+            own.update(given)
+
 
 class Decoder:
     """A causal language model taken apart at its blocks, so that blocks can be run, skipped and swapped one by one."""
@@ -100,6 +129,8 @@ class Decoder:
         self.packed_rows = 0             # rows of packed documents that may share a microbatch: 0, 1 or any number
         self.by_document = False         # then rows of any number of tokens cost no more than their documents
         self.identity_when_dropped = False
+        self.streams = 0                 # that blocks take: [streams, batch, tokens, hidden], or without any streams
+        self.shares_notes = False        # blocks read in their arguments what earlier ones have left there
         self.offloaded: OffloadedBlocks | None = None
         self.give_back = lambda: 0       # frees memory that can be done without; returns the bytes
         self._call = _call_module        # or that compiled
@@ -112,6 +143,14 @@ class Decoder:
     def layers(self) -> dict[str, Layer]:
         """Every linear layer of the blocks by its full name, in module order, experts' matrices among them."""
         return {name: layer for block in self.blocks for name, layer in block.layers.items()}
+
+    def check_dropped(self, states: Sequence[tuple[bool, bool]]) -> None:
+        """Raises ValueError where (attention, MLP) dropped of every block has what is held."""
+        held = [f"the {name} of {block.name}" for block, state in zip(self.blocks, states)
+                for half, gone, name in zip((block.attn, block.mlp), state, ("attention", "MLP")) if gone and half.held]
+        if held:
+            raise ValueError(f"{type(self.model).__name__}: {held[0]} cannot be dropped, since later blocks read its "
+                             f"keys and values; keep it")
 
     @torch.no_grad()
     def block_inputs(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> BlockInputs:
@@ -141,7 +180,16 @@ class Decoder:
         with _forwards({block.module: recorder(block.module) for block in self.blocks}):
             # no attention mask and no cache: only then do restarting positions keep packed documents apart
             self.body(input_ids=input_ids.to(self.device, non_blocking=True), use_cache=False, **positions)
-        return BlockInputs(embedded[0], calls)
+        self.streams = len(embedded[0]) if embedded[0].dim() == 4 else 0
+        return BlockInputs(self.joined(embedded[0]), calls)
+
+    def joined(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What a block returns, as it is kept: [batch, tokens, hidden], with streams beside each other."""
+        return hidden_states.permute(1, 2, 0, 3).flatten(2) if self.streams else hidden_states
+
+    def parted(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The inverse of `joined`: what a block takes."""
+        return hidden_states.unflatten(2, (self.streams, -1)).permute(2, 0, 1, 3) if self.streams else hidden_states
 
     def move_surroundings(self, device: torch.device) -> None:
         """Move everything but the blocks: embeddings, norms, head."""
@@ -182,8 +230,8 @@ class Decoder:
             return hidden_states
         self.bring(index)
         args, kwargs = inputs.calls[index]
-        output = self._call(block.module, hidden_states, *args, **kwargs)
-        return output if isinstance(output, torch.Tensor) else output[0]
+        output = self._call(block.module, self.parted(hidden_states), *args, **kwargs)
+        return self.joined(output if isinstance(output, torch.Tensor) else output[0])
 
     @torch.no_grad()
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -194,7 +242,8 @@ class Decoder:
         no position is beyond those a family has learned.
         """
         rows = hidden_states.reshape(-1, 1, hidden_states.shape[-1])
-        passed = {block.module: lambda *args, m=block.module, **kwargs: _as_output(m, rows) for block in self.blocks}
+        last = self.parted(rows)
+        passed = {block.module: lambda *args, m=block.module, **kwargs: _as_output(m, last) for block in self.blocks}
         input_ids = torch.zeros(rows.shape[:2], dtype=torch.int64, device=rows.device)
         with _forwards(passed):
             logits = self.model(input_ids=input_ids, use_cache=False, **self._unmasked).logits
@@ -217,7 +266,7 @@ class Decoder:
         vocabulary = self.config.get_text_config(decoder=True).vocab_size
         tokens = torch.randint(vocabulary, (2, 16), generator=generator).to(self.device)
         first, second = tokens[:, :7], tokens[:, 7:]
-        with orientations(self.model, [block.module for block in self.blocks]) as experts:
+        with self._each_block_once(), orientations(self.model, [block.module for block in self.blocks]) as experts:
             logits = self.model(input_ids=second, use_cache=False).logits
         for hook in hooks:
             hook.remove()
@@ -232,6 +281,7 @@ class Decoder:
                              if broken else
                              f"{type(self.model).__name__}: gives NaN in {self.dtype}; use --dtype bfloat16 or "
                              f"float32")
+        self._watch(second)
         alone = self._last_hidden_states(second)
         if not torch.allclose(self.logits(alone), logits, rtol=1e-2, atol=1e-2 * float(logits.abs().max()),
                               equal_nan=True):
@@ -274,6 +324,62 @@ class Decoder:
                 block.layers |= ({name: module} if name in linear else
                                  expert_layers(name, module, transposed, merged))
 
+    @contextmanager
+    def _each_block_once(self):
+        """Raises ValueError where the model does not run its blocks one after the other."""
+        order: list[int] = []
+        hooks = [block.module.register_forward_pre_hook(lambda *_, index=block.index: order.append(index))
+                 for block in self.blocks]
+        yield
+        for hook in hooks:
+            hook.remove()
+        if order != list(range(len(self.blocks))):
+            odd = next((i for i in range(len(self.blocks)) if order.count(i) != 1), 0)
+            raise ValueError(f"{type(self.model).__name__}: runs {self.blocks[odd].name} {order.count(odd)} times in a "
+                             f"forward of {len(order)} block runs; expected each of its blocks once, in their order")
+
+    def _watch(self, tokens: torch.Tensor) -> None:
+        """Find out what the sub-blocks' modules put into a cache, and which of them leave in the arguments of blocks
+        what later blocks read: those are held. What runs beside the attention, not after it, is not the MLP's."""
+        owners = {module: half for block in self.blocks for half in (block.attn, block.mlp) for module in half.modules}
+        at_work, ran = [], []            # modules: inside each other, one after the other
+        writers: dict[tuple, nn.Module] = {}
+        notes: dict[int, _Notes] = {}
+        hooks = []
+        for module in owners:
+            module.cached = []
+            hooks += [module.register_forward_pre_hook(lambda module, _: at_work.append(module) or ran.append(module)),
+                      module.register_forward_hook(lambda *_: at_work.pop() and None)]
+
+        def noting(value):
+            return notes.setdefault(id(value), _Notes(value, writers, at_work)) if isinstance(value, MutableMapping) \
+                else value
+
+        def note(block: Block):
+            def enter(module, args, kwargs):
+                self.bring(block.index)
+                return tuple(map(noting, args)), {key: noting(value) for key, value in kwargs.items()}
+            return block.module.register_forward_pre_hook(enter, with_kwargs=True)
+
+        hooks += [note(block) for block in self.blocks]
+        try:
+            with _recorded(at_work):
+                self.model(input_ids=tokens, use_cache=True)
+        except Exception as error:       # a cache of its own kind: what is left is running without one
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            at_work.clear(), ran.clear()
+            self.model(input_ids=tokens, use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        for block in self.blocks:
+            after = ran[min(map(ran.index, block.attn.modules)):] if {*block.attn.modules} <= {*ran} else []
+            block.mlp.modules = [module for module in block.mlp.modules if module in after] or block.mlp.modules
+        read = {key for mapping in notes.values() for key in mapping.read}
+        self.shares_notes = bool(read)
+        for key in read:
+            owners[writers[key]].held = True
+
     def _ask_for_no_mask(self, hidden_states: torch.Tensor) -> None:
         """Have `logits` ask for no mask, where the family allows that: to find out whether it needs one, transformers
         reads positions back from the device every time."""
@@ -307,6 +413,47 @@ class Decoder:
         for index in range(len(self.blocks)):
             hidden_states = self.run_block(index, hidden_states, inputs)
         return hidden_states
+
+
+class _Notes(UserDict):
+    """An argument that blocks share, and which modules' entries are read by others."""
+
+    def __init__(self, content: Mapping, writers: dict, at_work: list[nn.Module]):
+        self.read: set[tuple] = set()
+        self._writers, self._at_work = writers, at_work
+        super().__init__(content)
+
+    def __setitem__(self, key, value):
+        if self._at_work:
+            self._writers[id(self), key] = self._at_work[-1]
+        super().__setitem__(key, value)
+
+    def __getitem__(self, key):
+        if self._writers.get((id(self), key)) not in (None, *self._at_work):
+            self.read.add((id(self), key))
+        return super().__getitem__(key)
+
+
+@contextmanager
+def _recorded(at_work: list[nn.Module]):
+    """Have the module at work note in `cached` what it puts into a cache: (method, layer, options)."""
+    def recording(method: str, original):
+        def record(cache, *args, **kwargs):
+            bound = inspect.signature(original).bind(cache, *args, **kwargs).arguments
+            if at_work:
+                options = {"state_idx": bound["state_idx"]} if "state_idx" in bound else {}
+                at_work[-1].cached.append((method, bound["layer_idx"], options))
+            return original(cache, *args, **kwargs)
+        return record
+
+    originals = {method: getattr(Cache, method) for method in CACHED}
+    for method, original in originals.items():
+        setattr(Cache, method, recording(method, original))
+    try:
+        yield
+    finally:
+        for method, original in originals.items():
+            setattr(Cache, method, original)
 
 
 def _no_mask(device: torch.device) -> dict:
@@ -353,8 +500,8 @@ def _take_apart(index: int, name: str, module: nn.Module) -> Block:
     attention = [child_name for child_name in with_matrices if arguments[child_name] & ATTENTION_ARGUMENTS]
     mlp = [child for child_name, child in with_matrices.items() if child_name not in attention]
     where = f"{name} ({type(module).__name__})"
-    if len(attention) != 1 or not mlp:
-        raise ValueError(f"{where}: expected one child that takes an attention mask, rotary embeddings or a cache (the "
+    if not attention or not mlp:
+        raise ValueError(f"{where}: expected a child that takes an attention mask, rotary embeddings or a cache (the "
                          f"attention) and at least one other with weight matrices (the MLP); found "
                          f"{', '.join(with_matrices) or 'no children with weight matrices'}")
     inside = [child_name for child_name in with_matrices if "residual" in arguments[child_name]]
@@ -363,4 +510,5 @@ def _take_apart(index: int, name: str, module: nn.Module) -> Block:
                          f"the block to add it")
     layers = {f"{name}.{layer_name}": layer for layer_name, layer in module.named_modules()
               if isinstance(layer, nn.Linear)}
-    return Block(index, name, module, SubBlock([with_matrices[attention[0]]]), SubBlock(mlp), layers)
+    return Block(index, name, module, SubBlock([with_matrices[child] for child in attention]),
+                 SubBlock(mlp), layers)

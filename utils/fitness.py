@@ -213,17 +213,22 @@ class Fitness:
                         inputs: BlockInputs) -> Iterator[tuple[int, torch.Tensor]]:
         """The same where blocks are offloaded: each comes to the device once and is put into each of its states once,
         for all candidates; in memory is an input for every distinct prefix."""
-        # input of the block, candidates that share it
-        prefixes = [(inputs.hidden_states, list(range(len(candidates))))]
+        # input of the block, what the blocks before it have left for it, candidates that share it
+        prefixes = [(inputs.hidden_states, [], list(range(len(candidates))))]
         for i in range(len(self.decoder.blocks)):
             # state of the block -> prefix -> candidates
             longer: dict[Hashable, dict[int, list[int]]] = {}
-            for prefix, (_, members) in enumerate(prefixes):
+            for prefix, (*_, members) in enumerate(prefixes):
                 for member in members:
                     longer.setdefault(candidates[member][i], {}).setdefault(prefix, []).append(member)
-            prefixes = [(self._run_block(i, state, prefixes[prefix][0], inputs), members)
-                        for state, extended in longer.items() for prefix, members in extended.items()]
-        for hidden_states, members in prefixes:
+            before, prefixes = prefixes, []
+            for state, extended in longer.items():
+                for prefix, members in extended.items():
+                    hidden_states, notes, _ = before[prefix]
+                    inputs.leave(notes)
+                    output = self._run_block(i, state, hidden_states, inputs)
+                    prefixes.append((output, [dict(note) for note in inputs.notes], members))
+        for hidden_states, _, members in prefixes:
             for member in members:
                 yield member, hidden_states
 

@@ -2,7 +2,9 @@
 import ctypes
 import os
 import platform
+import re
 import shutil
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from utils.decoder import Decoder
 from utils.files import PARTIAL, naming
 from utils.fitness import out_of_memory
 
+MORE_TOKENS = re.compile(r"nextn_predict|mtp")   # fields that count layers which predict more than the next token
 KEPT_BYTES = 2**30               # of freed memory that a CPU's allocator does not give back
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
@@ -112,6 +115,11 @@ def load_decoder(name: str, dtype: str = "auto", device: str | torch.device | No
     return decoder
 
 
+def load_whole(model_class: type[nn.Module], name: str | Path, dtype: torch.dtype) -> nn.Module:
+    """A checkpoint as a class of transformers, on the host: for export of more than what is searched."""
+    return model_class.from_pretrained(name, dtype=dtype, use_safetensors=True)
+
+
 @contextmanager
 def _naming_the_flag(flag: str, value: str):
     try:
@@ -123,7 +131,16 @@ def _naming_the_flag(flag: str, value: str):
 
 
 def save_pretrained(model: nn.Module, tokenizer, folder: str | Path, **options) -> None:
-    """Write the files that `from_pretrained` reads. Raises OSError naming the folder."""
+    """Write the files that `from_pretrained` reads. Raises OSError naming the folder.
+
+    Layers that predict several tokens at once, which transformers leaves in the checkpoint, are counted as 0; says so.
+    """
+    config = model.config.get_text_config(decoder=True)
+    if not any(MORE_TOKENS.search(name) for name, _ in model.named_modules()):
+        for field, value in config.to_dict().items():
+            if MORE_TOKENS.search(field) and type(value) is int and value:
+                setattr(config, field, 0)
+                print(f"{field}: 0 instead of {value}, since layers that predict several tokens at once are not saved")
     try:
         model.generation_config.validate(strict=True)
     except ValueError:                   # transformers loads a temperature without sampling, but saves none
@@ -135,10 +152,12 @@ def save_pretrained(model: nn.Module, tokenizer, folder: str | Path, **options) 
 
 @distributed.main_only
 @torch.no_grad()
-def save_dropped(decoder: Decoder, tokenizer, folder: str | Path) -> None:
+def save_dropped(decoder: Decoder, tokenizer, folder: str | Path, dtype: torch.dtype | None = None,
+                 complete: Callable[[Decoder], nn.Module] = lambda decoder: decoder.model) -> None:
     """Save the model with every parameter of its dropped sub-blocks set to zero: the same function in any runtime.
 
-    Overwrites those parameters. It keeps its number of blocks. Files appear whole, config.json last.
+    Overwrites those parameters. It keeps its number of blocks. `dtype`: to save it in, if not in its own;
+    `complete(decoder)`: what is saved of it. Files appear whole, config.json last.
     """
     if decoder.offloaded:
         decoder.offloaded.restore()
@@ -150,7 +169,8 @@ def save_dropped(decoder: Decoder, tokenizer, folder: str | Path) -> None:
     partial = Path(folder) / f".model{PARTIAL}"
     shutil.rmtree(partial, ignore_errors=True)       # of a run that was killed
     try:
-        save_pretrained(decoder.model, tokenizer, partial)
+        decoder.model.to(dtype or decoder.dtype)
+        save_pretrained(complete(decoder), tokenizer, partial)
         files = [file for file in partial.rglob("*") if file.is_file()]
         for file in sorted(files, key=lambda file: file.name == "config.json"):
             target = Path(folder) / file.relative_to(partial)

@@ -1,0 +1,343 @@
+"""What works with which family: tiny random models of today's decoder families, taken through every program.
+
+    python benchmarks/families.py                              all of them, 15 minutes
+    python benchmarks/families.py --families llama lfm2        some
+    python benchmarks/families.py --write_readme               all of them, and the table into benchmarks/README.md
+
+A model has six blocks of hidden size 32, of the family's own class in transformers. Every column is a property that is
+computed twice, here and by plain transformers; a cell is ✓ (databases: the share of the blocks' weights that they
+hold), or the number of what was said before any work was done, or ✗ and what went wrong, which is a mistake of ours.
+"""
+import argparse
+import math
+import re
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)      # and not benchmarks/, which has a database.py of its own
+import evo_drop
+import evo_quant
+import evo_unstructured
+import export
+from benchmarks.programs import write_readme
+from database import gptq, sparsegpt
+from database.levels import LevelSwitcher
+from database.store import Database
+from tests.families import scale_weights
+from utils.configs import read_level_config, write_drop_config
+from utils.decoder import Decoder
+from utils.fitness import Fitness, assemble, microbatches
+from utils.model import load_decoder, load_tokenizer
+from utils.report import format_table
+
+NUM_BLOCKS, VOCABULARY = 6, 1024
+PLAIN = dict(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=NUM_BLOCKS, head_dim=8,
+             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0, bos_token_id=0,
+             eos_token_id=1, tie_word_embeddings=False)
+WITHOUT_HEADS = {key: value for key, value in PLAIN.items() if key not in ("head_dim", "num_key_value_heads")}
+SLIDING = dict(sliding_window=8, layer_types=["sliding_attention", "full_attention"] * (NUM_BLOCKS // 2))
+LATENT = dict(q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8,
+              num_key_value_heads=4)
+ROUTED = dict(moe_intermediate_size=24, num_experts_per_tok=2)
+LINEAR = dict(linear_key_head_dim=8, linear_value_head_dim=8, linear_num_key_heads=2, linear_num_value_heads=4,
+              layer_types=["linear_attention", "full_attention"] * (NUM_BLOCKS // 2))
+STATE_SPACE = dict(mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8, mamba_n_groups=1, mamba_expand=2,
+                   mamba_chunk_size=8)
+
+# model_type -> configuration
+FAMILIES: dict[str, dict] = {
+    "llama": PLAIN, "mistral": PLAIN | dict(sliding_window=8), "qwen2": PLAIN, "qwen3": PLAIN, "gemma": PLAIN,
+    "gemma2": PLAIN | SLIDING, "gemma3_text": PLAIN | SLIDING, "phi": WITHOUT_HEADS, "phi3": PLAIN, "olmo2": PLAIN,
+    "olmo3": PLAIN | SLIDING, "opt": WITHOUT_HEADS | dict(ffn_dim=64, word_embed_proj_dim=32),
+    "gpt_neox": WITHOUT_HEADS,
+    "gpt2": WITHOUT_HEADS,
+    "gpt_neo": WITHOUT_HEADS | dict(attention_types=[[["global", "local"], 3]], window_size=8),
+    "gptj": WITHOUT_HEADS | dict(rotary_dim=4), "falcon": WITHOUT_HEADS, "bloom": WITHOUT_HEADS,
+    "stablelm": PLAIN, "starcoder2": PLAIN, "cohere2": PLAIN | SLIDING, "granite": PLAIN, "glm4": PLAIN,
+    "smollm3": PLAIN, "exaone4": PLAIN | SLIDING, "hunyuan_v1_dense": PLAIN, "nemotron": PLAIN,
+    "minicpm3": PLAIN | LATENT, "diffllama": PLAIN, "doge": PLAIN, "apertus": PLAIN,
+    # mixtures of experts
+    "mixtral": PLAIN | dict(num_local_experts=4), "qwen2_moe": PLAIN | ROUTED | dict(
+        num_experts=4, shared_expert_intermediate_size=24, mlp_only_layers=[1]),
+    "qwen3_moe": PLAIN | ROUTED | dict(num_experts=4), "olmoe": PLAIN | dict(num_experts=4, num_experts_per_tok=2),
+    "gpt_oss": PLAIN | SLIDING | dict(num_local_experts=4, num_experts_per_tok=2),
+    "glm4_moe": PLAIN | ROUTED | dict(n_routed_experts=4, n_shared_experts=1, first_k_dense_replace=1),
+    "deepseek_v2": PLAIN | ROUTED | LATENT | dict(n_routed_experts=4, n_shared_experts=1, first_k_dense_replace=1,
+                                                  n_group=1, topk_group=1),
+    "deepseek_v3": PLAIN | ROUTED | LATENT | dict(n_routed_experts=4, n_shared_experts=1, first_k_dense_replace=1,
+                                                  n_group=1, topk_group=1),
+    "granitemoe": PLAIN | dict(num_local_experts=4, num_experts_per_tok=2),
+    "minimax": PLAIN | dict(num_local_experts=4, block_size=8, layer_types=LINEAR["layer_types"]),
+    # hybrids
+    "qwen3_next": PLAIN | ROUTED | LINEAR | dict(num_experts=4, shared_expert_intermediate_size=24),
+    "qwen3_5_text": PLAIN | LINEAR, "lfm2": PLAIN | dict(layer_types=["conv", "full_attention"] * (NUM_BLOCKS // 2),
+                                                         block_auto_adjust_ff_dim=False),
+    "bamba": PLAIN | STATE_SPACE | dict(attn_layer_indices=[1, 4]),
+    "granitemoehybrid": PLAIN | STATE_SPACE | dict(num_local_experts=0, shared_intermediate_size=64,
+                                                   layer_types=["mamba", "attention"] * (NUM_BLOCKS // 2)),
+    "jamba": PLAIN | dict(num_experts=1, attn_layer_period=2, attn_layer_offset=1, mamba_d_state=8, mamba_dt_rank=4,
+                          use_mamba_kernels=False),
+    "olmo_hybrid": PLAIN | LINEAR, "falcon_h1": PLAIN | STATE_SPACE | dict(mamba_d_ssm=64),
+    "recurrent_gemma": PLAIN | dict(lru_width=32, attention_window_size=8,
+                                    block_types=["recurrent", "recurrent", "attention"]),
+    # blocks that share keys and values
+    "gemma3n_text": PLAIN | dict(
+        sliding_window=8, layer_types=["sliding_attention", "full_attention"] * 3, num_kv_shared_layers=2,
+        hidden_size_per_layer_input=8, vocab_size_per_layer_input=VOCABULARY, laurel_rank=4,
+        activation_sparsity_pattern=[0.0] * NUM_BLOCKS, intermediate_size=[64] * NUM_BLOCKS),
+    "gemma4_text": PLAIN | SLIDING | dict(num_kv_shared_layers=2, hidden_size_per_layer_input=8, global_head_dim=8,
+                                          vocab_size_per_layer_input=VOCABULARY),
+    # with a tower
+    "gemma3": dict(text_config=PLAIN | SLIDING, vision_config=dict(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14),
+        mm_tokens_per_image=4),
+    "qwen3_5": dict(text_config=PLAIN | LINEAR, vision_config=dict(
+        hidden_size=16, intermediate_size=16, depth=2, num_heads=2, out_hidden_size=32, num_position_embeddings=16)),
+    # what is refused
+    "mamba": dict(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=NUM_BLOCKS, state_size=4),
+    "hrm_text": PLAIN,
+}
+TEXT = (ROOT / "benchmarks" / "README.md").read_text()
+DONE, FAILED = "✓", "✗"
+DROPPED = [(False, False), (True, False), (False, True), (True, True), (False, False), (False, False)]
+COLUMNS = ("walk", "drop", "cache", "sparse", "quantized", "search", "depth export", "packed export")
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--families", nargs="+", default=list(FAMILIES), metavar="FAMILY",
+                        help=f"of {', '.join(FAMILIES)} (default: all)")
+    parser.add_argument("--keep", metavar="FOLDER", help="leave checkpoints, databases and logs in this new folder")
+    parser.add_argument("--write_readme", action="store_true", help="put the table into benchmarks/README.md")
+    return parser.parse_args(argv)
+
+
+def save_family(name: str, folder: Path, seed: int = 0) -> str:
+    """Write a random model of a family with the demo's tokenizer to `folder`; returns it."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(name, **FAMILIES[name])
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if hasattr(config, "vision_config"):
+        model = getattr(transformers, type(model).__name__.replace("ForCausalLM", "ForConditionalGeneration"))(config)
+    scale_weights(model, seed)
+    model.save_pretrained(folder)
+    load_tokenizer(str(ROOT / "demo" / "model")).save_pretrained(folder)
+    return str(folder)
+
+
+class Trial:
+    """One family's model on its way through everything; each method a column, which returns its cell.
+
+    What a user is told raises ValueError or SystemExit; a difference raises AssertionError.
+    """
+
+    def __init__(self, name: str, work: Path):
+        self.work, self.model = work, save_family(name, work / "model")
+        self.text = work / "text.txt"
+        self.text.write_text(TEXT)
+        self.tokens = torch.randint(2, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(1))
+        self.refused: dict[str, ValueError] = {}     # databases, why
+        self.flags = ["--model_name_or_path", self.model, "--device", "cpu"]
+        self.calibration = ["--calibration_data", str(self.text), "--calibration_tokens", "256",
+                            "--calibration_sequence_length", "32"]
+
+    def decoder(self) -> Decoder:
+        return load_decoder(self.model, "float32", "cpu")
+
+    def states(self, decoder: Decoder) -> list[tuple[bool, bool]]:
+        """DROPPED without what may not be dropped."""
+        return [(attn and not block.attn.held, mlp and not block.mlp.held)
+                for block, (attn, mlp) in zip(decoder.blocks, DROPPED)]
+
+    def walk(self) -> str:
+        decoder = self.decoder()
+        documents = [self.tokens[0, :length] for length in (5, 9, 24, 7)]
+        expected = [decoder.model(input_ids=document[None], use_cache=False).logits[0] for document in documents]
+        minibatch = [(i, len(document)) for i, document in enumerate(documents)]
+        for rows in microbatches(minibatch, 64, decoder.packed_rows):
+            inputs = decoder.block_inputs(*assemble(documents, rows)[:2])
+            hidden_states = inputs.hidden_states
+            for index in range(len(decoder.blocks)):
+                hidden_states = decoder.run_block(index, hidden_states, inputs)
+            order = [i for row in rows for i, _ in row]
+            same(decoder.logits(hidden_states).flatten(0, 1), torch.cat([expected[i] for i in order]))
+        return DONE
+
+    def drop(self) -> str:
+        decoder, zeroed = self.decoder(), self.decoder()
+        states = self.states(decoder)
+        for block, other, state in zip(decoder.blocks, zeroed.blocks, states):
+            block.drop(*state)
+            for half, gone in zip((other.attn, other.mlp), state):
+                for parameter in half.parameters if gone else ():
+                    parameter.data.zero_()
+        same(logits(decoder.model, self.tokens), logits(zeroed.model, self.tokens))
+        fitness = Fitness(self.decoder(), list(self.tokens), lambda i, state: fitness.decoder.blocks[i].drop(
+            *(state or (False, False))))
+        others = [tuple((block == i and not fitness.decoder.blocks[i].attn.held, False) for block in range(NUM_BLOCKS))
+                  for i in range(NUM_BLOCKS)]
+        beside = fitness.measure([*others, tuple(states)])[-1]
+        alone = Fitness(fitness.decoder, list(self.tokens), fitness.set_block, teacher=False)
+        alone.teacher = fitness.teacher
+        same(torch.tensor(beside), torch.tensor(alone.measure([tuple(states)])[0]))
+        return DONE
+
+    def cache(self) -> str:
+        decoder = self.decoder()
+        kinds = {type(block.attn.modules[0]) for block in decoder.blocks}
+        for states in (self.states(decoder), *([(type(block.attn.modules[0]) is kind and not block.attn.held, False)
+                                                for block in decoder.blocks] for kind in kinds)):
+            for block, state in zip(decoder.blocks, states):
+                block.drop(*state)
+            generates_alike(decoder.model, self.tokens)
+        return DONE
+
+    def sparse(self) -> str:
+        return self._database(sparsegpt, "--sparsity", "0.5", "--num_levels", "2", "--weights_diff", "64")
+
+    def quantized(self) -> str:
+        return self._database(gptq, "--bitwidth_options", "2", "3", "4", "--perchannel")
+
+    def _database(self, module, *levels: str) -> str:
+        folder = self.work / module.__name__.rpartition(".")[2]
+        args = module.make_parser().parse_args([*self.flags, *self.calibration, *levels, "--save_dir", str(folder)])
+        try:
+            module.main(args)
+        except ValueError as error:
+            self.refused[folder.name] = error
+            raise
+        database, decoder = Database.open(folder), self.decoder()
+        covered = sum(math.prod(database.shape(name)) for name in database.layers)
+        weights = sum(parameter.numel() for block in decoder.blocks for parameter in block.module.parameters()
+                      if parameter.dim() > 1)
+        return f"{covered / weights:.0%}"
+
+    def search(self) -> str:
+        for method in ("sparsegpt", "gptq"):
+            if method in self.refused:
+                raise self.refused[method]
+        small = [*self.flags, *self.calibration, "--generations", "1", "--offspring", "4", "--initially_generated", "4",
+                 "--no_eval", "--initial_tokens", "64", "--survivors_per_selection", "2", "1",
+                 "--tokens_per_selection", "32", "64", "--output_dir"]
+        evo_drop.main([*small, str(self.work / "depth"), "--sparsity", "0.17"])
+        evo_unstructured.main([*small, str(self.work / "sparse"), "--sparse_weights_path",
+                               str(self.work / "sparsegpt")])
+        evo_quant.main([*small, str(self.work / "bits"), "--quant_weights_path", str(self.work / "gptq"),
+                        "--target_bitwidth", "3"])
+        return DONE
+
+    def depth_export(self) -> str:
+        decoder = self.decoder()
+        states, folder = self.states(decoder), self.work / "depth_export"
+        write_drop_config(self.work / "drop.txt", states)
+        export.main([*self.flags, "--drop_config", str(self.work / "drop.txt"), "--save_dir", str(folder)])
+        for block, state in zip(decoder.blocks, states):
+            block.drop(*state)
+        self._reloads(folder, logits(decoder.model, self.tokens))
+        return DONE
+
+    def packed_export(self) -> str:
+        if "gptq" in self.refused:
+            raise self.refused["gptq"]
+        folder, config = self.work / "packed_export", self.work / "bits" / "evo-kl-configuration-3.txt"
+        export.main([*self.flags, "--quant_weights_path", str(self.work / "gptq"), "--quant_config_path", str(config),
+                     "--save_dir", str(folder)])
+        decoder = self.decoder()
+        switcher = LevelSwitcher(decoder, Database.open(self.work / "gptq"), 0)
+        for index, levels in enumerate(switcher.states(read_level_config(config))):
+            switcher.set_block(index, levels)
+        self._reloads(folder, logits(decoder.model, self.tokens))
+        return DONE
+
+    def _reloads(self, folder: Path, expected: torch.Tensor) -> None:
+        """Assert that plain transformers loads what was exported, all of it, as the class that it came from."""
+        before, config = AutoConfig.from_pretrained(self.model), AutoConfig.from_pretrained(folder)
+        assert config.architectures == before.architectures, f"{config.architectures}, not {before.architectures}"
+        model, report = getattr(transformers, config.architectures[0]).from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True)
+        for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            assert not report[problem], f"{problem}: {min(map(str, report[problem]))}"
+        same(logits(model, self.tokens), expected)
+        generates_alike(model, self.tokens)
+
+
+def same(found: torch.Tensor, expected: torch.Tensor) -> None:
+    apart = float((found - expected).abs().max() / expected.abs().max())
+    assert apart < 1e-3, f"differs by {apart:.2g} of the largest"
+
+
+@torch.no_grad()
+def logits(model, tokens: torch.Tensor) -> torch.Tensor:
+    return model(input_ids=tokens, use_cache=False).logits
+
+
+@torch.no_grad()
+def generates_alike(model, tokens: torch.Tensor) -> None:
+    """Assert that tokens generated with a cache have the logits that a whole forward gives them."""
+    model.generation_config.eos_token_id = None
+    cached, whole = (model.generate(tokens[:, :9], attention_mask=torch.ones_like(tokens[:, :9]), max_new_tokens=16,
+                                    do_sample=False, use_cache=use_cache, output_logits=True,
+                                    return_dict_in_generate=True) for use_cache in (True, False))
+    same(torch.stack(cached.logits), torch.stack(whole.logits))
+
+
+def cell(column: Callable[[], str], log: Path) -> str:
+    """What a column comes to: its cell, the sentence that a user would see, or ✗ and what went wrong."""
+    with log.open("a") as stream, redirect_stdout(stream), redirect_stderr(stream):
+        try:
+            return column()
+        except (SystemExit, ValueError) as error:
+            traceback.print_exc()
+            return re.sub(r"^error: |/\S*/", "", str(error))
+        except Exception as error:
+            traceback.print_exc()
+            reason = " ".join(str(error).split())[:120]
+            return f"{FAILED} {'' if isinstance(error, AssertionError) else type(error).__name__ + ' '}{reason}"
+
+
+def try_family(name: str, work: Path) -> dict[str, str]:
+    """Column -> cell."""
+    work.mkdir(parents=True)
+    trial = Trial(name, work)
+    return {column: cell(getattr(trial, column.replace(" ", "_")), work / "log.txt") for column in COLUMNS}
+
+
+def table(results: dict[str, dict[str, str]]) -> str:
+    """Markdown: a row a family; what was said, below it."""
+    sentences: dict[str, int] = {}
+    rows = [["", *COLUMNS]]
+    for name, cells in results.items():
+        rows.append([name, *(value if value == DONE or value[0] == FAILED or value.endswith("%") else
+                             f"[{sentences.setdefault(value, len(sentences) + 1)}]" for value in cells.values())])
+    return "\n".join([format_table(rows), "", *(f"{number}. {sentence}" for sentence, number in sentences.items())])
+
+
+def main(argv: list[str] | None = None) -> dict[str, dict[str, str]]:
+    """Try the families that the flags name; returns family -> column -> cell."""
+    args = parse_arguments(argv)
+    torch.set_num_threads(1)
+    results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in args.families:
+            began = time.time()
+            results[name] = try_family(name, Path(args.keep or folder) / name)
+            print(f"{name} ({time.time() - began:.0f} s): " + "; ".join(
+                f"{column}: {value}" for column, value in results[name].items()), flush=True)
+    print(table(results))
+    if args.write_readme:
+        write_readme("families", table(results))
+    return results
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""Families that are unlike Llama: through every program, as benchmarks/families.py does with all of them, and apart."""
+import pytest
+import torch
+
+import families
+from benchmarks.families import DONE, FAMILIES, NUM_BLOCKS, same, try_family
+from database.hessian import Calibration
+from formats.regroup import regroup
+from utils.decoder import Decoder
+from utils.fitness import Fitness
+from utils.model import save_dropped
+
+TOKENS = torch.randint(2, 1000, (2, 24), generator=torch.Generator().manual_seed(5))
+
+
+def decoder_of(family: str, **overrides) -> Decoder:
+    return Decoder(families.build(family, **FAMILIES[family] | overrides))
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=TOKENS, use_cache=False).logits
+
+
+@pytest.mark.parametrize("family", ["lfm2", "gemma4_text", "qwen3_5"])
+def test_hybrids_shared_keys_and_towers_go_through_every_program(family, tmp_path):
+    cells = try_family(family, tmp_path / family)
+    assert all(value == DONE or value in ("99%", "100%") for value in cells.values()), cells
+
+
+@pytest.mark.parametrize("family, donors", [("gemma4_text", [2, 3]), ("gemma3n_text", [2, 3]), ("llama", [])])
+def test_attentions_whose_keys_and_values_later_blocks_read_are_held(family, donors):
+    decoder = decoder_of(family)
+    assert [block.index for block in decoder.blocks if block.attn.held] == donors
+    assert not any(block.mlp.held for block in decoder.blocks)
+    states = [(True, True)] * NUM_BLOCKS
+    if donors:
+        with pytest.raises(ValueError, match=r"attention of model\.layers\.2 cannot be dropped, since later blocks"):
+            decoder.check_dropped(states)
+        decoder.check_dropped([(index not in donors, True) for index in range(NUM_BLOCKS)])
+    else:
+        decoder.check_dropped(states)
+
+
+def test_shared_keys_and_values_reach_later_blocks_in_every_way_of_walking():
+    decoder, offloaded = decoder_of("gemma4_text"), decoder_of("gemma4_text")
+    offloaded.offload_blocks(torch.device("cpu"))
+    candidates = [tuple((block == i, block == 5 - i) for block in range(NUM_BLOCKS)) for i in (0, 1, 4)]
+    walks = [Fitness(one, list(TOKENS), lambda i, state, one=one: one.blocks[i].drop(*(state or (False, False))))
+             for one in (decoder, offloaded)]
+    assert walks[1].measure(candidates) == pytest.approx(walks[0].measure(candidates), rel=1e-4)
+    plain = decoder_of("gemma4_text")
+    calibration = Calibration(plain, list(TOKENS), torch.device("cpu"), microbatch_tokens=24)
+    for _ in plain.blocks:
+        calibration.run(advance=False)               # as a build does, before it solves
+        calibration.run()
+    same(torch.cat(calibration.hidden_states.chunks).view(2, 24, -1), plain._last_hidden_states(TOKENS))
+
+
+def test_a_model_that_runs_its_blocks_several_times_is_refused():
+    with pytest.raises(ValueError, match=r"HrmTextForCausalLM: runs model\.L_module\.layers\.0 6 times in a forward"):
+        decoder_of("hrm_text")
+
+
+@pytest.mark.parametrize("family", ["bamba", "diffllama", "jamba", "doge"])
+def test_blocks_that_cannot_be_regrouped_keep_their_own_form(family, tmp_path):
+    """They know their depth, or the config counts kinds of blocks by a period; norms are in use twice."""
+    decoder = decoder_of(family)
+    dropped = [(False, False), (True, False), (False, True), (True, True), (False, False), (False, False)]
+    for block, state in zip(decoder.blocks, dropped):
+        block.drop(*state)
+    model = regroup(decoder, dropped).model
+    assert torch.equal(logits(model), logits(decoder.model))
+    model.save_pretrained(tmp_path)                  # which refuses tensors that two names share
+    saved = type(model).from_pretrained(tmp_path)
+    assert torch.equal(logits(saved), logits(model))
+
+
+def test_a_cache_that_needs_an_attention_keeps_one():
+    decoder = decoder_of("lfm2")
+    dropped = [(index % 2 == 1,) * 2 for index in range(NUM_BLOCKS)]
+    for block, state in zip(decoder.blocks, dropped):
+        block.drop(*state)
+    model = regroup(decoder, dropped).model
+    assert len(model.model.layers) == 4              # of six, one of them zeros
+    cached, whole = (model.generate(TOKENS[:, :6], max_new_tokens=8, do_sample=False, use_cache=use_cache)
+                     for use_cache in (True, False))
+    assert torch.equal(cached, whole)
+
+
+def test_layers_that_predict_several_tokens_are_not_counted_in_what_is_saved(tmp_path, tokenizer, capsys):
+    decoder = decoder_of("glm4_moe", num_nextn_predict_layers=1, num_hidden_layers=2)
+    save_dropped(decoder, tokenizer, tmp_path, dtype=torch.bfloat16)
+    saved = type(decoder.model).from_pretrained(tmp_path)
+    assert saved.config.num_nextn_predict_layers == 0 and saved.dtype == torch.bfloat16
+    assert "num_nextn_predict_layers: 0 instead of 1" in capsys.readouterr().out
