@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> dict:
         tokenizer = tokenizer_of(args)
         documents = load_evaluation_documents(datasets, tokenizer, args.eval_tokens,
                                               sequence_length(args.eval_sequence_length, config,
-                                                              "--eval_sequence_length"))
+                                                              "--eval_sequence_length"), 0, args.text_field)
         decoder = decoder_of(args)
         set_block, candidate = load_configuration(args, decoder)
         checkpoint = load_decoder(args.checkpoint, args.dtype, args.device, args.attn_implementation,

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from transformers.utils import cached_file
 
 from database.exported import check_experts, layer_bytes
 from database.levels import add_configuration_flags, check_configuration_flags, load_configuration, open_configuration
@@ -116,6 +117,7 @@ def main(argv: list[str] | None = None) -> dict:
             quantized = quantized_layers(regrouped, experts, *opened)
             if experts:
                 compressed_tensors.experts_scheme([quantized[name] for name in experts])
+    check_room(args.save_dir, regrouped.model, quantized, experts)
     with finished_or_nothing(args.save_dir) as folder:
         if args.format == "gguf":
             report = write_gguf(folder / "model.gguf", regrouped.model, tokenizer, quantized)
@@ -125,6 +127,8 @@ def main(argv: list[str] | None = None) -> dict:
             report = write_checkpoint(folder, regrouped.model, tokenizer, quantized,
                                       {name: parameter for name, (parameter, _) in experts.items()}, args,
                                       is_wrapped(config))
+        if is_wrapped(regrouped.model.config):
+            copy_processors(args.model_name_or_path, folder)
         report = {"format": args.format, "model": args.model_name_or_path, "command": command,
                   "blocks": {"dense": len(decoder.blocks), "exported": len(regrouped.pairs)},
                   "parameters": {"dense": dense["parameters"], "exported": exported["parameters"]},
@@ -239,6 +243,28 @@ def finished_or_nothing(save_dir: str) -> Iterator[Path]:
         put_back()
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def check_room(save_dir: str, model: nn.Module, quantized: Mapping[str, Quantized],
+               experts: Mapping[str, tuple[str, str]]) -> None:
+    """Raises RunError where the disk has less room than the weights take at least, before anything is written. experts:
+    see `expert_layers`."""
+    packed = {id(model.get_parameter(experts[name][0] if name in experts else f"{name}.weight")) for name in quantized}
+    needed = sum(parameter.nbytes for parameter in model.parameters() if id(parameter) not in packed)
+    needed += sum(layer.data.nbytes if isinstance(layer, Blocks) else
+                  layer.codes.numel() * layer.bits // 8 + layer.scales.nbytes for layer in quantized.values())
+    free = shutil.disk_usage(Path(save_dir).absolute().parent).free
+    if free < needed:
+        raise RunError(f"--save_dir {save_dir}: needs {needed / 1e9:.2f} GB at least, but its disk has only "
+                       f"{free / 1e9:.2f} left; make room, or name a folder on another")
+
+
+def copy_processors(name: str, folder: Path) -> None:
+    """What prepares images and sound for a checkpoint's tower goes along with it."""
+    for file in ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"):
+        path = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+        if path:
+            shutil.copy(path, folder / file)
 
 
 def expert_layers(decoder: Decoder, regrouped: Regrouped) -> dict[str, tuple[str, str]]:

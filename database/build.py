@@ -21,13 +21,13 @@ from utils.files import check_writable
 from utils.fitness import out_of_memory
 from utils.flags import add_calibration_flags, add_model_flags, check_calibration_flags
 from utils.inputs import documents_of, tokenizer_of
-from utils.model import default_device, load_config, load_decoder
+from utils.model import default_device, load_config, load_decoder, weights_fingerprint
 from utils.runs import open_wandb
 
 # what decides where and how a build runs or what it is called, but not what is built
 NOT_COMPARED = ("model_name_or_path", "tokenizer_name", "use_fast_tokenizer", "device", "trust_remote_code", "save_dir",
                 "cpu_offload_modules", "cpu_offload_activations", "activations_dir", "verbose", "low_cpu_mem_usage",
-                "pre_block_modules", "block_modules", "post_block_modules", "log_wandb")
+                "pre_block_modules", "block_modules", "post_block_modules", "log_wandb", "text_field")
 
 
 def add_build_flags(parser: argparse.ArgumentParser, layers_flag: str, solves: bool = True) -> None:
@@ -145,7 +145,8 @@ def build(args: argparse.Namespace, method: str, layers_flag: str, solve_layer: 
     if check:
         check(decoder, layers)
     if manifest is None:
-        manifest = {**header, "layers": {name: None for block in layers for name in block}}
+        manifest = {**header, "model_sha256": weights_fingerprint(args.model_name_or_path),
+                    "layers": {name: None for block in layers for name in block}}
     start_writing(args.save_dir, manifest)
     calibration = Calibration(decoder, documents, device, args.microbatch_tokens, home != device,
                               args.cpu_offload_activations, args.activations_dir)

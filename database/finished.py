@@ -59,7 +59,7 @@ class FinishedDatabase:
         self.levels, self.dropped = levels, dropped
         self.learning_rate = {} if args.learning_rate is None else {"learning_rate": args.learning_rate}
         checksum = hashlib.sha256(json.dumps(levels, sort_keys=True).encode()).hexdigest()
-        header = {**header, "method": source.method,
+        header = {**header, "method": source.method, "model_sha256": source.manifest.get("model_sha256"),
                   "flags": {**source.manifest["flags"], **header["flags"], SOURCE: source.sha256,
                             "levels": checksum}}
         manifest = find_manifest(self.path)

@@ -10,6 +10,7 @@ import torch
 from database.store import Database, LevelCache
 from utils.configs import check_level_config, parse_level, read_drop_config, read_level_config
 from utils.decoder import Decoder
+from utils.model import weights_fingerprint
 
 GIGABYTE = 10**9
 METHODS = {"sparse": "sparsegpt", "quant": "gptq"}     # kind of level -> what builds a database of it
@@ -141,6 +142,7 @@ def open_database(args: argparse.Namespace, kind: str, config=None) -> Database:
                          f"database.{method}")
     if config is not None:
         database.check_model(config)
+        database.check_weights(weights_fingerprint(args.model_name_or_path))
     return database
 
 
@@ -162,6 +164,7 @@ def check_configuration_flags(args: argparse.Namespace, config) -> None:
     if opened:
         database, levels = opened
         database.check_model(config)
+        database.check_weights(weights_fingerprint(args.model_name_or_path))
         size = sum(math.prod(database.shape(name)) for name in levels)
         if database.method == "gptq":
             check_budget(args, "quant", sum(database.bits(name, level) for name, level in levels.items()) / size)

@@ -2,6 +2,7 @@
 
 manifest.json
   format, method ("sparsegpt" or "gptq"), model, config_sha256, weights_sha256, calibration_sha256, flags
+  model_sha256: `utils.model.weights_fingerprint` of the checkpoint; older databases have none
   sha256: of all the rest
   layers: name -> null while the layer is not built, then
     shape [out, in]; bytes and sha256 of its file; levels: level -> {kept or bits and overhead_bits, error}, and
@@ -115,6 +116,12 @@ class Database:
         """Input columns that share a scale (gptq): the whole row without --group_size."""
         size = self._level(name, level).get("group_size") or self.manifest["flags"].get("group_size")
         return size or self.shape(name)[1]
+
+    def check_weights(self, fingerprint: str | None) -> None:
+        """Raises ValueError when the database was built for other weights than these, as far as that is known."""
+        if fingerprint and (self.manifest.get("model_sha256") or fingerprint) != fingerprint:
+            raise ValueError(f"{self.path}: built for {self.manifest['model']}, whose weights differ from this model's "
+                             f"(another fingerprint); build a database for this model or name that one")
 
     def check_model(self, config) -> None:
         """Raises ValueError when the database was built for a model with another configuration."""

@@ -11,7 +11,8 @@ import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
 # linear layers that vLLM runs as one, so that they must be packed alike (its packed_modules_mapping)
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("q_a_proj", "kv_a_proj_with_mqa"),
+         ("in_proj_qkv", "in_proj_z"), ("in_proj_b", "in_proj_a"))
 EXPERTS = r"re:.*experts\.\d+\..*"     # target of a mixture's experts: transformers knows their scheme by the word
 
 

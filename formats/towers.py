@@ -55,6 +55,7 @@ def _transplanted(regrouped: Regrouped, target: nn.Module) -> Regrouped:
         target.config.text_config = text_config
     else:
         target.config = text_config
+        target.config.tie_word_embeddings = model.config.tie_word_embeddings     # what counts is the outer one's
     target.generation_config = model.generation_config
 
     def renamed(names: Mapping[str, str] | set[str]) -> dict[str, str]:

@@ -81,7 +81,7 @@ def shape_of(name: str, trust_remote_code: bool = False) -> Shape:
     for layer_name, layer in model.get_decoder().layers.named_modules():
         if isinstance(layer, nn.Linear):
             parent, _, last = layer_name.rpartition(".")
-            fused = next((f"{parent}.{tie}" for tie, members in FUSED.items() if last in members), layer_name)
+            fused = next((f"{parent}.{tie}" for tie, sets in FUSED.items() if last in sets[0]), layer_name)
             layers.append((fused, layer.out_features, layer.in_features))
     head_size = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
     return Shape(text_config.num_hidden_layers, text_config.hidden_size, text_config.vocab_size,

@@ -389,3 +389,32 @@ def test_parquet_without_text_is_refused_naming_it(tokenizer, tmp_path):
 def test_sequence_of_one_token_is_refused(tokenizer):
     with pytest.raises(ValueError, match="sequence length 1: a document needs at least 2 tokens"):
         calibration_documents("stdlib", tokenizer, 10, 1)
+
+
+# ---- what local text comes as ----------------------------------------------------------------------------------------
+
+
+def test_text_is_read_from_any_field_and_behind_a_byte_order_mark(tmp_path, tokenizer):
+    texts = sentences(20)
+    expected = as_lists(calibration_documents(str(write_rows(tmp_path / "rows.jsonl", texts)), tokenizer, 200, 16))
+    rows = [{"content": text, "messages": [{"role": "user", "content": part} for part in text.split("\n\n")]}
+            for text in texts]
+    other = tmp_path / "other.jsonl"
+    other.write_text("\ufeff" + "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    for field in ("content", "messages"):
+        assert as_lists(calibration_documents(str(other), tokenizer, 200, 16, text_field=field)) == expected
+    with pytest.raises(ValueError, match=r'other\.jsonl: .*need a "text" field, or name theirs with --text_field'):
+        calibration_documents(str(other), tokenizer, 200, 16)
+    (tmp_path / "bom.txt").write_text("\ufeff" + texts[0], encoding="utf-8")
+    assert local_texts(tmp_path / "bom.txt", "train")[0][0] == texts[0][0]
+
+
+def test_rows_that_are_all_alike_have_both_sides(tmp_path, tokenizer):
+    name = str(write_rows(tmp_path / "rows.jsonl", ["the same words again and again, " * 8] * 20))
+    assert total(evaluation_documents(name, tokenizer, 10, 8)) and total(calibration_documents(name, tokenizer, 10, 8))
+
+
+def test_a_text_that_begins_with_the_bos_token_gets_no_second_one(tmp_path, tokenizer):
+    plain, marked = (as_lists(calibration_documents(str(write_rows(tmp_path / f"{name}.jsonl", [
+        start + text for text in sentences(20)])), tokenizer, 200, 16)) for name, start in (("a", ""), ("b", "<s>")))
+    assert plain == marked and plain[0][0] == tokenizer.bos_token_id != plain[0][1]

@@ -9,6 +9,8 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks import manager as harness_manager
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 import eval_config
 import export
@@ -30,11 +32,14 @@ def tasks(tmp_path_factory):
     words = textwrap.__doc__.split() + inspect.getdoc(textwrap.wrap).split() + inspect.getdoc(textwrap.fill).split()
     rows = {"choice": [{"question": " ".join(words[i:i + 6]), "choices": [words[i + 6], words[i + 1], words[-i - 1]],
                         "answer": i % 3} for i in range(24)],
-            "rolling": [{"text": inspect.getdoc(f)} for f in (textwrap.wrap, textwrap.dedent, textwrap.fill)]}
+            "rolling": [{"text": inspect.getdoc(f)} for f in (textwrap.wrap, textwrap.dedent, textwrap.fill)],
+            "writing": [{"text": " ".join(words[i:i + length])} for i, length in ((0, 3), (9, 12))]}
     own = {"choice": "output_type: multiple_choice\ndoc_to_text: '{{question}}'\ndoc_to_choice: '{{choices}}'\n"
                      "doc_to_target: answer\nmetric_list: [{metric: acc}, {metric: acc_norm}]\n",
            "rolling": "output_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: '{{text}}'\n"
-                      "metric_list: [{metric: word_perplexity}, {metric: byte_perplexity}]\n"}
+                      "metric_list: [{metric: word_perplexity}, {metric: byte_perplexity}]\n",
+           "writing": "output_type: generate_until\ndoc_to_text: '{{text}}'\ndoc_to_target: '{{text}}'\n"
+                      "generation_kwargs: {until: ['.'], max_gen_toks: 8}\nmetric_list: [{metric: exact_match}]\n"}
     for name, lines in rows.items():
         data = folder / f"{name}.jsonl"
         data.write_text("".join(json.dumps(row) + "\n" for row in lines))
@@ -102,6 +107,16 @@ def test_tasks_on_a_drop_configuration_equal_the_harness_on_zeroed_weights(check
     results = ours(checkpoint, tasks, "--drop_config", str(tmp_path / "drop.txt"))
     check_same(results, harness(folder, tasks))
     assert results["tasks"]["rolling"] != dense["rolling"]
+
+
+def test_tasks_run_with_a_tokenizer_that_has_neither_bos_nor_eos(checkpoint, tokenizer, tasks, tmp_path, capsys):
+    plain = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()))
+    plain.backend_tokenizer.post_processor = None
+    folder = save_copy(checkpoint, plain, tmp_path / "plain", lambda model: None)
+    results = ours(folder, tasks, "--tasks", f"{TASKS},writing")
+    assert 0 <= results["tasks"]["choice"]["acc,none"] <= 1 and "exact_match,none" in results["tasks"]["writing"]
+    assert results["tasks"]["rolling"]["byte_perplexity,none"] < 1e3
+    assert "no BOS and no EOS token: a text without context is scored after token 1 " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind, uniform", [("sparse", None), ("quant", None), ("sparse", 2), ("quant", 3)])

@@ -4,6 +4,7 @@ import math
 import random
 import shutil
 from copy import deepcopy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,17 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import eval_config
+import evo_drop
 import evo_quant
 import evo_unstructured
 import families
 from database.levels import LevelSwitcher
 from database.store import Database
+from formats.compressed_tensors import fused_layers
 from utils.configs import read_level_config, write_level_config
 from utils.files import read_sealed, seal
 from utils.fitness import Fitness, microbatches, walk_order
 from utils.measurements import Measurements
-from utils.model import load_decoder
-from utils.units import Unit
+from utils.model import load_decoder, weights_fingerprint
+from utils.units import Unit, build_units
 
 TEXT = ["--calibration_data", "stdlib", "--calibration_sequence_length", "32"]
 SEARCH = ["--no_eval", "--calibration_tokens", "1024", "--initial_tokens", "64", "--initially_generated", "4",
@@ -409,6 +412,56 @@ def test_bad_input_ends_in_one_sentence(checkpoint, databases, tmp_path, task, m
     more = [str(databases["sparse"]) if word == "SPARSE" else word for word in more]
     with pytest.raises(SystemExit, match=sentence):
         program(task).main(flags(task, checkpoint, databases, tmp_path / "run", *more))
+
+
+def test_other_weights_of_the_same_configuration_are_refused(checkpoint, databases, tokenizer, tmp_path):
+    """Another seed, say, or a fine-tuned model: by the database and by a run that is resumed."""
+    other = families.save_llama(tmp_path / "other", tokenizer, num_hidden_layers=6, seed=1)
+    configuration = ["--quant_weights_path", str(databases["quant"]), "--quant_config_path", "3", "--no_perplexity",
+                     "--tasks", "any"]
+    for main, arguments in ((eval_config.main, ["--model_name_or_path", other, *configuration]),
+                            (evo_quant.main, flags("quant", other, databases, tmp_path / "run"))):
+        with pytest.raises(SystemExit, match=f"{databases['quant']}: built for .*, whose weights differ from this"):
+            main(arguments)
+    model = shutil.copytree(checkpoint, tmp_path / "model")
+    drop = ["--model_name_or_path", str(model), *TEXT, *SEARCH, "--sparsity", "0.34", "--output_dir",
+            str(tmp_path / "depth")]
+    evo_drop.main([*drop, "--generations", "1"])
+    checkpoint_file = tmp_path / "depth" / "checkpoint.json"
+    saved = read_sealed(checkpoint_file)
+    shutil.copy(f"{other}/model.safetensors", model)
+    with pytest.raises(SystemExit, match="--model_name_or_path: not what it was when the run in"):
+        evo_drop.main([*drop, "--generations", "2"])
+    del saved["inputs"]["model_name_or_path"]        # a run that an earlier version began, which knew no fingerprints
+    checkpoint_file.write_text(seal(saved))
+    evo_drop.main([*drop, "--generations", "2"])
+    old = shutil.copytree(databases["quant"], tmp_path / "old")
+    manifest = read_sealed(old / "manifest.json")
+    assert manifest.pop("model_sha256") != weights_fingerprint(other)
+    (old / "manifest.json").write_text(seal(manifest))
+    Database.open(old).check_weights(weights_fingerprint(other))
+
+
+def test_a_fingerprint_does_not_depend_on_how_tensors_are_split_and_sees_every_one(tmp_path):
+    model = families.build("llama")
+    model.save_pretrained(tmp_path / "one")
+    model.save_pretrained(tmp_path / "many", max_shard_size="20KB")
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
+    found = weights_fingerprint(str(tmp_path / "one"))
+    assert weights_fingerprint(str(tmp_path / "many")) == found
+    model.model.layers[2].mlp.down_proj.weight.data[0, 0] += 1
+    model.save_pretrained(tmp_path / "one")
+    assert weights_fingerprint(str(tmp_path / "one")) != found
+
+
+def test_ties_know_the_layers_that_engines_fuse_in_latent_and_linear_attention():
+    names = [f"model.layers.0.{name}" for name in ("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa",
+             "self_attn.o_proj", "linear_attn.in_proj_qkv", "linear_attn.in_proj_z", "linear_attn.in_proj_b",
+             "linear_attn.in_proj_a", "feed_forward.w1", "feed_forward.w3")]
+    args = SimpleNamespace(tie="qkv,gate_up", pin=[], bounds=[])
+    sets = [unit.names for unit in build_units([names], {name: [2, 3] for name in names}, args)]
+    assert sets == [tuple(names[:2]), (names[2],), tuple(names[3:5]), tuple(names[5:7]), tuple(names[7:])]
+    assert fused_layers(names) == [list(unit) for unit in sets if len(unit) > 1]
 
 
 def test_configuration_that_does_not_fit_the_database_is_refused_with_three_lines(checkpoint, databases, tmp_path):

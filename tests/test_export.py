@@ -5,6 +5,7 @@ import multiprocessing
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -197,6 +198,13 @@ def test_failed_export_leaves_nothing_and_the_old_one_whole(tmp_path, checkpoint
         export_dropped(tmp_path, checkpoint, [(True, False)] * 6, "--overwrite")
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["drop.txt", out.name]
+
+
+def test_a_disk_too_small_is_refused_before_anything_is_written(tmp_path, checkpoint, monkeypatch):
+    monkeypatch.setattr(export.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(SystemExit, match=r"--save_dir .*: needs 0\.00 GB at least, but its disk has only 0\.00 left"):
+        export_dropped(tmp_path, checkpoint, DROPPED)
+    assert [path.name for path in tmp_path.iterdir()] == ["drop.txt"]
 
 
 def test_killed_export_leaves_nothing_that_looks_finished_and_the_next_one_cleans_up(tmp_path, checkpoint):

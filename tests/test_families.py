@@ -1,11 +1,14 @@
 """Families that are unlike Llama: through every program, as benchmarks/families.py does with all of them, and apart."""
 import pytest
 import torch
+from transformers import Gemma3ForCausalLM, Gemma3ForConditionalGeneration
 
+import export
 import families
-from benchmarks.families import DONE, FAMILIES, NUM_BLOCKS, same, try_family
+from benchmarks.families import DONE, FAMILIES, NUM_BLOCKS, same, save_family, try_family
 from database.hessian import Calibration
 from formats.regroup import regroup
+from utils.configs import write_drop_config
 from utils.decoder import Decoder
 from utils.fitness import Fitness
 from utils.model import save_dropped
@@ -94,3 +97,20 @@ def test_layers_that_predict_several_tokens_are_not_counted_in_what_is_saved(tmp
     saved = type(decoder.model).from_pretrained(tmp_path)
     assert saved.config.num_nextn_predict_layers == 0 and saved.dtype == torch.bfloat16
     assert "num_nextn_predict_layers: 0 instead of 1" in capsys.readouterr().out
+
+
+def test_text_alone_is_exported_of_a_model_with_a_tower(tmp_path):
+    model = save_family("gemma3", tmp_path / "model")
+    (tmp_path / "model" / "preprocessor_config.json").write_text("{}")
+    write_drop_config(tmp_path / "drop.txt", [(True, False), *[(False, False)] * 5])
+    flags = ["--model_name_or_path", model, "--device", "cpu", "--drop_config", str(tmp_path / "drop.txt")]
+    export.main([*flags, "--save_dir", str(tmp_path / "whole")])
+    export.main([*flags, "--save_dir", str(tmp_path / "text"), "--text_only"])
+    assert (tmp_path / "whole" / "preprocessor_config.json").is_file()
+    assert not (tmp_path / "text" / "preprocessor_config.json").exists()
+    whole = Gemma3ForConditionalGeneration.from_pretrained(tmp_path / "whole")
+    text, report = Gemma3ForCausalLM.from_pretrained(tmp_path / "text", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert torch.equal(logits(text), logits(whole))
+    source = Gemma3ForConditionalGeneration.from_pretrained(model).model.vision_tower.state_dict()
+    assert all(torch.equal(source[key], value) for key, value in whole.model.vision_tower.state_dict().items())

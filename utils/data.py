@@ -3,9 +3,12 @@
 A dataset is named on the command line by
   fineweb_edu | c4 | wikitext2     streamed from the hub through `datasets`, with the paper's conventions
   stdlib                           the source text of the running Python's standard library, always at hand
-  PATH                             a .txt, .jsonl or .parquet file (rows need a "text" field), or a folder of them
+  PATH                             a .txt, .jsonl or .parquet file (rows need a "text" field, or that of --text_field),
+                                   or a folder of them
   NAME:PATH                        local rows under the conventions of NAME, e.g. wikitext2:wiki.test.txt
 Each has a train and a test side that share no document. Documents are int64 tensors of 2 to `sequence_length` tokens.
+A tokenizer that begins texts with a BOS token does so once a text: later pieces of a long one have none, and neither
+has wikitext2, by convention.
 """
 import hashlib
 import io
@@ -42,12 +45,14 @@ def check_dataset(name: str, flag: str) -> None:
 
 @distributed.from_main
 def calibration_documents(name: str, tokenizer, num_tokens: int, sequence_length: int, seed: int = 0,
-                          flag: str = "--calibration_tokens") -> list[torch.Tensor]:
+                          flag: str = "--calibration_tokens", text_field: str = "text") -> list[torch.Tensor]:
     """Exactly `num_tokens` tokens of the train side, as documents of at most `sequence_length` tokens.
+
+    `text_field`: of local rows: a text, or a chat's messages.
 
     Raises ValueError when the dataset holds fewer: a calibration set silently smaller than asked changes the result.
     """
-    documents = _documents(name, "train", tokenizer, num_tokens, sequence_length, seed)
+    documents = _documents(name, "train", tokenizer, num_tokens, sequence_length, seed, text_field)
     available = sum(map(len, documents))
     if available < num_tokens:
         raise ValueError(f"{flag} {num_tokens}: {name} holds only {available} training tokens; "
@@ -57,12 +62,13 @@ def calibration_documents(name: str, tokenizer, num_tokens: int, sequence_length
 
 
 @distributed.from_main
-def evaluation_documents(name: str, tokenizer, num_tokens: int, sequence_length: int) -> list[torch.Tensor]:
+def evaluation_documents(name: str, tokenizer, num_tokens: int, sequence_length: int, text_field: str = "text"
+                         ) -> list[torch.Tensor]:
     """Up to `num_tokens` tokens of the test side: what there is. Raises ValueError when there is nothing at all.
 
     wikitext2 and c4 come as consecutive windows of exactly `sequence_length` tokens, the last partial one dropped.
     """
-    documents = _documents(name, "test", tokenizer, num_tokens, sequence_length, seed=0)
+    documents = _documents(name, "test", tokenizer, num_tokens, sequence_length, 0, text_field)
     if not documents:
         raise ValueError(f"--eval_datasets {name}: no text to evaluate on at --eval_sequence_length {sequence_length}")
     if sum(map(len, documents)) > num_tokens:
@@ -193,23 +199,25 @@ def stdlib_texts(split: str, with_tests: bool = False) -> list[str]:
     return [text for text in texts[True] if text not in known]  # a few files are there under two names
 
 
-def local_texts(path: Path, split: str) -> list[str]:
+def local_texts(path: Path, split: str, text_field: str = "text") -> list[str]:
     """Documents of local files: a .txt file is one, a row of .jsonl or .parquet is one.
 
     A file whose name contains the word "train" or "test" belongs to that side. Of the rest every eighth document is
-    held out; where there are fewer than sixteen, the last eighth of each one's text is.
+    held out; where there are fewer than sixteen, or eight different ones, the last eighth of each one's text is.
     """
     unsplit: list[str] = []
     chosen: list[str] = []
     for file in _local_files(path):
         side = _named_side(file)
         if side == split:
-            chosen += _rows(file)
+            chosen += _rows(file, text_field)
         elif side is None:
-            unsplit += _rows(file)
-    if len(unsplit) >= 2 * TEST_SHARE:
-        unsplit = [text for i, text in enumerate(dict.fromkeys(unsplit))  # a repeated document stays on one side
-                   if (i % TEST_SHARE == TEST_SHARE - 1) == (split == "test")]
+            unsplit += _rows(file, text_field)
+    many = len(unsplit) >= 2 * TEST_SHARE
+    if many:
+        unsplit = list(dict.fromkeys(unsplit))       # a repeated document stays on one side
+    if many and len(unsplit) >= TEST_SHARE:
+        unsplit = [text for i, text in enumerate(unsplit) if (i % TEST_SHARE == TEST_SHARE - 1) == (split == "test")]
     else:
         cuts = [len(text) - len(text) // TEST_SHARE for text in unsplit]
         unsplit = [text[cut:] if split == "test" else text[:cut] for text, cut in zip(unsplit, cuts)]
@@ -238,32 +246,35 @@ def _named_side(file: Path) -> str | None:
     return next((side for side in ("train", "test") if side in words), None)
 
 
-def _rows(file: Path, lines: bool = False) -> list[str]:
-    """Texts of one local file; with `lines`, the lines of a .txt file as the hub's WikiText rows have them."""
+def _rows(file: Path, text_field: str = "text", lines: bool = False) -> list[str]:
+    """Texts of one local file; with `lines`, the lines of a .txt file as the hub's WikiText rows have them. Of a chat's
+    messages, their contents, one after the other."""
     try:
         if file.suffix == ".txt":
-            text = file.read_text(encoding="utf-8")
+            text = file.read_text(encoding="utf-8-sig")      # without the mark that some editors begin a file with
             return [line if line.strip() else "" for line in io.StringIO(text)] if lines else [text]
         if file.suffix == ".jsonl":
-            with file.open(encoding="utf-8") as stream:
-                rows = [json.loads(line)["text"] for line in stream if line.strip()]
+            with file.open(encoding="utf-8-sig") as stream:
+                rows = [json.loads(line)[text_field] for line in stream if line.strip()]
         else:
             import pyarrow.parquet
-            rows = pyarrow.parquet.read_table(file, columns=["text"]).column("text").to_pylist()
+            rows = pyarrow.parquet.read_table(file, columns=[text_field]).column(text_field).to_pylist()
+        rows = ["\n\n".join(message["content"] for message in row) if isinstance(row, list) else row for row in rows]
         if not all(isinstance(text, str) for text in rows):
-            raise TypeError('a "text" is not a string')
+            raise TypeError(f'a "{text_field}" is not a string')
         return rows
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise ValueError(f'{file}: cannot be read as text ({type(error).__name__}: {error}); .txt needs UTF-8, rows of '
-                         f'.jsonl and .parquet need a "text" field') from error
+                         f'.jsonl and .parquet need a "{text_field}" field, or name theirs with --text_field'
+                         ) from error
 
 
-def _convention_rows(convention: str, path: Path | None, split: str, seed: int) -> Iterable[str]:
+def _convention_rows(convention: str, path: Path | None, split: str, seed: int, text_field: str) -> Iterable[str]:
     """Rows of wikitext2, c4 or fineweb_edu, from a local file or streamed from the hub."""
     if path is not None:
         rows: list[str] = []
         for file in _local_files(path):
-            texts = _rows(file, lines=convention == "wikitext2")
+            texts = _rows(file, text_field, lines=convention == "wikitext2")
             cut = len(texts) - len(texts) // TEST_SHARE
             side = _named_side(file)
             rows += texts if side == split else [] if side else texts[cut:] if split == "test" else texts[:cut]
@@ -292,15 +303,15 @@ def _from_hub(dataset: str, *configuration: str, **options):
 # ---- from text to documents ------------------------------------------------------------------------------------------
 
 
-def _documents(name: str, split: str, tokenizer, num_tokens: int, sequence_length: int, seed: int
-               ) -> list[torch.Tensor]:
+def _documents(name: str, split: str, tokenizer, num_tokens: int, sequence_length: int, seed: int,
+               text_field: str = "text") -> list[torch.Tensor]:
     """At least `num_tokens` tokens of `split` where the dataset has them, else all it has."""
     if sequence_length < 2:
         raise ValueError(f"sequence length {sequence_length}: a document needs at least 2 tokens to predict one")
     convention, path = _parse(name)
     rng = random.Random(seed)
     if convention == "wikitext2":
-        rows = _convention_rows(convention, path, split, seed)
+        rows = _convention_rows(convention, path, split, seed, text_field)
         tokens = _tokenize(tokenizer, "\n\n".join(rows), add_special_tokens=False)
         if split == "test":
             return _windows(tokens, sequence_length)
@@ -310,14 +321,14 @@ def _documents(name: str, split: str, tokenizer, num_tokens: int, sequence_lengt
         starts = [rng.randrange(len(tokens) - sequence_length) for _ in range(count)]
         return [tokens[start:start + sequence_length] for start in starts]
     if convention == "c4":
-        rows = _convention_rows(convention, path, split, seed)
+        rows = _convention_rows(convention, path, split, seed, text_field)
         if split == "test":
             return _windows(_tokenize(tokenizer, "\n\n".join(rows)), sequence_length)
         return _joined_windows(rows, tokenizer, num_tokens, sequence_length)
     if convention == "fineweb_edu":
-        texts = _convention_rows(convention, path, split, seed)
+        texts = _convention_rows(convention, path, split, seed, text_field)
     else:
-        texts = stdlib_texts(split) if path is None else local_texts(path, split)
+        texts = stdlib_texts(split) if path is None else local_texts(path, split, text_field)
         rng.shuffle(texts)
     return _split_documents(texts, tokenizer, num_tokens, sequence_length)
 
@@ -360,8 +371,10 @@ def _joined_windows(texts: Iterable[str], tokenizer, num_tokens: int, sequence_l
 
 def _tokenize(tokenizer, text: str, add_special_tokens: bool = True) -> torch.Tensor:
     # verbose=False: the warning about the model's maximum length does not apply, the text is cut afterwards
-    return torch.tensor(tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"],
-                        dtype=torch.int64)
+    tokens = tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+    if tokens[:2] == [tokenizer.bos_token_id] * 2:           # the text begins with it, too
+        tokens = tokens[1:]
+    return torch.tensor(tokens, dtype=torch.int64)
 
 
 def _windows(tokens: torch.Tensor, sequence_length: int) -> list[torch.Tensor]:

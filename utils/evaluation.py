@@ -9,12 +9,12 @@ from utils.fitness import Candidate, Fitness
 
 
 def load_evaluation_documents(names: list[str], tokenizer, num_tokens: int, sequence_length: int,
-                              every: int = 0) -> dict[str, list[torch.Tensor]]:
+                              every: int = 0, text_field: str = "text") -> dict[str, list[torch.Tensor]]:
     """Documents of each dataset, by its name; prints how many tokens there are of each, and that they are evaluated
-    every so many generations."""
+    every so many generations. `text_field`: of local rows."""
     documents = {}
     for name in names:
-        documents[name] = evaluation_documents(name, tokenizer, num_tokens, sequence_length)
+        documents[name] = evaluation_documents(name, tokenizer, num_tokens, sequence_length, text_field)
         print(f"evaluation on {name}: {sum(map(len, documents[name])):,} tokens (of at most {num_tokens:,}) in "
               f"{len(documents[name])} documents", flush=True)
     if every:

@@ -41,6 +41,12 @@ def add_calibration_flags(parser: argparse.ArgumentParser, tokens: int) -> None:
                        help=f"exactly this many, or the run is refused (default: {tokens})")
     group.add_argument("--calibration_sequence_length", type=int, metavar="TOKENS",
                        help="longest document, in tokens, e.g. 4096 (default: min(context length, 8192))")
+    add_text_flag(group)
+
+
+def add_text_flag(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--text_field", default="text", metavar="FIELD",
+                       help="of rows in local .jsonl and .parquet files: a text, or a chat's messages (default: text)")
 
 
 def add_evaluation_flags(parser: argparse.ArgumentParser, in_search: bool = True) -> None:
@@ -51,7 +57,9 @@ def add_evaluation_flags(parser: argparse.ArgumentParser, in_search: bool = True
                        help="at most this many of each dataset (default: 524288)")
     group.add_argument("--eval_sequence_length", type=int, metavar="TOKENS",
                        help="longest document, in tokens (default: min(context length, 8192))")
-    if in_search:
+    if not in_search:
+        add_text_flag(group)
+    else:
         group.add_argument("--eval_every", type=int, default=1, metavar="GENERATIONS",
                            help="log perplexities every so often; 0: only at the end (default: 1, which is slow)")
         group.add_argument("--no_eval", action="store_true", help="measure no perplexities at all")

@@ -17,7 +17,8 @@ def tokenizer_of(args: argparse.Namespace):
 def documents_of(args: argparse.Namespace, config, tokenizer) -> list[torch.Tensor]:
     """The calibration documents, int64 [length] each, of exactly --calibration_tokens in all."""
     length = sequence_length(args.calibration_sequence_length, config, "--calibration_sequence_length")
-    return calibration_documents(args.calibration_data, tokenizer, args.calibration_tokens, length, args.seed)
+    return calibration_documents(args.calibration_data, tokenizer, args.calibration_tokens, length, args.seed,
+                                 text_field=args.text_field)
 
 
 def decoder_of(args: argparse.Namespace) -> Decoder:

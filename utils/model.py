@@ -1,5 +1,7 @@
 """Load a causal language model and its tokenizer, and save them."""
 import ctypes
+import hashlib
+import json
 import os
 import platform
 import re
@@ -11,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import cached_file
 
 from utils import distributed
 from utils.decoder import Decoder
@@ -18,6 +21,7 @@ from utils.files import PARTIAL, naming
 from utils.fitness import out_of_memory
 
 MORE_TOKENS = re.compile(r"nextn_predict|mtp")   # fields that count layers which predict more than the next token
+SAMPLE = 256                     # bytes at each of three places of a tensor that `weights_fingerprint` reads
 KEPT_BYTES = 2**30               # of freed memory that a CPU's allocator does not give back
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
@@ -26,6 +30,38 @@ def load_config(name: str, trust_remote_code: bool = False):
     """The model's configuration. Raises ValueError naming the flag when there is none at `name`."""
     with _naming_the_flag("--model_name_or_path", name):
         return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+
+
+def weights_fingerprint(name: str) -> str | None:
+    """Tells models of one configuration apart, in seconds whatever their size: a hash of the name, dtype and shape of
+    every tensor of a checkpoint, and of three samples of each. None where it has no safetensors."""
+    files = _safetensors(name)
+    digest, tensors = hashlib.sha256(), []
+    for file in files:
+        with file.open("rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(size))
+        tensors += [(key, entry, file, 8 + size) for key, entry in header.items() if key != "__metadata__"]
+    for key, entry, file, start in sorted(tensors, key=lambda tensor: tensor[0]):        # however they are split
+        digest.update(json.dumps([key, entry["dtype"], entry["shape"]]).encode())
+        first, last = entry["data_offsets"]
+        with file.open("rb") as stream:
+            for place in (first, (first + last) // 2, max(first, last - SAMPLE)):
+                stream.seek(start + place)
+                digest.update(stream.read(min(SAMPLE, last - place)))
+    return digest.hexdigest() if tensors else None
+
+
+def _safetensors(name: str) -> list[Path]:
+    """The files of a checkpoint in a folder, or of a model on the hub where they are cached already."""
+    def found(file: str) -> Path | None:
+        path = cached_file(name, file, _raise_exceptions_for_missing_entries=False, local_files_only=True,
+                           _raise_exceptions_for_connection_errors=False)
+        return Path(path) if path else None
+
+    index = found("model.safetensors.index.json")
+    names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index else ["model.safetensors"]
+    return [path for path in map(found, names) if path]
 
 
 def load_tokenizer(name: str, use_fast: bool = True, trust_remote_code: bool = False):

@@ -15,7 +15,7 @@ from utils.files import check_writable, naming, read_json, read_sealed, seal, wr
 
 VERSION = 2
 # flags that a resumed run may change: they do not change what it finds
-NOT_COMPARED = ("output_dir", "log_wandb", "generations", "level_cache_gb", "save_dir", "drop_config_dir")
+NOT_COMPARED = ("output_dir", "log_wandb", "generations", "level_cache_gb", "save_dir", "drop_config_dir", "text_field")
 
 
 def default_folder(task: str, flags: dict) -> str:

@@ -25,6 +25,7 @@ from utils.evaluation import Evaluation, load_evaluation_documents
 from utils.fitness import Fitness, Row
 from utils.inputs import decoder_of, documents_of, tokenizer_of
 from utils.measurements import Candidate, Measurements
+from utils.model import weights_fingerprint
 from utils.report import evaluation_rows, format_table, plot_search
 from utils.runs import Run, default_folder, open_wandb, rng_state, set_rng_state
 
@@ -62,10 +63,13 @@ class Search:
         self.tokenizer = tokenizer_of(args)
         self.documents = documents_of(args, self.config, self.tokenizer)
         check_minibatches(self.documents, [args.initial_tokens, *args.tokens_per_selection])
-        self.run.check_inputs(calibration_data=documents_sha256(self.documents), **checksums)
+        fingerprint = weights_fingerprint(args.model_name_or_path)
+        self.run.check_inputs(calibration_data=documents_sha256(self.documents), **checksums,
+                              **({"model_name_or_path": fingerprint} if fingerprint else {}))
         self.evaluation_sets = {} if args.no_eval else load_evaluation_documents(
             args.eval_datasets, self.tokenizer, args.eval_tokens,
-            sequence_length(args.eval_sequence_length, self.config, "--eval_sequence_length"), args.eval_every)
+            sequence_length(args.eval_sequence_length, self.config, "--eval_sequence_length"), args.eval_every,
+            args.text_field)
         self.decoder = decoder_of(args)
 
     def prepare(self, set_block: Callable[[int, Hashable], None], states: Callable[[Candidate], Sequence[Hashable]],

@@ -2,6 +2,8 @@
 import argparse
 import difflib
 from collections.abc import Mapping
+from copy import deepcopy
+from functools import partial
 from pathlib import Path
 
 
@@ -56,11 +58,32 @@ def run_tasks(args: argparse.Namespace, manager, model, tokenizer) -> dict[str, 
     from lm_eval.models.huggingface import HFLM
     batch_size = args.batch_size if args.batch_size == "auto" else int(args.batch_size)
     limit = int(args.limit) if args.limit is not None and args.limit >= 1 else args.limit
-    results = simple_evaluate(HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, backend="causal"),
+    harness = HFLM
+    if tokenizer.eos_token_id is None:
+        harness, tokenizer = _without_eos(HFLM), deepcopy(tokenizer)
+        prefix = tokenizer.bos_token_id
+        if prefix is None:
+            config = model.config.get_text_config(decoder=True)
+            prefix = next((i for i in (config.bos_token_id, config.eos_token_id) if isinstance(i, int)), 0)
+            print(f"the tokenizer has no BOS and no EOS token: a text without context is scored after token {prefix} "
+                  f"({tokenizer.decode([prefix])!r}), and generated ones end only where their task says")
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token_id = prefix          # or the harness adds one that the model has no embedding for
+        harness = partial(harness, prefix_token_id=prefix)
+    results = simple_evaluate(harness(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, backend="causal"),
                               tasks=split_names(args.tasks), num_fewshot=args.num_fewshot, limit=limit,
                               task_manager=manager, log_samples=False)["results"]
     return {task: {metric: value for metric, value in metrics.items() if isinstance(value, (int, float))}
             for task, metrics in results.items()}
+
+
+def _without_eos(harness: type) -> type:
+    """lm-eval's model for a tokenizer that has no EOS token, which it takes every one to have."""
+    class WithoutEos(harness):
+        def tok_decode(self, tokens, *args, **kwargs):
+            return None if tokens is None else super().tok_decode(tokens, *args, **kwargs)
+
+    return WithoutEos
 
 
 def split_names(names: str) -> list[str]:

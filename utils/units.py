@@ -7,9 +7,11 @@ from fnmatch import fnmatchcase
 
 from utils.configs import parse_level
 
-# Projections that inference engines fuse into one matrix, by the names they have in published models.
-FUSED = {"qkv": {"q_proj", "k_proj", "v_proj", "query", "key", "value", "wq", "wk", "wv"},
-         "gate_up": {"gate_proj", "up_proj", "w1", "w3"}}
+# Projections that inference engines fuse into one matrix, by the names they have in published models: --tie -> sets.
+FUSED = {"qkv": [{"q_proj", "k_proj", "v_proj", "query", "key", "value", "wq", "wk", "wv"},
+                 {"q_a_proj", "kv_a_proj_with_mqa"},                                     # latent attention
+                 {"in_proj_qkv", "in_proj_z"}, {"in_proj_b", "in_proj_a"}],              # linear attention
+         "gate_up": [{"gate_proj", "up_proj", "w1", "w3"}]}
 EXPERT = re.compile(r"(.*experts)\.\d+\.(.+)")        # a layer of one expert of many: which experts, what of each
 
 
@@ -84,7 +86,7 @@ def build_units(blocks: Sequence[Sequence[str]], levels: Mapping[str, Iterable[f
     for index, names in enumerate(blocks):
         for name in names:
             parent, _, last = name.rpartition(".")
-            fused = next((tie for tie in ties if last in FUSED.get(tie, ())), None)
+            fused = next((min(members) for tie in ties for members in FUSED.get(tie, ()) if last in members), None)
             key = (index,) if "block" in ties else (parent, fused) if fused else (name,)
             if "block" not in ties and "single_experts" not in ties and (expert := EXPERT.fullmatch(name)):
                 key = (index, expert[1], None if "experts" in ties else fused or expert[2])
