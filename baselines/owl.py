@@ -21,6 +21,7 @@ from database.store import Database
 from utils.allocation import allocate
 from utils.configs import write_level_config
 from utils.errors import RunError, user_errors
+from utils.experts import Layer, eager, inputs_seen
 from utils.files import check_writable, write_atomic
 from utils.fitness import Fitness, default_microbatch_tokens
 from utils.flags import add_calibration_flags, add_model_flags, check_calibration_flags
@@ -61,19 +62,19 @@ def check_flags(args: argparse.Namespace) -> None:
 
 
 @contextmanager
-def input_norms(layers: Mapping[str, nn.Linear]) -> Iterator[dict[str, torch.Tensor]]:
-    """layer -> ‖X_j‖₂, float32 [in], over all tokens that pass through it inside the context."""
+def input_norms(model: nn.Module, layers: Mapping[str, Layer]) -> Iterator[dict[str, torch.Tensor]]:
+    """layer -> ‖X_j‖₂, float32 [in], over all tokens that pass through it inside the context, in `model`."""
     squares = {name: torch.zeros(layer.in_features, device=layer.weight.device) for name, layer in layers.items()}
 
-    def hook(name: str):
-        def accumulate(module, args):
-            squares[name] += args[0].float().flatten(0, -2).square().sum(0)
-        return accumulate
+    def add(name: str, x: torch.Tensor) -> None:
+        squares[name] += x.float().flatten(0, -2).square().sum(0)
 
-    hooks = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
+    hooks = [layer.register_forward_pre_hook(lambda _, args, name=name: add(name, args[0]))
+             for name, layer in layers.items() if isinstance(layer, nn.Module)]
     norms: dict[str, torch.Tensor] = {}
     try:
-        yield norms
+        with eager(model), inputs_seen(layers, add):
+            yield norms
     finally:
         for handle in hooks:
             handle.remove()
@@ -132,7 +133,7 @@ def main(argv: list[str] | None = None) -> dict:
 
     layers = {name: decoder.layers[name] for name in database.layers}
     tokens = args.microbatch_tokens or default_microbatch_tokens(decoder)    # which may try the model out
-    with input_norms(layers) as norms:       # the uncompressed model's pass over all documents
+    with input_norms(decoder.model, layers) as norms:       # the uncompressed model's pass over all documents
         fitness = Fitness(decoder, documents, switcher.set_block, microbatch_tokens=tokens,
                           progress="uncompressed model on calibration data")
     blocks = [names for names in switcher.names if names]

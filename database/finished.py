@@ -14,12 +14,21 @@ from torch import nn
 from database.build import NOT_COMPARED, check_same, find_manifest, forget_damaged, start_writing, weights_sha256
 from database.packing import Packed
 from database.store import FORMAT, Database, config_sha256, write_layer, write_manifest
-from database.tuning import BlockWeight, DenseWeight, HiddenStates, QuantizedWeight, SparseWeight, Weight
+from database.tuning import (
+    BlockWeight,
+    DenseWeight,
+    ExpertsWeight,
+    HiddenStates,
+    QuantizedWeight,
+    SparseWeight,
+    Weight,
+)
 from formats.regroup import regroup
 from formats.towers import with_tower
 from utils import distributed
 from utils.data import documents_sha256
 from utils.decoder import Block, Decoder
+from utils.experts import ExpertLayer
 from utils.files import PARTIAL, read_sealed, seal, write_atomic
 from utils.model import save_pretrained
 
@@ -56,6 +65,7 @@ class FinishedDatabase:
                  levels: Mapping[str, float], dropped: Sequence[tuple[bool, bool]]):
         """Raises ValueError where the folder holds anything else."""
         self.path, self.decoder, self.source = args.save_dir, decoder, source
+        self._layers = decoder.layers
         self.levels, self.dropped = levels, dropped
         self.learning_rate = {} if args.learning_rate is None else {"learning_rate": args.learning_rate}
         checksum = hashlib.sha256(json.dumps(levels, sort_keys=True).encode()).hexdigest()
@@ -82,14 +92,24 @@ class FinishedDatabase:
     def weights(self, block: Block) -> dict[str, Weight]:
         """What is to be trained, by the parameter's name within the block."""
         gone = _dropped_modules(block, self.dropped[block.index])
-        return {f"{_within(block, name)}.weight": self._weight(name, self.levels[name]) for name in self.names(block)
-                if block.layers[name] not in gone and self._trainable(name)}
+        weights = {f"{_within(block, name)}.weight": self._weight(name, self.levels[name]) for name in self.names(block)
+                   if block.layers[name] not in gone and not isinstance(block.layers[name], ExpertLayer)
+                   and self._trainable(name)}
+        stored = set(self.names(block))
+        for own, parameter in block.module.named_parameters():
+            experts = {name: layer for name, layer in block.layers.items()
+                       if isinstance(layer, ExpertLayer) and layer.parameter is parameter}
+            trained = {name: self._weight(name, self.levels[name]) for name in experts
+                       if name in stored and self._trainable(name)}
+            if trained and not any(parameter is other for module in gone for other in module.parameters()):
+                weights[own] = ExpertsWeight(experts, trained)
+        return weights
 
     def _trainable(self, name: str) -> bool:
         return self.source.method == "sparsegpt" or self.source.type(name, self.levels[name]) != "F16"
 
     def _weight(self, name: str, level: float) -> Weight:
-        weight = self.decoder.layers[name].weight
+        weight = self._layers[name].weight
         packed = self.source.packed(name, level, weight.device)
         if self.source.method == "sparsegpt":
             return SparseWeight(packed, self.source.shape(name), **self.learning_rate)
@@ -101,9 +121,10 @@ class FinishedDatabase:
 
     def save(self, block: Block, trained: Mapping[str, Weight], calibration: HiddenStates, states: list | None) -> None:
         """Write the block's layers. The block is still uncompressed; `states`: what it is given."""
-        packed = {}
+        packed, of_experts = {}, {name: weight for whole in trained.values() if isinstance(whole, ExpertsWeight)
+                                  for name, weight in whole.weights.items()}
         for name in self.names(block):
-            weight = trained.get(f"{_within(block, name)}.weight")
+            weight = of_experts.get(name) or trained.get(f"{_within(block, name)}.weight")
             packed[name] = weight.packed() if weight else self.source.packed(name, self.levels[name])
         errors = calibration.relative_errors(block.index, states, {
             _within(block, name): self.source.unpack(name, self.levels[name], parts) for name, parts in packed.items()})

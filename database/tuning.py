@@ -7,12 +7,14 @@ values that are kept, of one that is neither all of it. Gradients pass through r
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import nn
 from torch.func import functional_call
 
 from database.packing import Packed, pack_quantized, pack_sparse, unpack_bits
 from formats.kquants import TYPES, decode, encode, grids
 from utils import distributed
 from utils.decoder import Decoder
+from utils.experts import ExpertLayer, eager, inputs_seen
 from utils.fitness import assemble, microbatches, storage_for
 
 SMALLEST_SCALE = 2.0**-24        # above zero in half precision
@@ -118,7 +120,33 @@ class DenseWeight:
         return self.trained[0]
 
 
-Weight = QuantizedWeight | BlockWeight | SparseWeight | DenseWeight
+class ExpertsWeight:
+    """A 3-D parameter of experts, of which every matrix is trained as it is compressed."""
+    def __init__(self, layers: Mapping[str, ExpertLayer],
+                 weights: Mapping[str, QuantizedWeight | BlockWeight | SparseWeight]):
+        """layers: all that are in the parameter, by name; weights: of those that are trained."""
+        self.weights = weights
+        self.trained = [tensor for weight in weights.values() for tensor in weight.trained]
+        self.learning_rates = [rate for weight in weights.values() for rate in weight.learning_rates]
+        self._experts: dict[int, dict[str, ExpertLayer]] = {}
+        for name, layer in layers.items():
+            self._experts.setdefault(layer.expert, {})[name] = layer
+
+    def value(self) -> torch.Tensor:
+        """float32 like the parameter, of which gradients pass to what is trained."""
+        return torch.stack([self._matrix(self._experts[expert]) for expert in sorted(self._experts)])
+
+    def _matrix(self, layers: Mapping[str, ExpertLayer]) -> torch.Tensor:
+        """Of one expert."""
+        values = [self.weights[name].value() if name in self.weights else layer.weight.float()
+                  for name, layer in layers.items()]
+        rows = sum(layer.out_features for layer in layers.values())
+        places = torch.cat([torch.arange(rows)[layer.outputs] for layer in layers.values()])
+        matrix = torch.cat(values)[places.argsort().to(values[0].device)]
+        return matrix.T if next(iter(layers.values())).transposed else matrix
+
+
+Weight = QuantizedWeight | BlockWeight | SparseWeight | DenseWeight | ExpertsWeight
 
 
 def _root_mean_square(values: torch.Tensor) -> float:
@@ -242,20 +270,21 @@ class HiddenStates:
                         ) -> dict[str, float]:
         """Relative output error ‖(W−Ŵ)X‖² / ‖WX‖² of an alternative Ŵ [out, in] for some of the block's layers, by name
         within it; X: their inputs in the block as it is, in the first microbatches."""
-        layers = {name: self.decoder.blocks[index].module.get_submodule(name) for name in alternatives}
+        block = self.decoder.blocks[index]
+        layers = {name: block.layers[f"{block.name}.{name}"] for name in alternatives}
         energies = {name: torch.zeros(2, dtype=torch.float64) for name in alternatives}      # of the error, of all
 
-        def hook(name: str):
-            def add(layer, args):
-                x, weight = args[0].flatten(0, -2).float(), layer.weight.float()
-                delta = alternatives[name].to(x.device).float() - weight
-                outputs = (x @ w.T for w in (delta, weight))
-                energies[name] += torch.stack([y.square().sum(dtype=torch.float64) for y in outputs]).cpu()
-            return add
+        def add(name: str, x: torch.Tensor) -> None:
+            x, weight = x.flatten(0, -2).float(), layers[name].weight.float()
+            delta = alternatives[name].to(x.device).float() - weight
+            outputs = (x @ w.T for w in (delta, weight))
+            energies[name] += torch.stack([y.square().sum(dtype=torch.float64) for y in outputs]).cpu()
 
-        hooks = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
-        for i in range(min(len(self.rows), ERROR_MICROBATCHES)):
-            self._output(index, *self.inputs(states, index, i))
+        hooks = [layer.register_forward_pre_hook(lambda _, args, name=name: add(name, args[0]))
+                 for name, layer in layers.items() if isinstance(layer, nn.Module)]
+        with eager(self.decoder.model), inputs_seen(layers, add):
+            for i in range(min(len(self.rows), ERROR_MICROBATCHES)):
+                self._output(index, *self.inputs(states, index, i))
         for registered in hooks:
             registered.remove()
         return {name: float(error / whole) if whole else 0.0 for name, (error, whole) in energies.items()}

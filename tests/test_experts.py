@@ -18,6 +18,7 @@ import evo_unstructured
 import export
 import exports
 import families
+import finish
 import plain_solvers
 from database import gptq, sparsegpt
 from database.hessian import LEAST_TOKENS
@@ -244,3 +245,22 @@ def test_a_database_without_the_experts_is_not_exported_as_if_they_were_there(mi
     with pytest.raises(SystemExit, match=r"lacks model\.layers\.0\.mlp\.experts\.0\.gate_proj"):
         export.main(["--model_name_or_path", str(mixture), "--quant_weights_path", str(tmp_path / "db"), "--device",
                      "cpu", "--quant_config_path", "3", "--save_dir", str(tmp_path / "packed")])
+
+
+@pytest.mark.parametrize("mixture", ["gpt_oss"], indirect=True)
+@torch.no_grad()
+def test_finishing_trains_each_experts_matrices_and_keeps_their_format(mixture, tmp_path):
+    finish.main(["--model_name_or_path", str(mixture), "--quant_weights_path", str(mixture / "quant"),
+                 "--quant_config_path", "2", "--calibration_data", f"{mixture}/text.jsonl", "--calibration_tokens",
+                 "512", "--calibration_sequence_length", "64", "--steps", "30", "--batch_size", "4", "--device", "cpu",
+                 "--save_dir", str(tmp_path / "finished")])
+    before, after = Database.open(mixture / "quant"), Database.open(tmp_path / "finished")
+    assert all(after.levels(name) == [2] and after.codes(name, 2)[0].max() < 4 for name in before.layers)
+    model = AutoModelForCausalLM.from_pretrained(mixture, dtype=torch.float32)
+    errors = [0.0, 0.0]
+    for document in calibration_documents(f"{mixture}/text.jsonl", load_tokenizer(mixture), 512, 64)[:4]:
+        dense = model(input_ids=document[None]).logits
+        for i, database in enumerate((before, after)):
+            logits = expected_logits(mixture, dict.fromkeys(before.layers, 2), database, document[None])
+            errors[i] += float((logits - dense).square().sum())
+    assert errors[1] < 0.8 * errors[0]
