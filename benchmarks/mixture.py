@@ -1,4 +1,5 @@
-"""Mixtures of experts: a small one, trained here, searched at 3 bits against uniform; a block of a large one, timed.
+"""Mixtures of experts: a small one, trained here, searched at 3 bits against uniform; a block of a large one, timed;
+and how many tokens an expert needs.
 
     python benchmarks/mixture.py --out results/mixture --write_readme
 
@@ -22,7 +23,10 @@ from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 from benchmarks.programs import claim, run, write_readme
-from utils.data import stdlib_texts
+from database.gptq import quantize
+from database.sparsegpt import prune
+from utils.data import calibration_documents, stdlib_texts
+from utils.model import load_decoder, load_tokenizer
 from utils.report import format_table
 
 CONTEXT = 256
@@ -32,6 +36,7 @@ TARGET = 3                       # bits
 SEARCH = ["--group_rule", "none", "--init", "measured", "--screen", 4, "--generations", 10, "--offspring", 16,
           "--tokens_per_selection", 512, 2048, 4096, "--survivors_per_selection", 4, 2, 1, "--initial_tokens", 1024]
 LARGE = {"experts": 128, "blocks": 48, "hidden": 2048, "inside": 768}         # Qwen3-30B-A3B
+FEW_LAYERS, FEW_TOKENS = ("up_proj", "down_proj"), (1 / 8, 1 / 2, 1, 2, 4, 16)
 BLOCK_TOKENS = 8192              # with 8 of them a token, an expert sees half of these
 
 
@@ -152,6 +157,29 @@ def block(out: Path, experts: int) -> str:
          found["disk"] * scale * LARGE["blocks"] / 1e9]])
 
 
+@torch.no_grad()
+def few_tokens() -> str:
+    """Table of a layer's relative error on other tokens, over the number of tokens that its Hessian is from."""
+    decoder = load_decoder(str(ROOT / "demo" / "model"), "float32", "cpu")
+    documents = calibration_documents("stdlib", load_tokenizer(str(ROOT / "demo" / "model")), 16384, CONTEXT)
+    ways = [f"{layer}, {way}" for layer in FEW_LAYERS for way in ("GPTQ 3 bits", "SparseGPT 50%")]
+    rows: list[list] = [["tokens an input", *ways]]
+    rows += [[label] for label in ("nearest, by magnitude", *map("{:g}".format, FEW_TOKENS))]
+    for name in FEW_LAYERS:
+        layer, inputs = decoder.layers[f"model.layers.5.mlp.{name}"], []
+        hook = layer.register_forward_pre_hook(lambda _, args, inputs=inputs: inputs.append(args[0][0]))
+        for document in documents:
+            decoder.model(input_ids=document[None], use_cache=False)
+        hook.remove()
+        x = torch.cat(inputs)[torch.randperm(16384, generator=torch.Generator().manual_seed(0))]
+        weight, others = layer.weight.data, x[8192:]
+        seen = [x[:int(tokens * x.shape[1])] for tokens in FEW_TOKENS]
+        for row, hessian in zip(rows[1:], [torch.eye(x.shape[1]), *(part.T @ part / len(part) for part in seen)]):
+            for level in (quantize(weight, hessian, [3], 128)[1], prune(weight, hessian, [weight.numel() // 2])[0]):
+                row.append(float(((level.T - weight) @ others.T).square().sum() / (weight @ others.T).square().sum()))
+    return format_table(rows)
+
+
 _MEASURE = """
 import json, resource, subprocess, sys
 code = subprocess.run(sys.argv[1:]).returncode
@@ -166,7 +194,7 @@ def main() -> None:
     claim(out, args, ("steps",))
     if not (out / "model" / "config.json").exists():
         train(out / "model", args.steps)
-    tables = f"{search(out, args.seeds)}\n\n{block(out, args.experts)}"
+    tables = f"{search(out, args.seeds)}\n\n{block(out, args.experts)}\n\n{few_tokens()}"
     print(tables)
     if args.write_readme:
         write_readme(args.write_readme, tables)

@@ -83,6 +83,8 @@ def shape_of(name: str, trust_remote_code: bool = False) -> Shape:
             parent, _, last = layer_name.rpartition(".")
             fused = next((f"{parent}.{tie}" for tie, sets in FUSED.items() if last in sets[0]), layer_name)
             layers.append((fused, layer.out_features, layer.in_features))
+    if any(parameter.dim() == 3 and "experts" in own for own, parameter in model.named_parameters()):
+        print(f"{name}: a mixture, whose experts are not counted in what follows")
     head_size = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
     return Shape(text_config.num_hidden_layers, text_config.hidden_size, text_config.vocab_size,
                  default_sequence_length(config), sum(p.numel() for p in model.parameters()),
