@@ -14,7 +14,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from operator import getitem
 
-from database.exported import FORMATS, check_experts, exportable_levels
+import torch
+
+from database.exported import FORMATS, check_experts, exportable_levels, layer_bytes, other_bytes
 from database.levels import LevelSwitcher, describe_levels, describe_whole, open_database
 from database.sensitivity import estimate_alone
 from database.store import Database
@@ -39,11 +41,15 @@ def make_parser() -> argparse.ArgumentParser:
     space = parser.add_argument_group("search space")
     space.add_argument("--quant_weights_path", required=True, metavar="FOLDER",
                        help="database built by python -m database.gptq")
-    space.add_argument("--target_bitwidth", type=float, required=True, metavar="BITS",
+    space.add_argument("--target_bitwidth", type=float, metavar="BITS",
                        help="average bits a weight, never exceeded, e.g. 2.5")
+    space.add_argument("--budget_file_gb", type=float, metavar="GB",
+                       help="instead: at most of the file that export.py writes in --for_format, in 10^9 bytes")
+    space.add_argument("--count_everything", action="store_true",
+                       help="the target is that file's bits a parameter, with embeddings, head, norms and scales")
     space.add_argument("--count_overhead", action="store_true",
                        help="count scales and zeros towards the target, not the codes alone")
-    space.add_argument("--for_format", choices=list(FORMATS),
+    space.add_argument("--for_format", choices=FORMATS,
                        help="leave out levels that export.py --format cannot hold as they are (default: all are "
                             "searched)")
     space.add_argument("--group_rule", choices=["size", "name", "none"], default="size",
@@ -77,12 +83,17 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 class Space:
     """All candidates within the budget of bits, short of it by less than any legal single step up would cost."""
 
-    def __init__(self, units: list[Unit], bits: list[dict[float, int]], groups: list[int], budget: int, step_size: int):
-        """`bits`: of every unit, level -> bits in total; `groups`: of every unit, the group within which bits move."""
+    def __init__(self, units: list[Unit], bits: list[dict[float, int]], groups: list[int], budget: int, step_size: int,
+                 target: float = 0.0, other: int = 0):
+        """`bits`: of every unit, level -> bits in total; `groups`: of every unit, the group within which bits move;
+        `target`: bits that there are for a weight, on average; `other`: bits of the whole file that no level changes.
+        """
         self.units = units
         self.bits = bits
         self.groups = groups
         self.budget = budget
+        self.target = target
+        self.other = other
         # levels a step up or down leads to: the nearest one at least step_size bits away, fractions of a bit aside
         self.up = [{level: min((l for l in unit.levels if l // 1 >= level // 1 + step_size), default=None)
                     for level in unit.levels} for unit in units]
@@ -112,20 +123,43 @@ class Space:
         return {name: level for unit, level in zip(self.units, candidate) for name in unit.names}
 
 
-def build_space(args: argparse.Namespace, database: Database, units: list[Unit]) -> Space:
-    """Raises ValueError when the target is out of what the levels allow."""
-    bits = [{level: sum(database.bits(name, level, args.count_overhead) for name in unit.names)
-             for level in unit.levels} for unit in units]
+def build_space(args: argparse.Namespace, database: Database, units: list[Unit], search: Search) -> Space:
+    """Raises ValueError when the target is out of what the levels allow. Of the search, its model is counted where the
+    budget is of a whole file."""
     weights = [sum(math.prod(database.shape(name)) for name in unit.names) for unit in units]
-    budget = math.floor(args.target_bitwidth * sum(weights) + 1e-6)
-    lowest, highest = (sum(pick(costs.values()) for costs in bits) / sum(weights) for pick in (min, max))
-    if not lowest * sum(weights) <= budget <= highest * sum(weights):
-        counted = "with scales and zeros" if args.count_overhead else "without scales and zeros"
-        raise ValueError(f"--target_bitwidth {args.target_bitwidth}: the levels that are left allow averages from "
-                         f"{lowest:.4g} to {highest:.4g} ({counted}); choose one between, or other levels")
+    if whole_file(args):
+        model, most = search.decoder.model, {name: unit.levels[-1] for unit in units for name in unit.names}
+        other = 8 * other_bytes(model, search.tokenizer, search.config.dtype or torch.float32, database, most,
+                                args.for_format)
+        bits = [{level: 8 * sum(layer_bytes(database, name, level, args.for_format) for name in unit.names)
+                 for level in unit.levels} for unit in units]
+        counted, how = sum(parameter.numel() for parameter in model.parameters()), "everything counted"
+    else:
+        other = 0
+        bits = [{level: sum(database.bits(name, level, args.count_overhead) for name in unit.names)
+                 for level in unit.levels} for unit in units]
+        counted, how = sum(weights), "with scales and zeros" if args.count_overhead else "without scales and zeros"
+    lowest, highest = (sum(pick(costs.values()) for costs in bits) + other for pick in (min, max))
+    if args.budget_file_gb is None:
+        budget = math.floor(args.target_bitwidth * counted + 1e-6)
+        reason = (f"--target_bitwidth {args.target_bitwidth}: the levels that are left allow averages from "
+                  f"{lowest / counted:.4g} to {highest / counted:.4g} ({how})")
+    else:
+        budget = 8 * math.floor(args.budget_file_gb * 10**9 + 1e-6)
+        reason = (f"--budget_file_gb {args.budget_file_gb:g}: the levels that are left allow files from "
+                  f"{lowest / 8e9:.6g} to {highest / 8e9:.6g} GB")
+    if not lowest <= budget <= highest:
+        raise ValueError(f"{reason}; choose one between, or other levels")
+    budget -= other
     keys = [{"size": weight, "name": tuple(name.rpartition(".")[2] for name in unit.names),
              "none": None}[args.group_rule] for unit, weight in zip(units, weights)]
-    return Space(units, bits, [keys.index(key) for key in keys], budget, args.step_size)
+    return Space(units, bits, [keys.index(key) for key in keys], budget, args.step_size,
+                 budget / sum(weights) if whole_file(args) else args.target_bitwidth, other)
+
+
+def whole_file(args: argparse.Namespace) -> bool:
+    """Whether the budget is of all that an export writes."""
+    return args.count_everything or args.budget_file_gb is not None
 
 
 # ---- start, mutation and selection -----------------------------------------------------------------------------------
@@ -249,21 +283,29 @@ def select(offspring: list[Candidate], parents: list[Candidate], steps: list[tup
 def check_flags(args: argparse.Namespace) -> None:
     flags.check_search_flags(args)
     check_unit_flags(args)
-    if not 0 < args.target_bitwidth < math.inf:
+    if (args.target_bitwidth is None) == (args.budget_file_gb is None):
+        raise ValueError(f"--target_bitwidth {args.target_bitwidth}, --budget_file_gb {args.budget_file_gb}: give one "
+                         f"of the two")
+    if args.budget_file_gb is not None and not 0 < args.budget_file_gb < math.inf:
+        raise ValueError(f"--budget_file_gb {args.budget_file_gb}: a size in GB is needed, e.g. 4.5")
+    if whole_file(args) and (not args.for_format or args.count_overhead):
+        raise ValueError("--count_everything, --budget_file_gb: count a file that export.py writes, scales included; "
+                         "name its --format with --for_format, and leave out --count_overhead")
+    if args.target_bitwidth is not None and not 0 < args.target_bitwidth < math.inf:
         raise ValueError(f"--target_bitwidth {args.target_bitwidth}: an average in bits is needed, e.g. 2.5")
     if args.step_size < 1:
         raise ValueError(f"--step_size {args.step_size}: must be at least 1")
-    args.configuration_name = args.configuration_name or (
-        f"evo-{args.fitness_fn}-configuration-{args.target_bitwidth:g}.txt")
+    budget = f"{args.budget_file_gb:g}gb" if args.target_bitwidth is None else f"{args.target_bitwidth:g}"
+    args.configuration_name = args.configuration_name or f"evo-{args.fitness_fn}-configuration-{budget}.txt"
     check_configuration_name(args.configuration_name)
 
 
 def first_candidates(args: argparse.Namespace, search: Search, space: Space, switcher: LevelSwitcher,
                      database: Database, predictor: AdditiveModel) -> list[Candidate]:
     """Candidates of which the best are the first parents, as --init says. Raises RunError where there is none."""
-    uniform = uniform_candidate(space, args.target_bitwidth)
+    uniform = uniform_candidate(space, space.target)
     if args.init == "measured":
-        errors, within, measured = estimate_alone(search.fitness, switcher, database, space.units, args.target_bitwidth,
+        errors, within, measured = estimate_alone(search.fitness, switcher, database, space.units, space.target,
                                                   search.draw(args.initial_tokens))
         search.tokens += measured * args.initial_tokens
         if args.fitness_fn != "ppl":                         # errors are KL divergences
@@ -276,7 +318,7 @@ def first_candidates(args: argparse.Namespace, search: Search, space: Space, swi
         return list(dict.fromkeys([*allocated, *filter(None, [uniform])]))
     if args.init == "uniform" and uniform:
         return [uniform]
-    return draw_distinct(lambda: random_candidate(space, args.target_bitwidth, search.rng), args.initially_generated,
+    return draw_distinct(lambda: random_candidate(space, space.target, search.rng), args.initially_generated,
                          set())
 
 
@@ -301,7 +343,7 @@ def main(argv: list[str] | None = None) -> dict:
                 raise
             print(f"export.py {error}")
         levels = exportable_levels(database, args.for_format)
-        space = build_space(args, database, build_units(switcher.names, levels, args))
+        space = build_space(args, database, build_units(switcher.names, levels, args), search)
     search.prepare(switcher.set_block, lambda candidate: switcher.states(space.levels(candidate)),
                    logged=lambda candidate: {"levels": candidate}, divergences=args.init == "measured")
     predictor = AdditiveModel([unit.levels for unit in space.units])     # of fitness, for --screen
@@ -346,7 +388,7 @@ def main(argv: list[str] | None = None) -> dict:
         write_level_config(file, winner)
     whole = describe_whole(search.decoder, config, database, winner)
     print(f"whole model: {whole}")
-    search.evaluate("uniform" if search.start == uniform_candidate(space, args.target_bitwidth) else "measured start"
+    search.evaluate("uniform" if search.start == uniform_candidate(space, space.target) else "measured start"
                     if args.init == "measured" else f"best of {args.initially_generated} random")
     return search.finish(describe(space, parents[0], database), *level_map(switcher.names, winner), "bits", files,
                          database=str(database.path), levels=winner, whole_model=whole)
@@ -356,6 +398,9 @@ def describe(space: Space, candidate: Candidate, database: Database) -> str:
     """The budget as met, in words: bits counted in the database, not computed from the flags."""
     levels = space.levels(candidate)
     weights = sum(math.prod(database.shape(name)) for name in levels)
+    if space.other:
+        used, allowed = ((bits + space.other) // 8 for bits in (space.total(candidate), space.budget))
+        return f"{describe_levels(database, levels)}, {used:,} bytes in all, budget {allowed:,}"
     return f"{describe_levels(database, levels)}, budget {space.budget / weights:.4f}"
 
 

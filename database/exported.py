@@ -1,29 +1,71 @@
 """What an export makes of a database's levels: whether its format holds one as it is, and in how many bytes."""
-from collections.abc import Callable
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import nn
 
 from database.store import Database
 from formats import compressed_tensors, gguf, mlx
 from utils.decoder import Decoder
 from utils.experts import ExpertLayer
 
-FORMATS: dict[str, Callable[..., int]] = {
-    "compressed-tensors": compressed_tensors.layer_bytes, "gguf": gguf.layer_bytes,
-    "mlx": lambda shape, bits, size, _: mlx.layer_bytes(shape, bits, size, "mlx"),
-    "mlx-float16": lambda shape, bits, size, _: mlx.layer_bytes(shape, bits, size, "mlx-float16")}
+FORMATS = ("compressed-tensors", "gguf", *mlx.SCALES)
+SIZES = {"I64": 8, "F32": 4, "U32": 4, "I32": 4, "BF16": 2, "F16": 2}       # safetensors' dtypes in a file's order
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 def layer_bytes(database: Database, name: str, level: float, format: str) -> int:
     """Of a layer at a level in an export of --format `format`, at most. Raises ValueError where the format cannot hold
     the level as it is."""
+    if format != "gguf":
+        return sum(_bytes(*tensor) for tensor in _layout(database, name, level, format).values())
+    if database.type(name, level):
+        return gguf.padded(database.bits(name, level) // 8)
+    return gguf.padded(_described(gguf.layer_bytes, database, name, level, format))
+
+
+def other_bytes(model: nn.Module, tokenizer, dtype: torch.dtype, database: Database, levels: Mapping[str, float],
+                format: str) -> int:
+    """Of a whole export all but its layers, which `layer_bytes` has: embeddings, head and norms in `dtype`, and the
+    file's header, with the layers at `levels`; at lower ones it is shorter by some digits."""
+    if format == "gguf":
+        return gguf.other_bytes(model, tokenizer, levels, dtype.itemsize)
+    stored = {}
+    for name, tensor in model.state_dict().items():
+        layer = name.removesuffix(".weight")
+        if layer in levels:
+            stored |= {f"{layer}.{part}": found
+                       for part, found in _layout(database, layer, levels[layer], format).items()}
+        elif not (name == "lm_head.weight" and model.config.tie_word_embeddings):
+            stored[name] = DTYPES[dtype], list(tensor.shape)
+    header, offset = {"__metadata__": {"format": "mlx"}}, 0
+    for name, (kind, shape) in sorted(stored.items(), key=lambda item: (list(SIZES).index(item[1][0]), item[0])):
+        begin, offset = offset, offset + _bytes(kind, shape)
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [begin, offset]}
+    length = len(json.dumps(header, separators=(",", ":")))
+    return 8 + -(-length // 8) * 8 + offset - sum(layer_bytes(database, *item, format) for item in levels.items())
+
+
+def _layout(database: Database, name: str, level: float, format: str) -> dict[str, tuple[str, list[int]]]:
     if kind := database.type(name, level):
-        if format != "gguf":
-            raise ValueError(f"--format {format}: {name} has {kind} blocks, and only --format gguf holds those")
-        return database.bits(name, level) // 8
+        raise ValueError(f"--format {format}: {name} has {kind} blocks, and only --format gguf holds those")
+    if format == "compressed-tensors":
+        return _described(compressed_tensors.layout, database, name, level, format)
+    return _described(lambda *layer: mlx.layout(*layer[:3], format), database, name, level, format)
+
+
+def _described(function: Callable, database: Database, name: str, level: float, format: str):
     try:
-        return FORMATS[format](database.shape(name), level, database.group_size(name, level),
-                               bool(database.manifest["flags"].get("sym")))
+        return function(database.shape(name), level, database.group_size(name, level),
+                        bool(database.manifest["flags"].get("sym")))
     except ValueError as error:
         raise ValueError(f"--format {format}: {name} has {error}") from error
+
+
+def _bytes(dtype: str, shape: Sequence[int]) -> int:
+    return SIZES[dtype] * math.prod(shape)
 
 
 def exportable_levels(database: Database, format: str | None) -> dict[str, list[float]]:

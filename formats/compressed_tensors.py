@@ -89,12 +89,13 @@ def unevenly_packed(linear: Iterable[str], schemes: Mapping[str, Scheme]) -> lis
     return [names for names in fused_layers(linear) if len({schemes.get(name) for name in names}) > 1]
 
 
-def layer_bytes(shape: tuple[int, int], bits: int, group_size: int, symmetric: bool) -> int:
-    """Of a layer [out, in] with half-precision scales, packed by itself."""
+def layout(shape: tuple[int, int], bits: int, group_size: int, symmetric: bool) -> dict[str, tuple[str, list[int]]]:
+    """(dtype, shape) of the tensors of a layer [out, in] with half-precision scales, packed by itself."""
     out, columns = shape
     groups = 1 if group_size >= columns else columns // math.gcd(group_size, columns)
-    zeros = 0 if symmetric else 4 * groups * -(-out * bits // 32)
-    return 4 * out * -(-columns * bits // 32) + 2 * out * groups + zeros + 16
+    parts = {"weight_packed": ("I32", [out, -(-columns * bits // 32)]), "weight_scale": ("F16", [out, groups]),
+             "weight_shape": ("I64", [2])}
+    return parts if symmetric else parts | {"weight_zero_point": ("I32", [-(-out * bits // 32), groups])}
 
 
 def pack(name: str, layer: Quantized, scheme: Scheme) -> dict[str, torch.Tensor]:

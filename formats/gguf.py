@@ -7,7 +7,8 @@ Layers that are blocks already (K-quants) are written byte for byte.
 """
 import json
 import re
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from formats.kquants import Blocks
 
 # model_type -> GGUF's name of the architecture
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-BLOCK = 32
+BLOCK = ALIGNMENT = 32
 HALF_RANGES = {"Q4_0": 8, "Q5_0": 16, "Q8_0": 128}      # a type holds integers from minus this to this less one
 BITS = {"Q4_0": 4, "Q4_1": 4, "Q5_0": 5, "Q5_1": 5, "Q8_0": 8}      # of a code in the types that `decode` reads
 # regular expressions with which tokenizers split text, and llama.cpp's names for them
@@ -152,6 +153,35 @@ def layer_bytes(shape: tuple[int, int], bits: int, group_size: int, symmetric: b
     if kind is None:
         raise ValueError(f"{bits} bits with zeros, and GGUF's widest blocks hold 8 bits without")
     return out * columns // BLOCK * {"Q4_0": 18, "Q5_0": 22, "Q8_0": 34}[kind]
+
+
+def other_bytes(model: nn.Module, tokenizer, layers: Collection[str], itemsize: int) -> int:
+    """Of a file of the model all but the blocks of `layers`: what it begins with, and the other tensors, of which
+    matrices have `itemsize` bytes a weight."""
+    import gguf
+    config, size, names = model.config, 0, tensor_names(model.config)
+    with tempfile.TemporaryDirectory() as folder:
+        writer = gguf.GGUFWriter(Path(folder) / "header", ARCHITECTURES[config.model_type])
+        write_hyperparameters(writer, config)
+        write_tokenizer(writer, tokenizer, config.vocab_size)
+        shapes = {names(name): tensor.shape for name, tensor in model.state_dict().items()
+                  if not (name == "lm_head.weight" and config.tie_word_embeddings)}
+        if config.rope_parameters.get("rope_type", "default") != "default":
+            shapes["rope_freqs.weight"] = rope_factors(model).shape
+        blocks = {names(f"{layer}.weight") for layer in layers}
+        for name, shape in shapes.items():
+            writer.add_tensor_info(name, shape, np.dtype(np.float32), 0)
+            size += 0 if name in blocks else padded(shape.numel() * (itemsize if len(shape) > 1 else 4))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        writer.close()
+        return size + padded((Path(folder) / "header").stat().st_size)
+
+
+def padded(size: int) -> int:
+    """What a tensor's bytes take in the file."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def expand(layer: Quantized) -> tuple[torch.Tensor, torch.Tensor]:

@@ -34,11 +34,11 @@ def group_size(columns: int, bits: int, size: int) -> int:
     return fitting
 
 
-def layer_bytes(shape: tuple[int, int], bits: int, size: int, format: str) -> int:
-    """Of a layer [out, in] in groups of `size`. Raises ValueError as `group_size` does."""
+def layout(shape: tuple[int, int], bits: int, size: int, format: str) -> dict[str, tuple[str, list[int]]]:
+    """(dtype, shape) of the tensors of a layer [out, in] in groups of `size`. Raises ValueError as `group_size`."""
     out, columns = shape
-    groups = columns // group_size(columns, bits, size)
-    return out * columns * bits // 8 + 2 * out * groups * SCALES[format].itemsize
+    grid = (f"F{8 * SCALES[format].itemsize}", [out, columns // group_size(columns, bits, size)])
+    return {"weight": ("U32", [out, columns * bits // 32]), "scales": grid, "biases": grid}
 
 
 def check_model(config) -> None:
