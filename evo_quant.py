@@ -20,6 +20,7 @@ from database.exported import FORMATS, check_experts, exportable_levels, layer_b
 from database.levels import LevelSwitcher, describe_levels, describe_whole, open_database
 from database.sensitivity import estimate_alone
 from database.store import Database
+from formats.compressed_tensors import check_loadable
 from utils import distributed, flags
 from utils.allocation import allocate
 from utils.configs import check_configuration_name, write_level_config
@@ -338,6 +339,7 @@ def main(argv: list[str] | None = None) -> dict:
         switcher = LevelSwitcher(search.decoder, database, args.level_cache_gb)
         try:
             check_experts(search.decoder, database)
+            check_loadable(search.decoder.model, database.layers)
         except ValueError as error:
             if args.for_format == "compressed-tensors":
                 raise

@@ -115,6 +115,8 @@ def main(argv: list[str] | None = None) -> dict:
         quantized = {}
         if args.quant_config_path and args.format != "dense":
             quantized = quantized_layers(regrouped, experts, *opened)
+            if args.format == "compressed-tensors":
+                compressed_tensors.check_loadable(regrouped.model, list(quantized))
             if experts:
                 compressed_tensors.experts_scheme([quantized[name] for name in experts])
     check_room(args.save_dir, regrouped.model, quantized, experts)

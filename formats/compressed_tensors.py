@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+from torch import nn
 
 # linear layers that vLLM runs as one, so that they must be packed alike (its packed_modules_mapping)
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("q_a_proj", "kv_a_proj_with_mqa"),
@@ -31,6 +32,27 @@ class Quantized(NamedTuple):
     @property
     def symmetric(self) -> bool:
         return bool((self.zeros == 1 << (self.bits - 1)).all())
+
+
+def check_loadable(model: nn.Module, names: Collection[str]) -> None:
+    """Raise ValueError naming a layer of `names` that transformers would not load packed: it is no plain nn.Linear, or
+    the model's class reads its weight while loading."""
+    with torch.device("meta"):      # a moment, whatever the size
+        skeleton = type(model)(model.config)
+    modules = dict(skeleton.named_modules())
+    for name in names:
+        layer = modules.get(name)                    # None: an expert's
+        if layer is not None and type(layer).forward is not nn.Linear.forward:
+            raise ValueError(f"--format compressed-tensors: {name} is a {type(layer).__name__} with a forward of its "
+                             f"own, which transformers does not unpack; use --format dense")
+        if layer is not None:
+            del layer.weight
+    for module in modules.values():
+        try:
+            skeleton._init_weights(module)
+        except AttributeError as error:
+            raise ValueError(f"--format compressed-tensors: {type(model).__name__} does not load with packed layers "
+                             f"({error}); use --format dense") from error
 
 
 class Scheme(NamedTuple):

@@ -2,7 +2,8 @@
 
 Quantized layers go, tensor by tensor and without rounding again, into the smallest of GGUF's legacy blocks of 32 that
 holds their integers: Q4_0 from -8 to 7, Q5_0 from -16 to 15, Q8_0 from -128 to 127, each with a float16 scale. What
-does not fit (asymmetric 8-bit levels, rows or groups that blocks of 32 do not divide) is written as F32 and named.
+does not fit (asymmetric 8-bit levels, rows or groups that blocks of 32 do not divide) is written as F32, or rounded to
+the model's own 16 bits so as not to be larger than there, and named.
 Layers that are blocks already (K-quants) are written byte for byte.
 """
 import json
@@ -89,31 +90,35 @@ def write_gguf(path: Path, model: nn.Module, tokenizer, quantized: Mapping[str, 
                                                    zeros=layer.zeros[rows]))
             if kind == "F32":
                 as_f32.append(f"{target} ({data})")
-                data = dequantize(layer)[rows].numpy()
+                kind, data = unquantized(tensor.cpu()[rows]) if tensor.dtype.itemsize == 2 else (
+                    "F32", dequantize(layer)[rows].numpy())
             writer.add_tensor(target, data, raw_dtype=gguf.GGMLQuantizationType[kind])
             stored += data.nbytes
             types[target] = kind
         else:
-            tensor = tensor.cpu()[interleaved_rows(len(tensor), num_heads)]
-            if tensor.dim() == 1 or tensor.dtype not in (torch.float16, torch.bfloat16):
-                writer.add_tensor(target, tensor.float().numpy())
-            elif tensor.dtype == torch.float16:
-                writer.add_tensor(target, tensor.numpy())
-            else:
-                writer.add_tensor(target, tensor.contiguous().view(torch.uint8).numpy(),
-                                  raw_dtype=gguf.GGMLQuantizationType.BF16)
+            kind, data = unquantized(tensor.cpu()[interleaved_rows(len(tensor), num_heads)])
+            writer.add_tensor(target, data, raw_dtype=gguf.GGMLQuantizationType[kind])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     if not quantized:
         return {}
-    notes = [f"Written as F32, since no block type holds them: {', '.join(as_f32)}."] if as_f32 else []
+    notes = [f"Written unquantized, since no block type holds them: {', '.join(as_f32)}."] if as_f32 else []
     return {"written_as_f32": as_f32, "notes": notes, "tensor_types": types,
             **bits_a_weight(quantized.values(), stored)}
 
 
 # ---- tensors ---------------------------------------------------------------------------------------------------------
+
+
+def unquantized(tensor: torch.Tensor) -> tuple[str, np.ndarray]:
+    """(type, array) of a tensor as it is: vectors, and what is not in 16 bits, in F32."""
+    if tensor.dim() == 1 or tensor.dtype not in (torch.float16, torch.bfloat16):
+        return "F32", tensor.float().numpy()
+    if tensor.dtype == torch.float16:
+        return "F16", tensor.numpy()
+    return "BF16", tensor.contiguous().view(torch.uint8).numpy()
 
 
 def encode(layer: Quantized) -> tuple[str, np.ndarray | str]:
