@@ -1,16 +1,20 @@
 """What works with which family: tiny random models of today's decoder families, taken through every program.
 
-    python benchmarks/families.py                              all of them, 15 minutes
+    python benchmarks/families.py                              all of them
     python benchmarks/families.py --families llama lfm2        some
     python benchmarks/families.py --write_readme               all of them, and the table into benchmarks/README.md
+
+Families whose results are in --out, of this commit, are not run again.
 
 A model has six blocks of hidden size 32, of the family's own class in transformers. Every column is a property that is
 computed twice, here and by plain transformers; a cell is ✓ (databases: the share of the blocks' weights that they
 hold), or the number of what was said before any work was done, or ✗ and what went wrong, which is a mistake of ours.
 """
 import argparse
+import json
 import math
 import re
+import shutil
 import sys
 import tempfile
 import time
@@ -37,9 +41,10 @@ from database.store import Database
 from tests.families import scale_weights
 from utils.configs import read_level_config, write_drop_config
 from utils.decoder import Decoder
+from utils.files import write_atomic
 from utils.fitness import Fitness, assemble, microbatches
 from utils.model import load_decoder, load_tokenizer
-from utils.report import format_table
+from utils.report import commit, format_table
 
 NUM_BLOCKS, VOCABULARY = 6, 1024
 PLAIN = dict(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=NUM_BLOCKS, head_dim=8,
@@ -118,7 +123,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), metavar="FAMILY",
                         help=f"of {', '.join(FAMILIES)} (default: all)")
-    parser.add_argument("--keep", metavar="FOLDER", help="leave checkpoints, databases and logs in this new folder")
+    parser.add_argument("--out", type=Path, default=Path("results/families"), metavar="FOLDER",
+                        help="results and logs, a family each (default: results/families)")
     parser.add_argument("--write_readme", action="store_true", help="put the table into benchmarks/README.md")
     return parser.parse_args(argv)
 
@@ -147,13 +153,18 @@ class Trial:
         self.text = work / "text.txt"
         self.text.write_text(TEXT)
         self.tokens = torch.randint(2, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(1))
+        self._decoder: Decoder | None = None
         self.refused: dict[str, ValueError] = {}     # databases, why
         self.flags = ["--model_name_or_path", self.model, "--device", "cpu"]
         self.calibration = ["--calibration_data", str(self.text), "--calibration_tokens", "256",
                             "--calibration_sequence_length", "32"]
 
     def decoder(self) -> Decoder:
-        return load_decoder(self.model, "float32", "cpu")
+        """The model, loaded once, with nothing dropped."""
+        self._decoder = self._decoder or load_decoder(self.model, "float32", "cpu")
+        for block in self._decoder.blocks:
+            block.drop(False, False)
+        return self._decoder
 
     def states(self, decoder: Decoder) -> list[tuple[bool, bool]]:
         """DROPPED without what may not be dropped."""
@@ -175,7 +186,7 @@ class Trial:
         return DONE
 
     def drop(self) -> str:
-        decoder, zeroed = self.decoder(), self.decoder()
+        decoder, zeroed = self.decoder(), load_decoder(self.model, "float32", "cpu")
         states = self.states(decoder)
         for block, other, state in zip(decoder.blocks, zeroed.blocks, states):
             block.drop(*state)
@@ -183,9 +194,7 @@ class Trial:
                 for parameter in half.parameters if gone else ():
                     parameter.data.zero_()
         same(logits(decoder.model, self.tokens), logits(zeroed.model, self.tokens))
-        for block in decoder.blocks:
-            block.drop(False, False)
-        fitness = Fitness(decoder, list(self.tokens), lambda i, state: decoder.blocks[i].drop(*state))
+        fitness = Fitness(self.decoder(), list(self.tokens), lambda i, state: decoder.blocks[i].drop(*state))
         others = [tuple((block == i and not decoder.blocks[i].attn.held, False) for block in range(NUM_BLOCKS))
                   for i in range(NUM_BLOCKS)]
         beside = fitness.measure([*others, tuple(states)])[-1]
@@ -249,7 +258,7 @@ class Trial:
         self._reloads(folder, logits(decoder.model, self.tokens))
         return DONE
 
-    def packed_export(self) -> str:
+    def packed_export(self) -> str:                  # the last column, since it changes the weights
         if "gptq" in self.refused:
             raise self.refused["gptq"]
         folder, config = self.work / "packed_export", self.work / "bits" / "evo-kl-configuration-3.txt"
@@ -329,17 +338,27 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, str]]:
     """Try the families that the flags name; returns family -> column -> cell."""
     args = parse_arguments(argv)
     torch.set_num_threads(1)
+    args.out.mkdir(parents=True, exist_ok=True)
     results = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for name in args.families:
-            began = time.time()
-            results[name] = try_family(name, Path(args.keep or folder) / name)
-            print(f"{name} ({time.time() - began:.0f} s): " + "; ".join(
-                f"{column}: {value}" for column, value in results[name].items()), flush=True)
-    print(table(results))
+    for name in args.families:
+        file = args.out / f"{name}.json"
+        found = json.loads(file.read_text()) if file.is_file() else {}
+        if found.get("commit") != commit():
+            began = time.process_time()
+            with tempfile.TemporaryDirectory() as folder:
+                cells = try_family(name, Path(folder) / name)
+                shutil.copy(Path(folder) / name / "log.txt", args.out / f"{name}.txt")
+            found = {"commit": commit(), "cells": cells, "seconds": time.process_time() - began}
+            write_atomic(file, json.dumps(found))
+        results[name] = found
+        print(f"{name} ({found['seconds']:.0f} s): " + "; ".join(
+            f"{column}: {value}" for column, value in found["cells"].items()), flush=True)
+    text = table({name: found["cells"] for name, found in results.items()})
+    print(text)
     if args.write_readme:
-        write_readme("families", table(results))
-    return results
+        minutes = sum(found["seconds"] for found in results.values()) / 60
+        write_readme("families", f"{text}\n\n{len(results)} families in {minutes:.0f} minutes of one core.")
+    return {name: found["cells"] for name, found in results.items()}
 
 
 if __name__ == "__main__":
