@@ -339,16 +339,16 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, str]]:
     args = parse_arguments(argv)
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
-    results = {}
+    results, made_of = {}, commit()
     for name in args.families:
         file = args.out / f"{name}.json"
         found = json.loads(file.read_text()) if file.is_file() else {}
-        if found.get("commit") != commit():
+        if found.get("commit") != made_of:
             began = time.process_time()
             with tempfile.TemporaryDirectory() as folder:
                 cells = try_family(name, Path(folder) / name)
                 shutil.copy(Path(folder) / name / "log.txt", args.out / f"{name}.txt")
-            found = {"commit": commit(), "cells": cells, "seconds": time.process_time() - began}
+            found = {"commit": made_of, "cells": cells, "seconds": time.process_time() - began}
             write_atomic(file, json.dumps(found))
         results[name] = found
         print(f"{name} ({found['seconds']:.0f} s): " + "; ".join(
