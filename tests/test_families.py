@@ -7,6 +7,7 @@ import export
 import families
 from benchmarks.families import DONE, FAMILIES, NUM_BLOCKS, same, save_family, try_family
 from database.hessian import Calibration
+from formats.compressed_tensors import check_loadable
 from formats.regroup import regroup
 from utils.configs import write_drop_config
 from utils.decoder import Decoder
@@ -114,3 +115,15 @@ def test_text_alone_is_exported_of_a_model_with_a_tower(tmp_path):
     assert torch.equal(logits(text), logits(whole))
     source = Gemma3ForConditionalGeneration.from_pretrained(model).model.vision_tower.state_dict()
     assert all(torch.equal(source[key], value) for key, value in whole.model.vision_tower.state_dict().items())
+
+
+@pytest.mark.parametrize("family, reason", [("falcon", "query_key_value is a FalconLinear with a forward of its own"),
+                                            ("recurrent_gemma", "RecurrentGemmaForCausalLM does not load with packed"),
+                                            ("gemma3n_text", None), ("lfm2", None)])
+def test_packed_layers_that_transformers_does_not_load_are_refused(family, reason):
+    decoder = decoder_of(family)
+    if reason is None:
+        check_loadable(decoder.model, decoder.layers)
+    else:
+        with pytest.raises(ValueError, match=f"--format compressed-tensors: .*{reason}.*; use --format dense"):
+            check_loadable(decoder.model, decoder.layers)
