@@ -27,7 +27,7 @@ def with_tower(regrouped: Regrouped, name: str | Path, config) -> Regrouped:
     """The same in the checkpoint's own class, with what the class of the searched model has no place for: the tower.
     `name`, `config`: of the checkpoint."""
     own = getattr(transformers, (config.architectures or [""])[0], None)
-    if own is None or isinstance(regrouped.model, own):
+    if not is_wrapped(config) or own is None or isinstance(regrouped.model, own):
         return regrouped
     return _transplanted(regrouped, load_whole(own, name, regrouped.model.dtype).to(regrouped.model.device))
 

@@ -1,14 +1,15 @@
 """Families that are unlike Llama: through every program, as benchmarks/families.py does with all of them, and apart."""
 import pytest
 import torch
-from transformers import Gemma3ForCausalLM, Gemma3ForConditionalGeneration
+from transformers import Gemma3ForCausalLM, Gemma3ForConditionalGeneration, LlamaConfig
 
 import export
 import families
 from benchmarks.families import DONE, FAMILIES, NUM_BLOCKS, same, save_family, try_family
 from database.hessian import Calibration
 from formats.compressed_tensors import check_loadable
-from formats.regroup import regroup
+from formats.regroup import regroup, whole
+from formats.towers import with_tower
 from utils.configs import write_drop_config
 from utils.decoder import Decoder
 from utils.fitness import Fitness
@@ -127,3 +128,11 @@ def test_packed_layers_that_transformers_does_not_load_are_refused(family, reaso
     else:
         with pytest.raises(ValueError, match=f"--format compressed-tensors: .*{reason}.*; use --format dense"):
             check_loadable(decoder.model, decoder.layers)
+
+
+def test_a_checkpoint_that_names_another_class_but_has_no_tower_stays_what_was_searched():
+    """Many say LlamaModel, or a classifier they were made from."""
+    decoder = decoder_of("llama")
+    found = whole(decoder)
+    config = LlamaConfig(architectures=["LlamaModel"])
+    assert with_tower(found, "nowhere", config) is found
