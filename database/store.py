@@ -55,7 +55,7 @@ class Database:
             raise ValueError(f"{self.path}: the build is not finished, {len(missing)} of {len(entries)} layers are "
                              f"missing (first {missing[0]}); run its command again to finish it")
         check_no_foreign_files(self.path, list(entries))
-        self.layers: list[str] = [name for name in entries if name not in missing]
+        self.layers: list[str] = [name for name, entry in entries.items() if entry is not None]
         for name in self.layers:
             file, size = layer_file(self.path, name), self.manifest["layers"][name]["bytes"]
             if not file.is_file():
