@@ -23,7 +23,9 @@ import plain_solvers
 from database import gptq, sparsegpt
 from database.hessian import LEAST_TOKENS
 from database.store import Database
+from database.tuning import ExpertsWeight
 from utils.data import calibration_documents
+from utils.experts import ExpertLayer
 from utils.model import load_decoder, load_tokenizer
 from utils.units import Unit, build_units, level_map
 
@@ -250,6 +252,10 @@ def test_a_database_without_the_experts_is_not_exported_as_if_they_were_there(mi
 @pytest.mark.parametrize("mixture", ["gpt_oss"], indirect=True)
 @torch.no_grad()
 def test_finishing_trains_each_experts_matrices_and_keeps_their_format(mixture, tmp_path):
+    layers = load_decoder(str(mixture)).layers
+    for parameter in {layer.parameter for layer in layers.values() if isinstance(layer, ExpertLayer)}:
+        own = {name: layer for name, layer in layers.items() if getattr(layer, "parameter", None) is parameter}
+        assert torch.equal(ExpertsWeight(own, {}).value(), parameter)
     finish.main(["--model_name_or_path", str(mixture), "--quant_weights_path", str(mixture / "quant"),
                  "--quant_config_path", "2", "--calibration_data", f"{mixture}/text.jsonl", "--calibration_tokens",
                  "512", "--calibration_sequence_length", "64", "--steps", "30", "--batch_size", "4", "--device", "cpu",
