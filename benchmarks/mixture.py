@@ -134,7 +134,7 @@ def block(out: Path, experts: int) -> str:
                    "stdlib", "--calibration_tokens", BLOCK_TOKENS, "--calibration_sequence_length", 512,
                    "--microbatch_tokens", 2048, "--group_size", 128, "--perchannel",
                    "--save_dir", out / f"block-{experts}-database"]
-        done = subprocess.run(["/usr/bin/env", "python3", "-c", _MEASURE, *map(str, command)], cwd=ROOT, text=True,
+        done = subprocess.run([sys.executable, "-c", _MEASURE, *map(str, command)], cwd=ROOT, text=True,
                               stdout=subprocess.PIPE, env=dict(os.environ, OMP_NUM_THREADS="1"))
         if done.returncode:
             raise SystemExit(done.stdout)
