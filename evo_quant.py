@@ -25,6 +25,7 @@ from utils import distributed, flags
 from utils.allocation import allocate
 from utils.configs import check_configuration_name, write_level_config
 from utils.errors import RunError, user_errors
+from utils.experts import ExpertLayer
 from utils.files import check_writable
 from utils.model import load_config
 from utils.screening import AdditiveModel
@@ -337,6 +338,9 @@ def main(argv: list[str] | None = None) -> dict:
         check_writable(args.quant_weights_path, "--quant_weights_path")     # a copy of the result goes there
         search.load(quant_weights_path=database.sha256)      # a run goes on only with the levels it was begun on
         switcher = LevelSwitcher(search.decoder, database, args.level_cache_gb)
+        if whole_file(args) and any(isinstance(layer, ExpertLayer) for layer in search.decoder.layers.values()):
+            raise ValueError("--count_everything, --budget_file_gb: a file has all of a mixture's experts in the width "
+                             "of the widest, which cannot be counted layer by layer; give --target_bitwidth alone")
         try:
             check_experts(search.decoder, database)
             check_loadable(search.decoder.model, database.layers)

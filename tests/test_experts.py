@@ -242,7 +242,9 @@ def test_a_sparse_search_comes_back_from_its_export(mixture, tmp_path):
 
 
 @pytest.mark.parametrize("mixture", ["qwen3_moe"], indirect=True)
-def test_a_database_without_the_experts_is_not_exported_as_if_they_were_there(mixture, tmp_path):
+def test_what_exports_cannot_hold_or_count_is_refused(mixture, tmp_path):
+    with pytest.raises(SystemExit, match="--budget_file_gb: a file has all of a mixture's experts in the width of the"):
+        searched(mixture, tmp_path / "run", "quant", "--budget_file_gb", "0.1", "--for_format", "compressed-tensors")
     build("quant", mixture, tmp_path / "db", "--quantizable_modules", "self_attn", "--calibration_tokens", "64")
     with pytest.raises(SystemExit, match=r"lacks model\.layers\.0\.mlp\.experts\.0\.gate_proj"):
         export.main(["--model_name_or_path", str(mixture), "--quant_weights_path", str(tmp_path / "db"), "--device",
