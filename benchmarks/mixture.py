@@ -91,10 +91,12 @@ def search(out: Path, seeds: int) -> str:
              CONTEXT]
     evaluation = ["--eval_datasets", "stdlib", "--eval_tokens", 16384, "--eval_sequence_length", CONTEXT]
     weights = ["--quant_weights_path", out / "quant"]
-    run(["-m", "database.gptq", *model, "--calibration_tokens", 32768, "--bitwidth_options", 2, 3, 4, 5, 6,
-         "--calibration_bitwidth", TARGET, "--group_size", 64, "--perchannel", "--save_dir", weights[1]],
-        out / "logs" / "quant.log")
-    for seed in range(seeds):
+    missing = [seed for seed in range(seeds) if not (out / f"seed-{seed}" / "summary.json").exists()]
+    if missing:
+        run(["-m", "database.gptq", *model, "--calibration_tokens", 32768, "--bitwidth_options", 2, 3, 4, 5, 6,
+             "--calibration_bitwidth", TARGET, "--group_size", 64, "--perchannel", "--save_dir", weights[1]],
+            out / "logs" / "quant.log")
+    for seed in missing:
         run(["evo_quant.py", *model, *evaluation, "--calibration_tokens", 16384, "--eval_every", 0, *weights,
              "--target_bitwidth", TARGET, *SEARCH, "--seed", seed, "--output_dir", out / f"seed-{seed}",
              "--configuration_name", f"seed-{seed}.txt"], out / "logs" / f"seed-{seed}.log")
