@@ -45,8 +45,14 @@ def second_moments(decoder, layers: dict[str, nn.Linear], documents: list[torch.
                    ) -> dict[str, torch.Tensor]:
     """Layer -> sum of the outer products of its inputs, float32 [in, in], from running the first blocks alone."""
     moments = {name: torch.zeros(layer.in_features, layer.in_features) for name, layer in layers.items()}
-    hooks = [layer.register_forward_pre_hook(lambda _, args, name=name: moments[name].add_(
-        args[0].flatten(0, -2).float().T @ args[0].flatten(0, -2).float())) for name, layer in layers.items()]
+
+    def hook(name: str):
+        def add(_, args):
+            inputs = args[0].flatten(0, -2).float()
+            moments[name].addmm_(inputs.T, inputs)
+        return add
+
+    hooks = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
     for document in documents:
         inputs = decoder.block_inputs(document[None])
         states = inputs.hidden_states

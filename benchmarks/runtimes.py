@@ -28,8 +28,8 @@ from utils.data import evaluation_documents
 from utils.model import load_tokenizer
 from utils.report import format_table
 
-SEARCH = ["--init", "measured", "--initial_tokens", 512, "--generations", 5, "--offspring", 8, "--no_eval",
-          "--survivors_per_selection", 2, 1, "--tokens_per_selection", 512, 2048]
+SEARCH = ["--init", "measured", "--initial_tokens", 128, "--generations", 4, "--offspring", 8, "--no_eval",
+          "--survivors_per_selection", 2, 1, "--tokens_per_selection", 256, 1024]
 UNIFORM = ["--bitwidth_options", 2, 3, 4, 5, 6, "--group_size", 128, "--perchannel", "--mse"]
 K_QUANTS = ["--grid", "k-quant", "--bitwidth_options", 2, 3, 4, 5, 6, 8]
 # format -> flags of its database, what loads it
@@ -44,7 +44,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--calibration_tokens", type=int, default=8192)
     parser.add_argument("--sequence_length", type=int, default=256)
     parser.add_argument("--eval_tokens", type=int, default=1024, help="llama.cpp runs anew for each (default: 1024)")
-    parser.add_argument("--bits", nargs="+", default=["compressed-tensors=3.5,4", "mlx=3.5,4", "mlx-float16=3.5,4",
+    parser.add_argument("--bits", nargs="+", default=["compressed-tensors=3.5", "mlx=3.5", "mlx-float16=3.5",
                                                       "gguf=5.6"], metavar="FORMAT=BITS,BITS",
                         help="a parameter, everything counted (default: what the demo model's levels allow)")
     parser.add_argument("--out", type=Path, default=Path("results/runtimes"))
