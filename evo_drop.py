@@ -14,17 +14,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from formats.regroup import whole
 from formats.towers import with_tower
 from utils import distributed, flags
 from utils.configs import drop_words, read_drop_config, write_drop_config
 from utils.errors import RunError, user_errors
 from utils.files import check_writable
+from utils.interactions import descend, pairs_of
 from utils.model import load_config, save_dropped
+from utils.screening import AdditiveModel
 from utils.search import Search
 
 Candidate = tuple[bool, ...]     # of every unit: dropped?
 LAZY_BATCH = 4                   # units that a measured start measures again at once
+REFINE_TOKENS = 2                # to measure around a candidate on, in --initial_tokens: changes are smaller there
+RECOMMENDED = ["--init", "measured", "--refine", "2", "--screen", "4"]
+RESTARTS = 16                    # of the search by the model, which spends no tokens
 FAILED_DRAWS = 200               # draws without a new candidate after which a generation makes do with fewer offspring
 
 
@@ -49,7 +56,11 @@ def make_parser() -> argparse.ArgumentParser:
         init={"random": "the best of --initially_generated",
               "measured": "the least harmful dropped on --initial_tokens, measured again, and so on"},
         initially_generated=64, initial_tokens=2048, fitness=["kl", "ppl"],
-        generations_help="default: the paper's k(n-k)/1.5 for k of n blocks", screen=False)
+        generations_help="default: the paper's k(n-k)/1.5 for k of n blocks")
+    search.add_argument("--refine", type=int, default=0, metavar="GENERATIONS",
+                        help="in the first so many generations the offspring are what is best if the changes of each "
+                             "unit and of every two add up, measured around the best parent on twice --initial_tokens; "
+                             "from then on that has a say where the last step cannot tell (default: 0)")
     search.add_argument("--invert_fitness", action="store_true", help="search for the worst candidate instead")
     flags.add_evaluation_flags(parser)
     output = flags.add_output_flags(parser, "evo_drop")
@@ -91,6 +102,21 @@ class Space:
             return self.least_size <= self.dropped_size(candidate) < self.least_size + self.slack
         return self.counts == {kind: sum(dropped for unit, dropped in zip(self.units, candidate) if unit.kind == kind)
                                for kind in self.counts}
+
+    @property
+    def levels(self) -> list[tuple[bool, ...]]:
+        return [(False, True) if unit.legal else (False,) for unit in self.units]
+
+    def costs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(What each level of each unit costs, [levels of all units, budgets]; the least and the most of all together,
+        [budgets])."""
+        levels = [(unit, dropped) for unit, levels in zip(self.units, self.levels) for dropped in levels]
+        if self.counts is None:
+            return (np.array([[unit.size * dropped] for unit, dropped in levels]), np.array([self.least_size]),
+                    np.array([self.least_size + self.slack - 1]))
+        counts = np.array([*self.counts.values()])
+        return np.array([[unit.kind == kind and dropped for kind in self.counts] for unit, dropped in levels],
+                        dtype=int), counts, counts
 
     def states(self, candidate: Candidate, num_blocks: int) -> tuple[tuple[bool, bool], ...]:
         """(attention dropped, MLP dropped) of every block."""
@@ -191,6 +217,15 @@ def measured_candidate(space: Space, measure: Callable[[list[Candidate]], dict[C
         candidate = fill_budget(space, dropped,
                                 [i for i, unit in enumerate(space.units) if unit.legal and i not in dropped], rng)
     return candidate
+
+
+def best_predicted(space: Space, predictor: AdditiveModel, rng: random.Random) -> list[Candidate]:
+    """What `predictor` ranks best under the budget, best first: where descents by one or two changes end that begin at
+    its center and at random."""
+    starts = [predictor.center, *(random_candidate(space, rng) for _ in range(RESTARTS))]
+    found = dict.fromkeys(descend(predictor.columns, predictor.effects, predictor.pairs, *space.costs(), start)
+                          for start in starts if start and space.feasible(start))
+    return [candidate for _, candidate in sorted(zip(predictor.predict([*found]), found))]
 
 
 def droppable(space: Space, candidate: Candidate) -> list[int]:
@@ -304,12 +339,43 @@ def check_flags(args: argparse.Namespace) -> None:
         raise ValueError("--drop_entire_block: drops attentions and MLPs together; use --sparsity or --drop_params")
     if args.legal_to_drop_path:
         read_drop_config(args.legal_to_drop_path)
+    if args.refine and (args.invert_fitness or args.fitness_fn != "kl"):
+        raise ValueError(f"--refine {args.refine}: measures KL divergences and looks for the least; leave it out, or "
+                         f"--invert_fitness and --fitness_fn ppl")
+    if args.screen > 1 and not args.refine:
+        raise ValueError(f"--screen {args.screen}: sub-blocks interact too much to be ranked without knowing how; add "
+                         f"--refine 2")
 
 
 def default_generations(space: Space, start: Candidate, num_blocks: int) -> int:
     """The paper's number, by what is dropped at the start: a resumed search agrees."""
     dropped = round(sum(sum(state) for state in space.states(start, num_blocks)) / 2)
     return math.ceil(dropped * (num_blocks - dropped) / 1.5)
+
+
+def measure_pairs(args: argparse.Namespace, search: Search, space: Space, predictor: AdditiveModel,
+                  center: Candidate, num_tokens: int) -> None:
+    """Run the center with each unit dropped or restored: `predictor` learns what that does alone, and what every two
+    do beyond it."""
+    units = [i for i, unit in enumerate(space.units) if unit.legal]
+    candidates = [center, *(tuple(dropped != (i == unit) for i, dropped in enumerate(center)) for unit in units)]
+    values, gram = search.changes(candidates, search.draw(num_tokens), center)
+    places = [predictor.columns.of(unit, not center[unit]) for unit in units]
+    effects = np.zeros(len(predictor.columns))
+    effects[places] = values[1:] - values[0]
+    predictor.expect_pairs(effects, pairs_of(predictor.columns, places, gram[1:, 1:]), center, num_tokens)
+    predictor.observe([*zip(values.tolist(), candidates)], num_tokens)
+
+
+def refined_candidates(args: argparse.Namespace, search: Search, space: Space, predictor: AdditiveModel
+                       ) -> list[Candidate]:
+    """As many as the first selection step leaves, of those that are best by pairs measured around the best parent."""
+    num_tokens = min(args.calibration_tokens, REFINE_TOKENS * args.initial_tokens)
+    measure_pairs(args, search, space, predictor, search.parents[0], num_tokens)
+    best = best_predicted(space, predictor, search.rng)
+    near = draw_distinct(lambda: switch(space, best[0], search.rng), 4 * args.offspring, {*best})
+    ranked = sorted(zip(predictor.predict([*best, *near]), [*best, *near]))
+    return [candidate for _, candidate in ranked if candidate not in search.parents][:args.survivors_per_selection[0]]
 
 
 def first_candidates(args: argparse.Namespace, search: Search, space: Space, measure: Callable) -> list[Candidate]:
@@ -331,11 +397,15 @@ def main(argv: list[str] | None = None) -> dict:
     """Run the search of the flags, or resume it; returns what summary.json holds."""
     args = parse_arguments(argv)
     with user_errors():
-        check_flags(args)
+        if args.search_tokens is None:                       # else once that has set the others
+            check_flags(args)
         config = load_config(args.model_name_or_path, args.trust_remote_code)
         num_blocks = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
         if num_blocks:
             space = build_space(args, [(1, 1)] * num_blocks)   # refuses what cannot be met before the model is loaded
+        units = 2 * (num_blocks or 32)
+        args = flags.spread_search_tokens(args, argv, make_parser(), check_flags, RECOMMENDED, 3 * units,
+                                          2 * REFINE_TOKENS * (units + 2))
         search = Search("evo_drop", args, config, flags.flag_defaults(make_parser()))
         if search.resumed and num_blocks:
             search.run.default_to(default_generations(space, search.saved["start"][0], num_blocks))
@@ -357,32 +427,53 @@ def main(argv: list[str] | None = None) -> dict:
 
     def measure(candidates: list[Candidate], num_tokens: int, minibatch: list[tuple[int, int]] | None = None
                 ) -> list[tuple[float, Candidate]]:
-        """(fitness, candidate), best first; what is not finite is last whatever is searched for."""
-        values = search.measure(candidates, minibatch or search.draw(num_tokens))
+        """(fitness, candidate), best first; what is not finite is last whatever is searched for. Where parents compete
+        and differ by less than the noise, `predictor` has a say."""
+        minibatch = minibatch or search.draw(num_tokens)
+        values = search.measure(candidates, minibatch)
         sign = -1 if args.invert_fitness else 1
-        return sorted(((sign * value if math.isfinite(value) else math.inf, candidate)
-                       for value, candidate in zip(values, candidates)), key=lambda pair: pair[0])
+        ranked = sorted(((sign * value if math.isfinite(value) else math.inf, candidate)
+                         for value, candidate in zip(values, candidates)), key=lambda pair: pair[0])
+        predictor.observe(ranked, num_tokens)
+        if not args.refine or not {*search.parents} & {*candidates}:
+            return ranked
+        return predictor.reconsider(ranked, [search.measurements.ties(candidate, ranked[0][1], minibatch)
+                                             or candidate == ranked[0][1] for _, candidate in ranked])
 
     search.prepare(set_block, lambda candidate: space.states(candidate, len(blocks)),
-                   logged=lambda candidate: {"dropped": " ".join(drop_words(space.states(candidate, len(blocks))))})
+                   logged=lambda candidate: {"dropped": " ".join(drop_words(space.states(candidate, len(blocks)))),
+                                             **({"trust": predictor.trust} if args.screen > 1 else {})})
+    predictor = AdditiveModel(space.levels)                  # of fitness, with pairs, for --refine and --screen
+
+    def state() -> dict:
+        return {"model": predictor.state} if args.refine else {}
+
     if not search.resumed:
         initial = first_candidates(args, search, space, measure)
-        search.begin(measure(initial, args.initial_tokens))
+        search.begin(measure(initial, args.initial_tokens), **state())
+    elif args.refine:
+        predictor.restore(search.saved["model"])
     search.run.default_to(default_generations(space, search.start, len(blocks)))
     parents = search.parents
     print(f"budget: {describe(space, parents[0], blocks)}")
 
     steps = list(zip(args.survivors_per_selection, args.tokens_per_selection))
     # Algorithm 1: offspring of the parents, selected in steps of fewer on more tokens each; survivors are parents next
-    for _ in search.generations():
-        offspring = draw_distinct(lambda: mutate(space, parents, args.max_mutations, search.rng, args.fixed_mutations),
-                                  args.offspring, set(parents))
+    for generation in search.generations():
+        offspring = (generation <= args.refine or args.screen > 1 and predictor.astray(parents[0])) \
+            and refined_candidates(args, search, space, predictor)
+        if not offspring:
+            offspring = draw_distinct(
+                lambda: mutate(space, parents, args.max_mutations, search.rng, args.fixed_mutations),
+                args.offspring * args.screen, set(parents))
+            if args.screen > 1 and offspring:
+                offspring = predictor.screen(offspring, args.offspring, search.rng)
         if not offspring:
             print("no other candidate meets the budget: nothing to search")
             break
         survivors = select(offspring, parents, steps, measure, args.strategy)
         parents = [candidate for _, candidate in survivors]
-        search.record(survivors)
+        search.record(survivors, **state())
 
     winner = space.states(parents[0], len(blocks))
     files = [Path(folder, "layer_drop_config.txt") for folder in (search.run.folder, args.drop_config_dir) if folder]

@@ -26,9 +26,10 @@ from utils.files import check_writable
 from utils.model import load_config
 from utils.screening import AdditiveModel
 from utils.search import Search
-from utils.units import Unit, add_unit_flags, build_units, check_unit_flags, level_map
+from utils.units import Unit, add_unit_flags, build_units, check_unit_flags, count_units, level_map
 
 Candidate = tuple[int, ...]      # the level of every unit
+RECOMMENDED = ["--init", "measured", "--screen", "4", "--refine", "2"]
 FAILED_DRAWS = 200               # draws without a new candidate after which a generation makes do with fewer offspring
 
 
@@ -253,9 +254,13 @@ def main(argv: list[str] | None = None) -> dict:
     """Run the search of the flags, or resume it; returns what summary.json holds."""
     args = parse_arguments(argv)
     with user_errors():
-        check_flags(args)
+        if args.search_tokens is None:                       # else once that has set the others
+            check_flags(args)
         config = load_config(args.model_name_or_path, args.trust_remote_code)
         database = open_database(args, "sparse", config)
+        units = count_units({name: database.levels(name) for name in database.layers}, args)
+        args = flags.spread_search_tokens(args, argv, make_parser(), check_flags, RECOMMENDED, 2 * units + 2,
+                                          2 * REFINE_TOKENS * (2 * units + 1))
         search = Search("evo_unstructured", args, config, flags.flag_defaults(make_parser()))
         if search.run.finished:
             return search.earlier_summary()

@@ -43,8 +43,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--initially_generated", type=int, default=5)
     parser.add_argument("--init", choices=["uniform", "random", "measured"],
                         help="of the search (default: the search's)")
-    parser.add_argument("--screen", type=int, default=1, help="of the search for sparsity or bits")
-    parser.add_argument("--refine", type=int, default=0, help="of the search for sparsity")
+    parser.add_argument("--screen", type=int, default=1, help="of the search")
+    parser.add_argument("--refine", type=int, default=0, help="of the search for depth or sparsity")
     return parser.parse_args(argv)
 
 
@@ -57,6 +57,12 @@ class RecordingFitness(Fitness):
         self.seen.update((tuple(candidate), mean_of(values, minibatch, kinds[0]))
                          for candidate, values in zip(candidates, sums[..., 0].T.tolist()))
         return sums
+
+    def changes(self, candidates, minibatch, around):
+        sums, changes = super().changes(candidates, minibatch, around)
+        self.seen.update((tuple(candidate), mean_of(values, minibatch, "kl"))
+                         for candidate, values in zip(candidates, sums.T.tolist()))
+        return sums, changes
 
 
 class ExhaustiveFitness(RecordingFitness):
@@ -107,7 +113,8 @@ def main(argv: list[str] | None = None) -> int:
                    "--tie", "block", "--bounds", f"*={low}:{high}"]
 
     options = ["--init", args.init] if args.init else []
-    options += ["--screen", str(args.screen)] if args.task != "depth" else []
+    options += ["--screen", str(args.screen)]
+    options += ["--refine", str(args.refine)] if args.task == "depth" else []
 
     ExhaustiveFitness.everything = staticmethod(everything)
     rows, found, fitness_class = [["seed", "optimum found", "candidates evaluated", "of", "KL found",

@@ -47,14 +47,15 @@ GENERATION_TOKENS = sum(map(math.prod, zip((OFFSPRING, *SURVIVORS[:-1]), TOKENS)
 PAPER, OURS = "paper's way", "ours"
 RANDOM = ["--initially_generated", 32, "--initial_tokens", 1024]
 SCREEN, REFINE = ["--screen", 4], ["--refine", 2]
-OWN = {"depth": [], "sparsity": [*SCREEN, *REFINE], "bits": SCREEN}       # what helps beside a measured start
+# what helps beside a measured start
+OWN = {"depth": [*SCREEN, *REFINE], "sparsity": [*SCREEN, *REFINE], "bits": SCREEN}
 VARIANTS = {PAPER: RANDOM,
             OURS: ["--init", "measured"],                                  # and OWN
             "measured start alone": ["--init", "measured"],
             "start and screening": ["--init", "measured", *SCREEN],
             "start and refining": ["--init", "measured", *REFINE],
             "screening alone": [*RANDOM, *SCREEN]}
-UNKNOWN = {"depth": ("--screen", "--refine"), "bits": ("--refine",), "sparsity": ()}     # flags that a search lacks
+UNKNOWN = {"depth": ("--screen",), "bits": ("--refine",), "sparsity": ()}     # flags that a search lacks, or not alone
 SHARES = (0.05, 0.1, 0.25, 0.5, 1.0)                # columns of the table
 CURVE = (0.05, 0.1, 0.15, 0.2, 0.25, 0.5, 1.0)
 ENDS = (0.25, 0.5, 1.0)                             # of what the two are compared with

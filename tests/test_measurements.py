@@ -2,8 +2,10 @@
 import json
 import math
 import random
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import families
 from test_fitness import documents, drop, random_candidates
@@ -94,3 +96,15 @@ def test_what_is_not_finite_is_infinite_and_measured_again(fitness, monkeypatch)
     json.loads(json.dumps(measurements.state, allow_nan=False))
     values, spent = measurements.measure(parents, minibatch)
     assert spent == 2 * 20 and values == pytest.approx([v for v, in fitness.measure(parents, minibatch)], rel=1e-6)
+
+
+def test_candidates_tie_that_differ_by_less_than_the_noise_between_documents():
+    """Differences a token of 0.1 in every document are none of chance, of 0.1 on average between -0.4 and 0.6 are."""
+    losses = {"best": [1.0, 2.0, 3.0, 1.5], "steady": [1.1, 2.1, 3.1, 1.6], "noisy": [0.6, 2.6, 3.6, 1.1]}
+    minibatch = [(0, 9), (1, 17), (2, 9), (3, 17)]
+    planted = SimpleNamespace(sums=lambda states, documents, kinds: torch.tensor(
+        [[[losses[state][index] * (length - 1)] for state in states] for index, length in documents]))
+    measurements = Measurements(planted, lambda candidate: candidate[0], "kl")
+    measurements.measure([("best",), ("steady",), ("noisy",)], minibatch)
+    assert not measurements.ties(("steady",), ("best",), minibatch)
+    assert measurements.ties(("noisy",), ("best",), minibatch)

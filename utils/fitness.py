@@ -16,6 +16,7 @@ import torch
 from utils import distributed
 from utils.decoder import BlockInputs, Decoder
 from utils.errors import RunError
+from utils.interactions import Sketch
 from utils.losses import Teacher, fused, log_probabilities, plain_kl, teacher_distribution, token_losses
 
 Candidate = Sequence[Hashable]           # a state for every block, whatever `set_block` understands
@@ -82,6 +83,20 @@ class Fitness:
         place = {index: i for i, index in enumerate(found)}
         merged = distributed.merge_(torch.stack(list(found.values())))
         return merged[[place[index] for index, _ in minibatch]]
+
+    @torch.no_grad()
+    def changes(self, candidates: Sequence[Candidate], minibatch: Row, around: Candidate, samples: int = 64
+                ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(`sums` of "kl" of the candidates, [documents, candidates]; what each changes of the logits of `around`, as
+        `Sketch` has it, float32 [predicted tokens, candidates, samples] on the host).
+
+        `around` is run beside them in every process that has some of the candidates.
+        """
+        found = self._within_memory(minibatch, lambda batches: self._own_changes(candidates, batches, around, samples))
+        place = {index: i for i, index in enumerate(found)}
+        sums = distributed.merge_(torch.stack([sums for sums, _ in found.values()]))
+        changes = distributed.merge_(torch.cat([changes for _, changes in found.values()]))
+        return sums[[place[index] for index, _ in minibatch]], changes
 
     def _within_memory(self, minibatch: Row, compute: Callable[[list[list[Row]]], T]) -> T:
         """compute(microbatches), and where memory does not suffice the same again, once without the levels cached so
@@ -163,6 +178,22 @@ class Fitness:
                 sums[index][members] = values
         return sums
 
+    def _own_changes(self, candidates: Sequence[Candidate], batches: list[list[Row]], around: Candidate, samples: int
+                     ) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+        """Document -> (sums of "kl" over its predicted tokens, float64 [candidates]; changes, float32 [predicted
+        tokens, candidates, samples]) on the host; zeros where another process computes them."""
+        found = {index: (torch.zeros(len(candidates), dtype=torch.float64),
+                         torch.zeros(length - 1, len(candidates), samples))
+                 for rows in batches for row in rows for index, length in row}
+        for batch, members in self._own_walks(candidates, batches):
+            documents = [document for row in batches[batch] for document in row]
+            changes = torch.zeros(sum(length - 1 for _, length in documents), len(members), samples)
+            sums = self._walk([candidates[i] for i in members], batches[batch], ("kl",), around, changes)
+            for (index, _), values, part in zip(documents, sums[..., 0].cpu(),
+                                                changes.split([length - 1 for _, length in documents])):
+                found[index][0][members], found[index][1][:, members] = values, part
+        return found
+
     def _own_walks(self, candidates: Sequence[Candidate], batches: list[list[Row]]) -> list[tuple[int, list[int]]]:
         """(microbatch, candidates) of the walks that are this process's: a part of equal cost of all candidates on the
         first microbatch, in walking order, then all on the second, and so on."""
@@ -181,8 +212,10 @@ class Fitness:
                 walks.setdefault(batch, []).append(i)
         return [(batch, sorted(members)) for batch, members in walks.items()]
 
-    def _walk(self, candidates: Sequence[Candidate], rows: list[Row], kinds: Sequence[str]) -> torch.Tensor:
-        """Sums over each document's predicted tokens, float64 [documents, candidates, kinds]."""
+    def _walk(self, candidates: Sequence[Candidate], rows: list[Row], kinds: Sequence[str],
+              around: Candidate | None = None, changes: torch.Tensor | None = None) -> torch.Tensor:
+        """Sums over each document's predicted tokens, float64 [documents, candidates, kinds]. `changes`, if given, is
+        filled with what the candidates change of the logits of `around`, [predicted, candidates, samples]."""
         lengths = [length - 1 for row in rows for _, length in row]
         input_ids, position_ids, predicting = assemble(self.documents, rows)
         targets = input_ids.flatten()[predicting + 1].to(self.decoder.device, non_blocking=True)
@@ -191,8 +224,15 @@ class Fitness:
         teacher = self._teacher_distributions(rows, kinds) if set(kinds) & {"kl", "sparse_kl"} else None
         sums = torch.zeros(len(lengths), len(candidates), len(kinds), dtype=torch.float64, device=self.decoder.device)
         walk = self._block_by_block if self.decoder.offloaded else self._candidate_by_candidate
+        sketches: list[Sketch] | None = None
+        if changes is not None:
+            before = next(states for _, states in walk([around], inputs)).flatten(0, 1)[predicting]
+            sketches = [Sketch(self._logits(chunk), changes.shape[-1]) for chunk in before.split(self._chunk_tokens())]
         for current, hidden_states in walk(candidates, inputs):
-            losses = self._losses(hidden_states.flatten(0, 1)[predicting], teacher, targets, kinds)
+            changed: list[torch.Tensor] = []
+            losses = self._losses(hidden_states.flatten(0, 1)[predicting], teacher, targets, kinds, sketches, changed)
+            if sketches:
+                changes[:, current] = torch.cat(changed).cpu()
             sums[:, current] = torch.stack([document.sum(0) for document in losses.split(lengths)])
         return sums
 
@@ -242,13 +282,19 @@ class Fitness:
         return self.decoder.run_block(index, hidden_states, inputs)
 
     def _losses(self, hidden_states: torch.Tensor, teacher: list[Teacher] | None, targets: torch.Tensor,
-                kinds: Sequence[str]) -> torch.Tensor:
-        """Of each kind at each predicted token, float64 [predicted, kinds]; hidden_states [predicted, hidden]."""
+                kinds: Sequence[str], sketches: list[Sketch] | None = None, changed: list[torch.Tensor] | None = None
+                ) -> torch.Tensor:
+        """Of each kind at each predicted token, float64 [predicted, kinds]; hidden_states [predicted, hidden]. With
+        `sketches`, one a chunk of tokens, what they make of the logits is put into `changed`."""
         step = self._chunk_tokens()
-        return torch.cat([token_losses(self._logits(hidden_states[start:start + step]),
-                                       teacher[chunk] if teacher is not None else None, targets[start:start + step],
-                                       kinds, self.kl_topk)
-                          for chunk, start in enumerate(range(0, len(hidden_states), step))])
+        losses = []
+        for chunk, start in enumerate(range(0, len(hidden_states), step)):
+            logits = self._logits(hidden_states[start:start + step])
+            losses.append(token_losses(logits, teacher[chunk] if teacher is not None else None,
+                                       targets[start:start + step], kinds, self.kl_topk))
+            if sketches:
+                changed.append(sketches[chunk].change(logits))
+        return torch.cat(losses)
 
     def _teacher_distributions(self, rows: list[Row], kinds: Sequence[str]) -> list[Teacher]:
         """What losses of these kinds are computed from, by chunk of the microbatch's predicted tokens."""

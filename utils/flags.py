@@ -1,8 +1,13 @@
 """Command-line flags that the searches share, with the reference implementation's names, and the checks that come
 before anything is loaded."""
 import argparse
+import sys
+from collections.abc import Callable, Sequence
 
 from utils.data import check_dataset
+
+START_SHARE = 0.1            # of --search_tokens, for measuring each unit alone
+GENERATIONS = 24             # that --search_tokens makes of half a million tokens; more of more, by the cube root
 
 
 def add_model_flags(parser: argparse.ArgumentParser, offload: bool = False, compiled: bool = False) -> None:
@@ -70,6 +75,10 @@ def add_search_flags(parser: argparse.ArgumentParser, generations: int | None, o
                      fitness: list[str], generations_help: str, screen: bool = True) -> argparse._ArgumentGroup:
     """`init`: meaning of every --init, the first is the default; `screen`: the search knows what to do with that."""
     group = parser.add_argument_group("evolutionary search")
+    group.add_argument("--search_tokens", type=int, metavar="TOKENS",
+                       help="how long to search, in tokens of all candidates together: sets --init, --screen, "
+                            "--refine, --initial_tokens, --generations, --offspring and the selection steps as "
+                            "recommended, where they are not given, and prints them")
     group.add_argument("--generations", type=int, default=generations, help=generations_help)
     group.add_argument("--offspring", type=int, default=offspring, metavar="CANDIDATES",
                        help=f"a generation (default: {offspring})")
@@ -116,6 +125,40 @@ def add_output_flags(parser: argparse.ArgumentParser, task: str) -> argparse._Ar
                        help=f"of this run; the same command resumes it (default: runs/{task}-<hash of the flags>)")
     group.add_argument("--log_wandb", action="store_true", help="log to Weights & Biases")
     return group
+
+
+def spread_search_tokens(args: argparse.Namespace, argv: Sequence[str] | None, parser: argparse.ArgumentParser,
+                         check: Callable[[argparse.Namespace], None], way: list[str], start: int, refining: int = 0
+                         ) -> argparse.Namespace:
+    """`args`, where --search_tokens is given with the flags `way` and with numbers that spend about as many tokens;
+    flags in `argv` come before those. Raises ValueError, naming the flag, where that is too few.
+
+    start, refining: evaluations of --initial_tokens that the start and --refine take. A tenth of the tokens is for the
+    start. The first selection step measures 16 candidates, the second 4 on four times the tokens, the last 2 and the
+    parent on sixteen times, which makes 80 times the first step's tokens a generation.
+    """
+    tokens = args.search_tokens
+    if tokens is None:
+        return args
+    least = max(25_000, round(16 * start / START_SHARE))
+    if tokens < least:
+        raise ValueError(f"--search_tokens {tokens}: too few to measure every unit and to select; give at least "
+                         f"{least}")
+    initial = START_SHARE * tokens / start
+    left = tokens - initial * (start + refining)
+    generations = round(GENERATIONS * (tokens / 500_000) ** (1 / 3))
+    first = int(min(left / 80 / generations, args.calibration_tokens / 16)) // 2 * 2
+    if first < 2:
+        raise ValueError(f"--calibration_tokens {args.calibration_tokens}: too few for --search_tokens; give at least "
+                         f"32")
+    chosen = [*way, "--initial_tokens", int(min(initial, 16 * first)) // 2 * 2, "--generations",
+              max(1, round(left / 80 / first)), "--offspring", 16, "--survivors_per_selection", 4, 2, 1,
+              "--tokens_per_selection", first, 4 * first, 16 * first]
+    chosen = [*map(str, chosen)]
+    print(f"--search_tokens {tokens}: {' '.join(chosen)}")
+    args = parser.parse_args([*chosen, *(sys.argv[1:] if argv is None else argv)])
+    check(args)
+    return args
 
 
 def flag_defaults(parser: argparse.ArgumentParser) -> dict:

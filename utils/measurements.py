@@ -41,6 +41,15 @@ class Measurements:
         return [mean_of([self._sums[c][document] for document in minibatch], minibatch, self._kind)
                 for c in candidates], spent
 
+    def ties(self, candidate: Candidate, best: Candidate, minibatch: Row) -> bool:
+        """Whether the two, which were just measured on it, differ there by less than the standard error over documents
+        of their difference."""
+        differences = [self._sums[candidate][document] - self._sums[best][document] for document in minibatch]
+        tokens = sum(length - 1 for _, length in minibatch)
+        mean = sum(differences) / tokens
+        spread = sum((difference - mean * (length - 1))**2 for difference, (_, length) in zip(differences, minibatch))
+        return abs(mean) * tokens < math.sqrt(spread)
+
     def keep(self, candidates: Iterable[Candidate]) -> None:
         """Forget all but these, and what of them is not finite."""
         candidates = candidates if self._reuse else ()

@@ -18,12 +18,15 @@ import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from utils import distributed
 from utils.data import check_minibatches, documents_sha256, draw_minibatch, sequence_length
 from utils.errors import RunError
 from utils.evaluation import Evaluation, load_evaluation_documents
-from utils.fitness import Fitness, Row
+from utils.fitness import Fitness, Row, mean_of
 from utils.inputs import decoder_of, documents_of, tokenizer_of
+from utils.interactions import gram_matrix
 from utils.measurements import Candidate, Measurements
 from utils.model import weights_fingerprint
 from utils.report import evaluation_rows, format_table, plot_search
@@ -44,6 +47,7 @@ class Search:
         self.saved = self.run.state or {}            # what the last checkpoint of an earlier run has
         self.resumed = bool(self.saved)
         self.rng = random.Random(args.seed)
+        self.parents: list[Candidate] = []           # best first
         self.tokens = 0                              # of all candidates together
         self.curve: list[tuple[int, float]] = []     # (tokens, fitness of the new best parent on the same documents)
         self.evaluations: dict[str, dict] = {}       # whose -> dataset -> perplexity and KL divergence
@@ -108,13 +112,21 @@ class Search:
         self.tokens += spent
         return values
 
+    def changes(self, candidates: list[Candidate], minibatch: Row, around: Candidate) -> tuple[np.ndarray, np.ndarray]:
+        """(KL divergence of each of the candidates, in nats a token; Gram matrix of what they change of the logits of
+        `around`, see `utils.interactions`); counts the tokens."""
+        sums, changes = self.fitness.changes([*map(self.states, candidates)], minibatch, self.states(around))
+        self.tokens += (len(candidates) + 1) * sum(length for _, length in minibatch)
+        values = [mean_of(documents, minibatch, "kl") for documents in sums.T.tolist()]
+        return np.array(values), gram_matrix(changes)
+
     def begin(self, ranked: Ranked, **state) -> None:
         """Generation 0: the best of `ranked` are the first parents. Raises RunError where none is finite. `state`: what
         the script needs besides to go on from here, see `saved`."""
         if not math.isfinite(ranked[0][0]):
             raise RunError(f"--fitness_fn {self.args.fitness_fn}: not finite for any start; use --dtype bfloat16 or "
                            f"float32")
-        self.generation, self.start, self.parents = 0, ranked[0][1], []
+        self.generation, self.start = 0, ranked[0][1]
         self._keep(ranked[:self.args.population_size])
         self.run.log(self._log_line())
         self._checkpoint(state)
