@@ -132,7 +132,8 @@ class Real(Bench):
         missing = {text: file for file, text in contents.items() if text not in known}
         if missing:
             model = self.args.model_name_or_path
-            decoder, tokenizer = load_decoder(model, "float32", "cpu"), load_tokenizer(model)
+            with self.locks["loading"]:                  # transformers loads one model at a time
+                decoder, tokenizer = load_decoder(model, "float32", "cpu"), load_tokenizer(model)
             if kind == "depth":
                 def set_block(index: int, state: tuple[bool, bool]) -> None:
                     decoder.blocks[index].drop(*state)
@@ -144,8 +145,8 @@ class Real(Bench):
             found = {text: {} for text in missing}
             for name in self.args.eval_data:
                 fitness = Fitness(decoder, evaluation_documents(name, tokenizer, self.args.eval_tokens,
-                                                                self.args.sequence_length), set_block, ["kl", "ppl"])
-                for text, (kl, ppl) in zip(missing, fitness.measure(states)):
+                                                                self.args.sequence_length), set_block)
+                for text, (kl, ppl) in zip(missing, fitness.measure(states, kinds=("kl", "ppl"))):
                     found[text][name] = {"kl": kl, "ppl": ppl, "dense": fitness.teacher_perplexity()}
             known |= found
             write_atomic(path, json.dumps(known))
