@@ -126,9 +126,10 @@ class Space:
         return {name: level for unit, level in zip(self.units, candidate) for name in unit.names}
 
 
-def build_space(args: argparse.Namespace, database: Database, units: list[Unit], search: Search) -> Space:
+def build_space(args: argparse.Namespace, database: Database, units: list[Unit],
+                search: Search | None = None) -> Space:
     """Raises ValueError when the target is out of what the levels allow. Of the search, its model is counted where the
-    budget is of a whole file."""
+    budget is of a whole file; for any other it is not needed."""
     weights = [sum(math.prod(database.shape(name)) for name in unit.names) for unit in units]
     if whole_file(args):
         model, most = search.decoder.model, {name: unit.levels[-1] for unit in units for name in unit.names}

@@ -143,11 +143,13 @@ class Real(Bench):
                 set_block, states = switcher.set_block, [switcher.states(read_level_config(file))
                                                          for file in missing.values()]
             found = {text: {} for text in missing}
-            for name in self.args.eval_data:
-                fitness = Fitness(decoder, evaluation_documents(name, tokenizer, self.args.eval_tokens,
-                                                                self.args.sequence_length), set_block)
-                for text, (kl, ppl) in zip(missing, fitness.measure(states, kinds=("kl", "ppl"))):
-                    found[text][name] = {"kl": kl, "ppl": ppl, "dense": fitness.teacher_perplexity()}
+            fitness = {name: Fitness(decoder, evaluation_documents(name, tokenizer, self.args.eval_tokens,
+                                                                   self.args.sequence_length), set_block)
+                       for name in self.args.eval_data}              # all while the model is uncompressed
+            for name, of_text in fitness.items():
+                dense = of_text.teacher_perplexity()
+                for text, (kl, ppl) in zip(missing, of_text.measure(states, kinds=("kl", "ppl"))):
+                    found[text][name] = {"kl": kl, "ppl": ppl, "dense": dense}
             known |= found
             write_atomic(path, json.dumps(known))
         for way in ways.values():

@@ -2,6 +2,7 @@
 import json
 import math
 import random
+import re
 import shutil
 from copy import deepcopy
 from types import SimpleNamespace
@@ -311,10 +312,12 @@ def test_same_seed_gives_the_same_bytes_and_a_killed_run_resumes_to_them(checkpo
 
 @pytest.mark.parametrize("task", ["sparse", "quant"])
 def test_log_counts_candidates_times_tokens_and_for_the_parent_what_it_has_not_seen(checkpoint, databases, tmp_path,
-                                                                                   task, evaluated):
+                                                                                   task, evaluated, capsys):
     program(task).main(flags(task, checkpoint, databases, tmp_path / "run"))
+    picture = math.prod(map(int, re.search(r"png: (\d+) parents on (\d+) more", capsys.readouterr().out).groups()))
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert log[-1]["tokens"] == sum(len(batch) * tokens for batch, tokens in evaluated)
+    assert picture > 0
+    assert log[-1]["tokens"] + picture == sum(len(batch) * tokens for batch, tokens in evaluated)
     spent = [b["tokens"] - a["tokens"] for a, b in zip(log, log[1:])]
     assert max(spent) <= 6 * 64 + (3 + 1) * 256 and sum(spent) < 3 * (6 * 64 + (3 + 1) * 256)
 
@@ -328,6 +331,7 @@ def test_paper_settings_for_sparsity_take_458752_tokens_a_generation(checkpoint,
 
     monkeypatch.setattr(Fitness, "_run_teacher", lambda *_: {})
     monkeypatch.setattr(Measurements, "measure", measure)
+    monkeypatch.setattr(Fitness, "measure", lambda self, candidates, *_: [(0.0,) for _ in candidates])  # the picture
     evo_unstructured.main(["--model_name_or_path", str(checkpoint), "--calibration_data", "stdlib", "--no_eval",
                            "--sparse_weights_path", str(databases["sparse"]), "--generations", "2",
                            "--output_dir", str(tmp_path / "run")])

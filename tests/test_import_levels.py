@@ -379,10 +379,11 @@ def test_exported_again_it_has_the_same_codes_and_scales_and_loads_to_the_bit(mo
 
 
 def test_scales_that_loading_rounds_are_said_and_those_that_gguf_cannot_hold_written_as_f32(
-        model, imported, tmp_path, capsys):
-    half = tmp_path / "half"
+        model, checkpoints, tmp_path, capsys):
+    half, imported = tmp_path / "half", tmp_path / "imported"
     shutil.copytree(model, half)
     AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).save_pretrained(half)
+    run(half, imported, checkpoints)                 # other weights than the ones they were rounded from
     export_level(half, imported, 4, tmp_path / "exact")
     assert "rounds them" not in capsys.readouterr().out
     export_level(half, imported, 8, tmp_path / "rounded")
