@@ -48,14 +48,14 @@ PAPER, OURS = "paper's way", "ours"
 RANDOM = ["--initially_generated", 32, "--initial_tokens", 1024]
 SCREEN, REFINE = ["--screen", 4], ["--refine", 2]
 # what helps beside a measured start
-OWN = {"depth": [*SCREEN, *REFINE], "sparsity": [*SCREEN, *REFINE], "bits": SCREEN}
+OWN = {"depth": [], "sparsity": [*SCREEN, *REFINE], "bits": SCREEN}
 VARIANTS = {PAPER: RANDOM,
             OURS: ["--init", "measured"],                                  # and OWN
             "measured start alone": ["--init", "measured"],
             "start and screening": ["--init", "measured", *SCREEN],
             "start and refining": ["--init", "measured", *REFINE],
+            "start, screening and refining": ["--init", "measured", *SCREEN, *REFINE],
             "screening alone": [*RANDOM, *SCREEN]}
-UNKNOWN = {"depth": ("--screen",), "bits": ("--refine",), "sparsity": ()}     # flags that a search lacks, or not alone
 SHARES = (0.05, 0.1, 0.25, 0.5, 1.0)                # columns of the table
 CURVE = (0.05, 0.1, 0.15, 0.2, 0.25, 0.5, 1.0)
 ENDS = (0.25, 0.5, 1.0)                             # of what the two are compared with
@@ -143,9 +143,15 @@ def generations_of(setting: Setting, variant: str, args: argparse.Namespace) -> 
     return paper if variant == PAPER else depth if setting.task == "depth" else levels
 
 
+def lacks(task: str, flags: list) -> bool:
+    """Whether the task's search lacks some of these flags; for depth it has --screen with --refine alone."""
+    refined, screened = "--refine" in flags, "--screen" in flags
+    return task == "bits" and refined or task == "depth" and screened and not refined
+
+
 def search(setting: Setting, variant: str, seed: int, args: argparse.Namespace) -> None:
     folder = folder_of(setting, variant, seed, args.out)
-    if (folder / "summary.json").exists() or set(UNKNOWN[setting.task]) & set(VARIANTS[variant]):
+    if (folder / "summary.json").exists() or lacks(setting.task, VARIANTS[variant]):
         return
     levels = setting.task != "depth"
     flags = ["--model_name_or_path", args.model_name_or_path, "--calibration_data", args.data,
