@@ -42,6 +42,9 @@ OURS = {"depth": ["--init", "measured", "--initial_tokens", 128, "--generations"
         "quant": ["--init", "measured", "--initial_tokens", 64, "--screen", 4, "--generations", 5]}
 BASELINE_TOKENS = 4096
 SCORES = {"cosine_similarity": "ShortGPT", "perplexity": "Shortened Llama"}
+COLORS = {"uniform": "tab:gray", "the paper's way": "tab:orange", "recommended": "tab:blue",
+          "recommended, finished": "tab:green", "DP over layer errors": "tab:purple", "OWL": "tab:brown",
+          "ShortGPT": "tab:red", "Shortened Llama": "tab:pink"}
 PROGRAMS = {"depth": "evo_drop.py", "sparse": "evo_unstructured.py", "quant": "evo_quant.py"}
 
 
@@ -194,10 +197,10 @@ def plot(results: dict[tuple[str, float], dict[str, dict]], text: str, path: Pat
             known = {target: results[kind, target][way]["values"] for target in targets if way in results[kind, target]}
             points = [(target, statistics.median(values[text]["ppl"] for values in seeds))
                       for target, seeds in known.items()]
-            axis.plot(*zip(*points), marker="o", label=way)
+            axis.plot(*zip(*points), marker="o", label=way, color=COLORS.get(way))
         axis.axhline(results[kind, targets[0]]["recommended"]["values"][0][text]["dense"], color="black", linewidth=0.8,
                      linestyle="--", label="uncompressed")
-        axis.set(xlabel=labels[kind], ylabel="perplexity", yscale="log", xticks=targets)
+        axis.set(xlabel=labels[kind], ylabel="perplexity", xticks=targets)
         axis.legend(fontsize=7)
     figure.savefig(path, dpi=90)
     pyplot.close(figure)
@@ -225,15 +228,16 @@ def main() -> None:
 
     names = {"depth": "{:.1%} depth", "sparse": "{:.0%} sparsity", "quant": "{} bits"}
     labels = [name.partition(":")[0] for name in args.eval_data]
-    rows = [["budget", "configuration", *[f"{label} {column}" for label in labels for column in ("KL", "range", "ppl")],
+    columns = ("KL", "range", "ppl") if args.seeds > 1 else ("KL", "ppl")
+    rows = [["budget", "configuration", *[f"{label} {column}" for label in labels for column in columns],
              "tokens", "minutes", "MB"]]
     for (kind, target), ways in results.items():
         for way, known in ways.items():
             row = [names[kind].format(target), way]
             for text in args.eval_data:
                 kl = [values[text]["kl"] for values in known["values"]]
-                row += [statistics.median(kl), f"{min(kl):.4f}–{max(kl):.4f}" if len(kl) > 1 else None,
-                        statistics.median(values[text]["ppl"] for values in known["values"])]
+                span = [f"{min(kl):.4f}–{max(kl):.4f}" if len(kl) > 1 else None] if args.seeds > 1 else []
+                row += [statistics.median(kl), *span, statistics.median(values[text]["ppl"] for values in known["values"])]
             rows.append([*row, f"{known['tokens']:,.0f}" if "tokens" in known else None,
                          known["seconds"] / 60 if "seconds" in known else None,
                          f"{known['bytes'] / 1e6:.0f}" if "bytes" in known else None])
