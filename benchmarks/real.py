@@ -237,7 +237,8 @@ def main() -> None:
             for text in args.eval_data:
                 kl = [values[text]["kl"] for values in known["values"]]
                 span = [f"{min(kl):.4f}–{max(kl):.4f}" if len(kl) > 1 else None] if args.seeds > 1 else []
-                row += [statistics.median(kl), *span, statistics.median(values[text]["ppl"] for values in known["values"])]
+                row += [statistics.median(kl), *span,
+                        statistics.median(values[text]["ppl"] for values in known["values"])]
             rows.append([*row, f"{known['tokens']:,.0f}" if "tokens" in known else None,
                          known["seconds"] / 60 if "seconds" in known else None,
                          f"{known['bytes'] / 1e6:.0f}" if "bytes" in known else None])
