@@ -2,7 +2,7 @@
 # Everything that a GPU has to show, without network or hub: parts of at most eight minutes, the most valuable first.
 #     bash benchmarks/gpu.sh               all parts that are not finished, then the tables
 #     bash benchmarks/gpu.sh --report      the tables of what is finished, into README.md and benchmarks/README.md
-#     TINY=1 bash benchmarks/gpu.sh        the same parts on a CPU, in about two minutes: they work, and mean nothing
+#     TINY=1 bash benchmarks/gpu.sh        the same parts on a CPU, in some three minutes: they work, and mean nothing
 # OUT is where results go, a JSON file a part. A part that fails does not stop the next; the exit status tells.
 set -uo pipefail
 cd "$(dirname "$0")/.."
