@@ -16,11 +16,10 @@ from operator import getitem
 
 import torch
 
-from database.exported import FORMATS, check_experts, exportable_levels, layer_bytes, other_bytes
+from database.exported import FORMATS, announce_packed, exportable_levels, layer_bytes, other_bytes
 from database.levels import LevelSwitcher, describe_levels, describe_whole, open_database
 from database.sensitivity import estimate_alone
 from database.store import Database
-from formats.compressed_tensors import check_loadable
 from utils import distributed, flags
 from utils.allocation import allocate
 from utils.configs import check_configuration_name, write_level_config
@@ -346,13 +345,7 @@ def main(argv: list[str] | None = None) -> dict:
         if whole_file(args) and any(isinstance(layer, ExpertLayer) for layer in search.decoder.layers.values()):
             raise ValueError("--count_everything, --budget_file_gb: a file has all of a mixture's experts in the width "
                              "of the widest, which cannot be counted layer by layer; give --target_bitwidth alone")
-        try:
-            check_experts(search.decoder, database)
-            check_loadable(search.decoder.model, database.layers)
-        except ValueError as error:
-            if args.for_format == "compressed-tensors":
-                raise
-            print(f"export.py {error}")
+        announce_packed(search.decoder, database, args.for_format)
         levels = exportable_levels(database, args.for_format)
         space = build_space(args, database, build_units(switcher.names, levels, args), search)
     search.prepare(switcher.set_block, lambda candidate: switcher.states(space.levels(candidate)),

@@ -101,3 +101,15 @@ def check_experts(decoder: Decoder, database: Database) -> None:
         raise ValueError(f"--format compressed-tensors: {database.path} lacks {missing}, and transformers reads all "
                          f"of a model's experts quantized or none; build a database of all layers, or use --format "
                          f"dense")
+
+
+def announce_packed(decoder: Decoder, database: Database, format: str | None) -> None:
+    """Say before a search why transformers would not load its packed export; raise ValueError with that where this is
+    the format asked for."""
+    try:
+        check_experts(decoder, database)
+        compressed_tensors.check_loadable(decoder.model, database.layers)
+    except ValueError as error:
+        if format == "compressed-tensors":
+            raise
+        print(f"export.py {error}")
