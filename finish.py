@@ -26,8 +26,8 @@ from utils.errors import RunError, user_errors
 from utils.files import check_writable
 from utils.fitness import default_microbatch_tokens, out_of_memory
 from utils.flags import add_calibration_flags, add_model_flags
-from utils.inputs import documents_of, tokenizer_of
-from utils.model import default_device, load_config, load_decoder
+from utils.inputs import decoder_of, documents_of, tokenizer_of
+from utils.model import load_config
 
 SEED_STRIDE = 1_000_003          # from one block's batches to the next one's
 SEQUENCE_LENGTH = 2048           # of calibration documents by default: gradients need memory
@@ -79,7 +79,6 @@ def finish_blocks(args: argparse.Namespace, decoder: Decoder, documents: list[to
                   device: torch.device, home: torch.device) -> None:
     """Train the blocks that are left, one after the other; afterwards the model is the finished one. A block is on
     `device` while it is at work and at `home` before and after."""
-    decoder.move_surroundings(device)
     decoder.blocks[0].module.to(device)
     batch_tokens = args.batch_size * args.calibration_sequence_length
     tokens = args.microbatch_tokens or min(default_microbatch_tokens(decoder), -(-batch_tokens // PARTS))
@@ -126,10 +125,10 @@ def main(argv: list[str] | None = None) -> None:
         check_flags(args, config)
         tokenizer = tokenizer_of(args)
         documents = documents_of(args, config, tokenizer)
-        device = default_device(args.device)
-        home = torch.device("cpu") if args.cpu_offload_modules else device
-        decoder = load_decoder(args.model_name_or_path, args.dtype, home, args.attn_implementation,
-                               args.trust_remote_code)
+        decoder = decoder_of(args)
+        device = decoder.device
+        home = torch.device("cpu") if decoder.offloaded else device
+        decoder.end_offloading()
         decoder.check_dropped(dropped)
         if decoder.shares_notes:
             raise ValueError(f"{type(decoder.model).__name__}: its blocks read keys and values of earlier ones, so "

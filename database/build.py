@@ -20,8 +20,8 @@ from utils.experts import ExpertLayer, Layer
 from utils.files import check_writable
 from utils.fitness import out_of_memory
 from utils.flags import add_calibration_flags, add_model_flags, check_calibration_flags
-from utils.inputs import documents_of, tokenizer_of
-from utils.model import default_device, load_config, load_decoder, weights_fingerprint
+from utils.inputs import decoder_of, documents_of, tokenizer_of
+from utils.model import default_device, load_config, weights_fingerprint
 from utils.runs import open_wandb
 
 # what decides where and how a build runs or what it is called, but not what is built
@@ -132,12 +132,9 @@ def build(args: argparse.Namespace, method: str, layers_flag: str, solve_layer: 
     if args.activations_dir:
         check_writable(args.activations_dir, "--activations_dir")
     wandb = open_wandb(args.log_wandb, vars(args))
-    device = default_device(args.device)
-    home, dtype = device, args.dtype
-    if args.cpu_offload_modules and device.type != "cpu":
-        home = torch.device("cpu")
-        dtype = str(config.dtype or "float32").removeprefix("torch.") if dtype == "auto" else dtype
-    decoder = load_decoder(args.model_name_or_path, dtype, home, args.attn_implementation, args.trust_remote_code)
+    decoder = decoder_of(args)
+    if decoder.offloaded:
+        decoder.offloaded.restore()              # their weights are read next
     layers = choose_layers(decoder, pattern, f"--{layers_flag}")
     header["weights_sha256"] = weights_sha256({name: layer for block in layers for name, layer in block.items()})
     check_same(manifest, header, args.save_dir)
@@ -148,8 +145,8 @@ def build(args: argparse.Namespace, method: str, layers_flag: str, solve_layer: 
         manifest = {**header, "model_sha256": weights_fingerprint(args.model_name_or_path),
                     "layers": {name: None for block in layers for name in block}}
     start_writing(args.save_dir, manifest)
-    calibration = Calibration(decoder, documents, device, args.microbatch_tokens, home != device,
-                              args.cpu_offload_activations, args.activations_dir)
+    calibration = Calibration(decoder, documents, decoder.device, args.microbatch_tokens, args.cpu_offload_activations,
+                              args.activations_dir)
     build_blocks(args, manifest, calibration, layers, solve_layer, feed_forward, wandb)
 
 
@@ -163,22 +160,22 @@ def build_blocks(args: argparse.Namespace, manifest: dict, calibration: Calibrat
     began, seconds = time.time(), []
     for index in range(incomplete[-1] + 1):
         started = time.time()
-        with calibration.working(index):
-            if index in incomplete:
-                hessians = calibration.measure(layers[index], advance=feed_forward is None)
-                measured = time.time()
-                for others, lines in distributed.gather(solve_block(layers[index], hessians, args, solve_layer)):
-                    entries.update(others)
-                    print("".join(f"{line}\n" for line in lines), end="")
-                distributed.from_main(store.write_manifest)(args.save_dir, manifest)
-                solved = time.time()
-            if feed_forward is not None and index < incomplete[-1]:
-                database = store.Database(args.save_dir, finished=False)
-                for name, layer in layers[index].items():
-                    level = min(level for level in database.levels(name) if level >= feed_forward)
-                    layer.weight.data.copy_(database.weight(name, level, layer.weight.device))
-            if index < incomplete[-1] and calibration.position == index:
-                calibration.run()
+        calibration.decoder.bring(index)         # for as long as it is measured, solved and run
+        if index in incomplete:
+            hessians = calibration.measure(layers[index], advance=feed_forward is None)
+            measured = time.time()
+            for others, lines in distributed.gather(solve_block(layers[index], hessians, args, solve_layer)):
+                entries.update(others)
+                print("".join(f"{line}\n" for line in lines), end="")
+            distributed.from_main(store.write_manifest)(args.save_dir, manifest)
+            solved = time.time()
+        if feed_forward is not None and index < incomplete[-1]:
+            database = store.Database(args.save_dir, finished=False)
+            for name, layer in layers[index].items():
+                level = min(level for level in database.levels(name) if level >= feed_forward)
+                layer.weight.data.copy_(database.weight(name, level, layer.weight.device))
+        if index < incomplete[-1] and calibration.position == index:
+            calibration.run()
         if index in incomplete:
             seconds.append(time.time() - started)
             left = sum(i > index for i in incomplete) * sum(seconds) / len(seconds)

@@ -31,18 +31,13 @@ class Calibration:
     """
 
     def __init__(self, decoder: Decoder, documents: list[torch.Tensor], device: torch.device,
-                 microbatch_tokens: int | None = None, offload_modules: bool = False,
-                 offload_activations: bool = False, activations_dir: Path | None = None):
-        """With `offload_modules` the blocks live on the CPU and only the working one is on `device`; with
-        `offload_activations` only the working microbatch is, as where the device has no room for more. With
-        `activations_dir` all others are in files there."""
+                 microbatch_tokens: int | None = None, offload_activations: bool = False,
+                 activations_dir: Path | None = None):
+        """With `offload_activations` only the working microbatch is on `device`, as where that has no room for more.
+        With `activations_dir` all others are in files there."""
         self.decoder, self.documents, self.device = decoder, documents, device
-        self.offload_modules = offload_modules
-        if offload_modules:
-            decoder.move_surroundings(device)
         whole = [(i, len(document)) for i, document in enumerate(documents)]
-        with self.working(0):                        # which may be tried out
-            self.microbatch_tokens = microbatch_tokens or default_microbatch_tokens(decoder)
+        self.microbatch_tokens = microbatch_tokens or default_microbatch_tokens(decoder)
         batches = microbatches(whole, self.microbatch_tokens, decoder.packed_rows)
         owners = distributed.shares([_tokens(rows) for rows in batches], CHUNKS)
         self.chunks = [[rows for rows, owner in zip(batches, owners) if owner == chunk]      # their microbatches
@@ -55,15 +50,6 @@ class Calibration:
                                           max(map(_tokens, batches)), activations_dir)
         self.position = 0
         self._notes: dict[tuple, list[dict]] = {}    # row -> what its blocks so far have left for later ones
-
-    @contextmanager
-    def working(self, index: int) -> Iterator[None]:
-        """Keep a block on the device while it is measured, solved and run."""
-        module = self.decoder.blocks[index].module
-        module.to(self.device)
-        yield
-        if self.offload_modules:
-            module.to("cpu")
 
     @torch.no_grad()
     def measure(self, layers: dict[str, Layer], advance: bool) -> dict[str, torch.Tensor | None]:

@@ -204,6 +204,20 @@ def test_finished_build_says_so_and_changes_nothing(built, model, tmp_path, caps
     assert "finished" in capsys.readouterr().out and contents(folder) == before
 
 
+def test_a_model_larger_than_the_device_is_probed_and_built_block_by_block(built, model, tmp_path, monkeypatch):
+    run_block, seen = Decoder.run_block, []
+
+    def watching(self, index, *arguments):
+        output = run_block(self, index, *arguments)
+        seen.append((self.offloaded.bytes_on_device, sum(buffer.nbytes for buffer in self.offloaded._host)))
+        return output
+
+    monkeypatch.setattr(Decoder, "run_block", watching)
+    run(built.name, model, tmp_path / "offloaded", "--cpu_offload_modules")
+    assert all(0 < present < everything for present, everything in seen)
+    assert contents(tmp_path / "offloaded") == contents(built)
+
+
 @pytest.mark.parametrize("flags, named", [
     (["--rel_damp", "0.02"], r"--rel_damp 0\.02 \(it was 0\.01\)"), (["--seed", "1"], "--seed 1"),
     (["--calibration_tokens", "4096"], "--calibration_tokens 4096"), (["--block_size", "64"], "--block_size 64")])

@@ -259,6 +259,14 @@ def test_killed_and_resumed_it_leaves_the_same_bytes(finished, tmp_path, monkeyp
     assert capsys.readouterr().out.strip().endswith("finished") and len(calls) == 6 + 2 - (kind == "drop")
 
 
+def test_a_model_larger_than_the_device_is_probed_there_block_by_block(finished, tmp_path, monkeypatch):
+    run_block, offloaded = Decoder.run_block, []
+    monkeypatch.setattr(Decoder, "run_block", lambda self, *arguments: (
+        offloaded.append(self.offloaded is not None), run_block(self, *arguments))[1])
+    folder = finished("quant", tmp_path / "offloaded", "--cpu_offload_modules")
+    assert {*offloaded} == {True} and contents(folder) == contents(finished.once("quant"))
+
+
 def test_a_folder_of_another_run_is_refused(finished, tmp_path):
     for kind, found in (("quant", "--steps 31"), ("drop", "--steps 31"), ("sparse", "--learning_rate 0.5")):
         with pytest.raises(SystemExit, match=f"holds another build, which differs in {found}"):

@@ -204,6 +204,12 @@ class Decoder:
         self.move_surroundings(device)
         self.offloaded = OffloadedBlocks([block.module for block in self.blocks], device)
 
+    def end_offloading(self) -> None:
+        """Leave offloaded blocks in host memory: for who moves them himself, and keeps what he writes to them."""
+        if self.offloaded:
+            self.offloaded.restore()
+            self.offloaded = None
+
     def compile_blocks(self) -> None:
         """Run blocks through torch.compile from now on: the same up to rounding. Raises ValueError naming the flag
         where that does not work."""
