@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import json
 import math
+import random
 import statistics
 import sys
 import tempfile
@@ -31,10 +32,11 @@ import evo_unstructured
 from benchmarks import database as layers_benchmark
 from benchmarks import search
 from benchmarks.programs import write_readme
-from benchmarks.subjects import LEVEL_FLAGS, load
+from benchmarks.subjects import LEVEL_FLAGS, build_database, load
 from benchmarks.ways import SEARCHES, here, play
 from database import build, gptq, hidden_states, sparsegpt, store
 from database.hessian import Calibration
+from database.levels import LevelSwitcher
 from scripts.estimate import search_tokens
 from utils import attention
 from utils.decoder import Decoder
@@ -266,7 +268,8 @@ def walk(part: Part) -> None:
 
 
 def offload(part: Part) -> None:
-    """Offloaded search of blocks of a 70B model: rate of copies, how far they hide, a generation of 80 blocks."""
+    """Offloaded search of blocks of a 70B model: rate of copies, how far they and the levels' hide, a generation of 80
+    blocks. Every candidate has levels of its own in every layer, none of which are kept."""
     decoder, documents = load("tiny" if part.tiny else "llama-3-70b", torch.device("cpu"), part.scaled(8192, 512),
                               part.dtype)
     block = sum(parameter.nbytes for parameter in decoder.blocks[0].module.parameters())
@@ -274,27 +277,33 @@ def offload(part: Part) -> None:
         decoder.offload_blocks(part.device)
     decoder.by_document = part.device.type == "cuda"
     attention.enable()
-    microbatch = part.scaled(8192, 256)
-    fitness = Fitness(decoder, documents, lambda i, state: decoder.blocks[i].drop(*(state or (False, False))),
-                      microbatch_tokens=microbatch)
     minibatch = [(i, len(document)) for i, document in enumerate(documents)]
-    count, visits = len(decoder.blocks), 3
+    count, visits, rng = len(decoder.blocks), 3, random.Random(0)
     with timed(part.device) as copying:
         for index in [*range(count)] * visits:
             decoder.bring(index)
     a_copy = copying[0] / (count * visits)
-    rounds = {}
-    for candidates in part.scaled([1, 4, 16], [1, 2]):
-        states = [tuple((block == i % count, False) for block in range(count)) for i in range(candidates)]
-        fitness.measure(states[:1], minibatch[:2])
-        with timed(part.device) as seconds:
-            fitness.measure(states, minibatch)
-        rounds[candidates] = seconds[0]
-    largest = max(rounds)
+    rounds: dict[str, dict[int, float]] = {}
+    with tempfile.TemporaryDirectory(dir=part.out) as folder:
+        database = build_database(decoder, "gptq", Path(folder) / "packed", one_block=True, drawn=True)
+        switcher = LevelSwitcher(decoder, database, 0.0)
+        fitness = Fitness(decoder, documents, switcher.set_block, microbatch_tokens=part.scaled(8192, 256))
+        for way in ("levels beside", "levels waited for"):
+            with patch.object(switcher.cache, "_side", switcher.cache._side if way == "levels beside" else None):
+                for candidates in part.scaled([1, 4, 16], [1, 2]):
+                    states = [switcher.states({name: rng.choice((2, 3)) for name in database.layers})
+                              for _ in range(candidates)]
+                    fitness.measure(states[:1], minibatch[:2])
+                    with timed(part.device) as seconds:
+                        fitness.measure(states, minibatch)
+                    rounds.setdefault(way, {})[candidates] = seconds[0]
+        levels = sum(database.bits(name, 3, overhead=True) for name in switcher.names[0]) / 8
+    largest, seconds = max(rounds["levels beside"].items())
     args = evo_quant.parse_arguments(PAPER_BITS)
-    a_candidate_token = rounds[largest] / largest / sum(length for _, length in minibatch) / count * 80
-    part.keep(pinning_seconds=pinning[0], gb_a_block=block / GIGABYTE, copies_gb_a_second=block / a_copy / GIGABYTE,
-              rounds=rounds, hidden={number: min(1.0, a_copy * count / seconds) for number, seconds in rounds.items()},
+    a_candidate_token = seconds / largest / sum(length for _, length in minibatch) / count * 80
+    part.keep(pinning_seconds=pinning[0], gb_a_block=block / GIGABYTE, gb_a_block_at_3_bits=levels / GIGABYTE,
+              copies_gb_a_second=block / a_copy / GIGABYTE, rounds=rounds,
+              hidden={number: min(1.0, a_copy * count / taken) for number, taken in rounds["levels beside"].items()},
               generation_hours=a_candidate_token * (search_tokens(args, 1) - search_tokens(args, 0)) / 3600,
               **peak_memory(part.device))
 

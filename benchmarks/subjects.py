@@ -1,4 +1,5 @@
 """What the speed of a search is measured on: a model, its calibration documents, a database of its layers' levels."""
+import math
 import os
 import random
 from pathlib import Path
@@ -8,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from database import gptq, sparsegpt
+from database.packing import Packed, pack_quantized
 from database.store import FORMAT, Database, config_sha256, layer_file, write_layer, write_manifest
 from utils import model as models
 from utils.data import calibration_documents
@@ -58,9 +60,9 @@ def random_documents(config: LlamaConfig, num_tokens: int) -> list[torch.Tensor]
     return [torch.randint(config.vocab_size, (length,), generator=generator) for length in lengths]
 
 
-def build_database(decoder: Decoder, method: str, folder: Path, one_block: bool) -> Database:
-    """A database of all layers of the blocks, rounded or pruned without calibration data; with `one_block`, the first
-    block's levels serve for every block (its files are linked, not copied)."""
+def build_database(decoder: Decoder, method: str, folder: Path, one_block: bool, drawn: bool = False) -> Database:
+    """A database of all layers of the blocks, rounded or pruned without calibration data, or `drawn_levels`; with
+    `one_block`, the first block's levels serve for every block (its files are linked, not copied)."""
     module = {"gptq": gptq, "sparsegpt": sparsegpt}[method]
     args = module.make_parser().parse_args([*LEVEL_FLAGS[method].split(), "--model_name_or_path", "-", "--save_dir",
                                             str(folder)])
@@ -75,11 +77,25 @@ def build_database(decoder: Decoder, method: str, folder: Path, one_block: bool)
                 os.link(layer_file(folder, first), layer_file(folder, name))
                 manifest["layers"][name] = manifest["layers"][first]
             else:
-                identity = torch.eye(layer.in_features, device=layer.weight.device)
-                levels, _ = module.solve_layer(name, layer.weight, identity, args)
+                if drawn:
+                    levels = drawn_levels(tuple(layer.weight.shape), args.group_size, decoder.device)
+                else:
+                    identity = torch.eye(layer.in_features, device=layer.weight.device)
+                    levels, _ = module.solve_layer(name, layer.weight, identity, args)
                 manifest["layers"][name] = write_layer(folder, name, tuple(layer.weight.shape), levels)
     write_manifest(folder, manifest)
     return Database.open(folder)
+
+
+def drawn_levels(shape: tuple[int, int], group_size: int, device: torch.device) -> dict[int, tuple[Packed, dict]]:
+    """2 and 3 bits of a layer [out, in], of random codes: as `gptq.solve_layer` gives them, in no time."""
+    levels, grids = {}, (shape[0], -(-shape[1] // group_size))
+    for bits in (2, 3):
+        packed = pack_quantized(torch.randint(2**bits, shape, dtype=torch.uint8, device=device),
+                                torch.full(grids, 0.01, dtype=torch.float16, device=device),
+                                torch.full(grids, 2**(bits - 1), dtype=torch.uint8, device=device), bits)
+        levels[bits] = packed, {"bits": math.prod(shape) * bits, "overhead_bits": 24 * math.prod(grids), "error": 0.0}
+    return levels
 
 
 class DenseFiles:

@@ -25,6 +25,7 @@ from safetensors.torch import save
 from torch import nn
 
 from database import packing
+from database.hidden_states import SideStream
 from formats import kquants
 from utils.configs import parse_level
 from utils.errors import RunError
@@ -167,6 +168,7 @@ class LevelCache:
         self.database, self.device, self.dtype, self.max_bytes = database, device, dtype, max_bytes
         self.in_turn = in_turn
         self.bytes = 0
+        self._side = SideStream(torch.device(device)) if torch.device(device).type == "cuda" else None
         self._levels: OrderedDict[tuple[str, float], packing.Packed] = OrderedDict()
 
     def copy_(self, parameter: nn.Parameter, name: str, level: float) -> None:
@@ -190,7 +192,7 @@ class LevelCache:
         if key in self._levels:
             self._levels.move_to_end(key)
             return self._levels[key]
-        packed = self.database.packed(name, level, self.device)
+        packed = self._fetch(name, level)
         size = _bytes(packed)
         if size <= self.max_bytes - (self.bytes if self.in_turn else 0):
             while self.bytes + size > self.max_bytes:
@@ -198,6 +200,19 @@ class LevelCache:
             self._levels[key] = packed
             self.bytes += size
         return packed
+
+
+    def _fetch(self, name: str, level: float) -> packing.Packed:
+        """A level on the device: on a GPU it is read and copied while what was queued before is computed, for which an
+        ordinary copy would wait. As searches queue several candidates' blocks ahead, levels hide behind those."""
+        if not self._side:
+            return self.database.packed(name, level, self.device)
+        arrived = {}
+        for part, tensor in self.database.packed(name, level).items():
+            staged = self._side.host_buffer(tensor.numel(), tensor.dtype).view(tensor.shape).copy_(tensor)
+            arrived[part] = self._side.device_buffer(tensor)
+            self._side.let_wait(arrived[part], self._side.copy(arrived[part], staged))
+        return arrived
 
 
 # ---- building --------------------------------------------------------------------------------------------------------

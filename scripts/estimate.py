@@ -38,7 +38,7 @@ RATES = {"bf16": 312e12, "fp32": 19.5e12}                       # FLOP/s of an A
 UTILIZATION = 0.5                                               # of them, in large matrix products
 FILES = 2e9                                                     # bytes/s from and to a local disk
 COPIES = 25e9                                                   # bytes/s from pinned host memory, PCIe 4.0 x16
-UNPINNED = 6e9                                                  # from any other: a copy on the host comes before
+UNPINNED = 6e9                                                  # from and to any other
 WRITING = 0.7e9                                                 # bytes/s of one thread: a checksum, then the file
 HALF = 2                                                        # bytes of a weight or activation
 GB = 1e9
@@ -100,13 +100,14 @@ class Need:
     host: float = 0.0
     copies: float = 0.0                          # bytes between host memory and the device, beside the computations
     waits: float = 0.0                           # the same, for which computations wait
-    written: float = 0.0                         # bytes of files that are written beside the computations
+    written: float = 0.0                         # bytes of files with checksums, written beside the computations
+    sealed: float = 0.0                          # the same, for which they wait
 
     @property
     def seconds(self) -> float:
         computing = sum(flop / (UTILIZATION * RATES[kind]) for kind, flop in self.flop.items())
         return (max(computing, self.copies / COPIES, self.written / WRITING) + self.waits / UNPINNED
-                + self.files / FILES)
+                + self.sealed / WRITING + self.files / FILES)
 
     def __add__(self, other: "Need") -> "Need":
         """Both, one after the other."""
@@ -114,7 +115,7 @@ class Need:
         return Need({kind: self.flop.get(kind, 0) + other.flop.get(kind, 0) for kind in kinds},
                     self.files + other.files, self.disk + other.disk, max(self.device, other.device),
                     max(self.host, other.host), self.copies + other.copies, self.waits + other.waits,
-                    self.written + other.written)
+                    self.written + other.written, self.sealed + other.sealed)
 
 
 # ---- one command -----------------------------------------------------------------------------------------------------
@@ -167,7 +168,7 @@ def search(shape: Shape, args: argparse.Namespace, database_bytes: float) -> Nee
         need.copies = HALF * shape.weights * (math.ceil(args.calibration_tokens / tokens) + steps)
         # two of a layer's levels (five bitwidths, seventeen sparsities), but for those that are kept on the device
         used = 2 / (17 if hasattr(args, "sparse_weights_path") else 5) * database_bytes
-        need.waits = steps * max(0, used - getattr(args, "level_cache_gb", 0) * GB)
+        need.copies += steps * max(0, used - getattr(args, "level_cache_gb", 0) * GB)
         need.device += 2 * args.offspring * min(tokens, args.tokens_per_selection[0]) * shape.hidden * HALF
     return need
 
@@ -207,15 +208,18 @@ def database(shape: Shape, args: argparse.Namespace) -> Need:
 def finishing(shape: Shape, args: argparse.Namespace, database_bytes: float) -> Need:
     length = args.calibration_sequence_length or min(finish.SEQUENCE_LENGTH, shape.context)
     trained = 3 * args.steps * args.batch_size * length                     # forward, and twice that back
-    states = 3 * HALF * args.calibration_tokens * shape.hidden              # given, passed, and one being made
-    on_device = states < DEVICE / 4
+    states = HALF * args.calibration_tokens * shape.hidden                  # given, passed, and one being made
+    on_device = 3 * states < DEVICE / 4
+    # a block's are read and made twice; each step takes what it is given and what it should give; and offloaded blocks
+    travelling = (0 if on_device else shape.blocks * (4 * states + HALF * 2 * trained / 3 * shape.hidden)) + (
+        2 * HALF * shape.weights if args.cpu_offload_modules else 0)
     # of a block's weights: what is trained, its gradient and Adam's two moments, all in float32, the value in both
     block = (4 * 4 + 4 + 2 * HALF) * shape.weights / shape.blocks
     kept = database_bytes / 5 if args.quant_weights_path else HALF * shape.parameters
     return Need({"bf16": shape.forward(2 * args.calibration_tokens + trained, length)},
                 HALF * shape.parameters + database_bytes, kept,
-                HALF * resident(shape, args) + block + (states if on_device else 0),
-                HALF * shape.parameters + (0 if on_device else states))
+                HALF * resident(shape, args) + block + (3 * states if on_device else 0),
+                HALF * shape.parameters + (0 if on_device else 3 * states), waits=travelling, sealed=kept)
 
 
 def evaluation(shape: Shape, args: argparse.Namespace, database_bytes: float) -> Need:
@@ -313,9 +317,10 @@ def main(argv: list[str] | None = None) -> None:
     print(format_table(rows))
     print(f"An estimate: counted FLOP, without subtracting what candidates share, at {UTILIZATION:.0%} of an A100's "
           f"{', '.join(f'{rate / 1e12:g} ({kind})' for kind, rate in RATES.items())} TFLOP/s, and files at "
-          f"{FILES / GB:g} GB/s. Beside the computations: offloaded blocks and databases' hidden states at "
-          f"{COPIES / GB:g} GB/s, databases' files at {WRITING / GB:g} GB/s; not beside them: an offloaded search's "
-          f"levels that are not cached, at {UNPINNED / GB:g} GB/s")
+          f"{FILES / GB:g} GB/s. Beside the computations: offloaded blocks, an offloaded search's levels that "
+          f"are not cached and databases' hidden states at {COPIES / GB:g} GB/s, databases' files at "
+          f"{WRITING / GB:g} GB/s. Not beside them: of finish.py, what does not stay on the GPU at {UNPINNED / GB:g} "
+          f"GB/s, and the result's files")
 
 
 if __name__ == "__main__":

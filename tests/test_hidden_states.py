@@ -21,10 +21,10 @@ class Deferred:
         self.queue, self.most, self.copied = [], 0, 0
 
     def host_buffer(self, elements, dtype):
-        return torch.full((elements,), torch.nan, dtype=dtype)
+        return self.device_buffer(torch.empty(elements, dtype=dtype))
 
     def device_buffer(self, like):
-        return torch.full_like(like, torch.nan)
+        return torch.full_like(like, torch.nan if like.is_floating_point() else 0)
 
     def copy(self, destination, source, computed=False):
         stream = self

@@ -15,6 +15,7 @@ from database.levels import LevelSwitcher
 from database.store import Database
 from families import NUM_BLOCKS
 from test_fitness import MICROBATCH_TOKENS, MINIBATCH, documents, drop, random_candidates
+from test_hidden_states import Deferred
 from utils import offload as offloading
 from utils.configs import write_drop_config
 from utils.decoder import Decoder
@@ -209,6 +210,21 @@ def test_a_cache_that_holds_half_the_levels_spares_half_the_reading(checkpoint, 
     for count in (1, 2):
         fitness.measure([candidate], [(0, 37)], ("ppl",))                # blocks take turns: each once a microbatch
         assert 0.4 < len(read) / count / len(opened.layers) < 0.6
+
+
+@pytest.mark.parametrize("kind", ["quant", "sparse"])
+def test_levels_that_travel_beside_the_computations_arrive_whole(kind, checkpoint, databases):
+    opened, rng = Database.open(databases[kind]), random.Random(0)
+    decoder = load_decoder(checkpoint, device="cpu", offload_blocks=True)
+    switcher = LevelSwitcher(decoder, opened, 0.0)
+    fitness = Fitness(decoder, documents(), switcher.set_block, teacher=False, microbatch_tokens=MICROBATCH_TOKENS)
+    candidates = [switcher.states({name: rng.choice(opened.levels(name)) for name in opened.layers}) for _ in range(3)]
+    expected = fitness.measure(candidates, MINIBATCH, ("ppl",))
+    switcher.cache._side = Deferred(CPU)
+    before = switcher.switches
+    assert fitness.measure(candidates, MINIBATCH, ("ppl",)) == expected
+    parts = {"quant": 3, "sparse": 2}[kind]
+    assert switcher.cache._side.copied == parts * (switcher.switches - before) > 100
 
 
 def test_a_configuration_is_evaluated_as_without_offloading(checkpoint, text, databases, tmp_path, monkeypatch):

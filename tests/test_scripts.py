@@ -188,11 +188,11 @@ def test_databases_count_what_travels_and_what_is_written_beside_the_computation
     assert sparse.seconds == pytest.approx(max(sparse.written / 0.7e9, sparse.copies / 25e9) + sparse.files / 2e9)
 
 
-def test_an_offloaded_search_waits_for_the_levels_it_does_not_keep(llama3):
+def test_an_offloaded_search_copies_the_levels_it_does_not_keep(llama3):
     command = "evo_quant.py --target_bitwidth 3 --microbatch_tokens 2048 --quant_weights_path db --level_cache_gb"
-    some, none = (need(f"{command} {gb} --cpu_offload_modules", {"db": 100e9}) for gb in (24, 0))
-    assert none.waits == 150 * (1 + 8 + 64) * 40e9 and some.waits == pytest.approx(none.waits * 16 / 40)
-    assert none.seconds - some.seconds == pytest.approx((none.waits - some.waits) / 6e9)
+    every, some, none = (need(f"{command} {gb} --cpu_offload_modules", {"db": 100e9}).copies for gb in (40, 24, 0))
+    steps = 150 * (1 + 8 + 64)
+    assert none - every == pytest.approx(steps * 40e9) and some - every == pytest.approx(steps * 16e9)
 
 
 def test_offloaded_blocks_are_copied_for_every_microbatch_and_two_stay_on_the_device(llama3):
@@ -209,9 +209,15 @@ def test_offloaded_blocks_are_copied_for_every_microbatch_and_two_stay_on_the_de
 def test_finishing_runs_the_text_twice_and_every_step_three_times(llama3):
     asked = need("finish.py --quant_weights_path db --quant_config_path 3 --save_dir out", {"db": 18e9})
     assert asked.flop == {"bf16": pytest.approx(SHAPE.forward(2 * 262144 + 3 * 200 * 8 * 2048, 2048))}
-    assert asked.host == 2 * SHAPE.parameters and asked.disk == 18e9 / 5
+    assert asked.host == 2 * SHAPE.parameters and asked.disk == 18e9 / 5 == asked.sealed
     more = need("finish.py --calibration_tokens 2097152 --quant_weights_path db --quant_config_path 3 --save_dir out")
-    assert more.host - asked.host == 3 * 2 * 2097152 * 4096      # hidden states that the device has no room for
+    states = 2 * 2097152 * 4096                                  # for which the device has no room
+    assert more.host - asked.host == 3 * states and asked.waits == 0
+    assert more.waits == 32 * (4 * states + 2 * 2 * 200 * 8 * 2048 * 4096)
+    offloaded = need("finish.py --cpu_offload_modules --quant_weights_path db --quant_config_path 3 --save_dir out")
+    assert offloaded.waits == 2 * 2 * SHAPE.weights              # there and back
+    more.flop.clear()
+    assert more.seconds == pytest.approx(more.waits / 6e9 + more.sealed / 0.7e9 + more.files / 2e9)
 
 
 def test_needs_add_up_with_the_highest_peak():
