@@ -1,6 +1,6 @@
 """What a GPU has to show, in parts that benchmarks/gpu.sh runs one after another.
 
-    python benchmarks/gpu.py PART            one part (--list names them); its results in --out, a JSON file a part
+    python benchmarks/gpu.py PART ...        parts (--list names them); their results in --out, a JSON file a part
     python benchmarks/gpu.py --report        the tables of all parts that are finished
     python benchmarks/gpu.py --write_readme  the same, put into README.md and benchmarks/README.md
     python benchmarks/gpu.py PART --tiny     a tiny model on a CPU: shows that a part works, and nothing else
@@ -17,6 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
@@ -411,9 +412,21 @@ def run(name: str, out: Path, tiny: bool) -> dict:
     return part.results
 
 
+def attempt(name: str, out: Path, tiny: bool) -> bool:
+    """Run a part; whether it succeeded. What it raises is printed."""
+    print(f"== {name}", flush=True)
+    try:
+        run(name, out, tiny)
+    except (Exception, SystemExit):
+        traceback.print_exc(file=sys.stdout)
+        return False
+    return True
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", nargs="?", choices=PARTS)
+    parser.add_argument("parts", nargs="*", metavar="PART", help="one, or several in one process, where one that fails "
+                                                                 "stops no other")
     parser.add_argument("--out", type=Path, default=Path("results/gpu"), metavar="FOLDER")
     parser.add_argument("--tiny", action="store_true", help="a tiny model on a CPU")
     parser.add_argument("--list", action="store_true", help="only name the parts, in their order")
@@ -430,12 +443,13 @@ def main() -> None:
         if args.write_readme:
             write_readme("gpu", targets, ROOT / "README.md")
             write_readme("gpu", everything, ROOT / "benchmarks" / "README.md")
-    elif args.part is None:
-        parser.error("name a part, or give --list, --report or --write_readme")
+    elif not args.parts or {*args.parts} - {*PARTS}:
+        parser.error(f"name parts ({', '.join(PARTS)}), or give --list, --report or --write_readme")
     elif not args.tiny and not torch.cuda.is_available():
         parser.error("no GPU here; --tiny shows that the parts work")
     else:
-        run(args.part, args.out, args.tiny)
+        failed = [name for name in args.parts if not attempt(name, args.out, args.tiny)]
+        sys.exit(f"failed: {' '.join(failed)}" if failed else 0)
 
 
 if __name__ == "__main__":

@@ -13,12 +13,20 @@ from benchmarks import gpu, search
 ROOT = Path(__file__).resolve().parents[1]
 STUB = """#!/bin/bash
 # stands in for Python: lists three parts, of which the second fails for as long as OUT/mended is not there
+out=$(grep -oP '(?<=--out )[^ ]+' <<< "$*")
 case "$2" in
-    --list) echo first second third ;;
-    --report) echo "tables of $4" ;;
-    second) [ -e "$4/mended" ] || { echo "no such device"; exit 3; }; touch "$4/$2.json" ;;
-    *) [ "$5" = --tiny ] || exit 4; touch "$4/$2.json" ;;
+    --list) echo first second third; exit ;;
+    --report) echo "tables of $out"; exit ;;
 esac
+echo "${@:2}"
+code=0
+for part in "${@:2}"; do
+    case "$part" in
+        --out) exit $code ;;
+        second) if [ -e "$out/mended" ]; then touch "$out/$part.json"; else echo "no such device"; code=3; fi ;;
+        *) touch "$out/$part.json" ;;
+    esac
+done
 """
 
 
@@ -76,20 +84,37 @@ def test_the_tests_of_a_gpu_are_counted(tmp_path):
     assert result["counts"]["passed"] > 3 and not result["counts"]["failed"] and result["failed"] == []
 
 
-def test_a_part_that_fails_stops_no_other_and_is_the_only_one_run_again(tmp_path):
+@pytest.mark.parametrize("tiny", [True, False])
+def test_a_part_that_fails_stops_no_other_and_is_the_only_one_run_again(tiny, tmp_path):
     python, out = tmp_path / "python", tmp_path / "out"
     python.write_text(STUB)
     python.chmod(0o755)
 
     def run():
         return subprocess.run(["bash", str(ROOT / "benchmarks" / "gpu.sh")], capture_output=True, text=True,
-                              env=dict(os.environ, TINY="1", OUT=str(out), PYTHON=str(python)))
+                              env=dict(os.environ, TINY="1" * tiny, OUT=str(out), PYTHON=str(python)))
+
+    def process(*parts):
+        return f"{' '.join(parts)} --out {out}{' --tiny' * tiny}"
 
     first = run()
+    processes = ([process("first", "second", "third"), "no such device"] if tiny else
+                 [process("first"), process("second"), "no such device", process("third")])
     assert first.returncode == 1 and first.stdout.splitlines() == [
-        "== first", "== second", "no such device", "== third", f"tables of {out}",
-        "failed: second; run the same command again for these parts alone"]
+        *processes, f"tables of {out}", "what has failed is run again, alone, by the same command"]
     (out / "mended").touch()
     again = run()
     assert again.returncode == 0 and again.stdout.splitlines() == [
-        "== first: finished", "== second", "== third: finished", f"tables of {out}"]
+        "== first: finished", "== third: finished", process("second"), f"tables of {out}"]
+
+
+def test_parts_of_one_process_do_not_stop_each_other_either(tmp_path, monkeypatch, capsys):
+    def failing(part):
+        raise SystemExit("error: out of luck")
+
+    monkeypatch.setitem(gpu.PARTS, "walk", failing)
+    monkeypatch.setitem(gpu.PARTS, "profile", lambda part: part.keep(found=1))
+    monkeypatch.setattr("sys.argv", ["gpu.py", "walk", "profile", "--tiny", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="^failed: walk$"):
+        gpu.main()
+    assert "out of luck" in capsys.readouterr().out and [file.name for file in tmp_path.iterdir()] == ["profile.json"]
