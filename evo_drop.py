@@ -54,7 +54,8 @@ def make_parser() -> argparse.ArgumentParser:
     search = flags.add_search_flags(
         parser, generations=None, offspring=32, survivors=[2, 1], tokens=[2048, 32768],
         init={"random": "the best of --initially_generated",
-              "measured": "the least harmful dropped on --initial_tokens, measured again, and so on"},
+              "measured": "the least harmful dropped on --initial_tokens, measured again, and so on; or the "
+                          "blocks of least influence (ShortGPT), if they are better"},
         initially_generated=64, initial_tokens=2048, fitness=["kl", "ppl"],
         generations_help="default: the paper's k(n-k)/1.5 for k of n blocks")
     search.add_argument("--refine", type=int, default=0, metavar="GENERATIONS",
@@ -212,11 +213,26 @@ def measured_candidate(space: Space, measure: Callable[[list[Candidate]], dict[C
         harm |= seen
         least = min(seen, key=lambda i: seen[i] / weights[i])
         candidate, fitness = with_dropped(least), fitness + seen[least]
-    if not space.feasible(candidate):                        # sizes that greedy choices do not add up to
-        dropped = {i for i, is_dropped in enumerate(candidate) if is_dropped}
-        candidate = fill_budget(space, dropped,
-                                [i for i, unit in enumerate(space.units) if unit.legal and i not in dropped], rng)
-    return candidate
+    return complete(space, candidate, rng)
+
+
+def complete(space: Space, candidate: Candidate, rng: random.Random) -> Candidate | None:
+    """`candidate`, or where sizes that greedy choices do not add up to the budget, one with more dropped at random."""
+    if space.feasible(candidate):
+        return candidate
+    kept = [i for i, unit in enumerate(space.units) if unit.legal and not candidate[i]]
+    return fill_budget(space, {i for i, dropped in enumerate(candidate) if dropped}, kept, rng)
+
+
+def ranked_candidate(space: Space, influence: Sequence[float], rng: random.Random) -> Candidate | None:
+    """The blocks of least `influence` (1 - cos of what goes in and comes out) dropped whole, as far as the budget
+    allows: ShortGPT (Men et al., 2024). None where that does not lead to the budget."""
+    scores = [sum(influence[block] for block, _ in unit.parts) / len(unit.parts) for unit in space.units]
+    candidate = (False,) * len(space.units)
+    while choices := droppable(space, candidate):
+        least = min(choices, key=lambda i: scores[i])
+        candidate = tuple(dropped or i == least for i, dropped in enumerate(candidate))
+    return complete(space, candidate, rng)
 
 
 def best_predicted(space: Space, predictor: AdditiveModel, rng: random.Random) -> list[Candidate]:
@@ -388,7 +404,9 @@ def first_candidates(args: argparse.Namespace, search: Search, space: Space, mea
         minibatch = search.draw(args.initial_tokens)
         candidate = measured_candidate(space, lambda candidates: {
             c: value for value, c in measure(candidates, args.initial_tokens, minibatch)}, search.rng)
-        initial = [candidate] if candidate else initial
+        influence = search.fitness.influence
+        ranked = influence and ranked_candidate(space, influence, search.rng)
+        initial = [*dict.fromkeys(filter(None, (candidate, ranked)))] or initial
     return initial
 
 
@@ -449,7 +467,8 @@ def main(argv: list[str] | None = None) -> dict:
 
     if not search.resumed:
         initial = first_candidates(args, search, space, measure)
-        search.begin(measure(initial, args.initial_tokens), **state())
+        search.begin(measure(initial, args.tokens_per_selection[-1] if args.init == "measured" else
+                             args.initial_tokens), **state())
     elif args.refine:
         predictor.restore(search.saved["model"])
     search.run.default_to(default_generations(space, search.start, len(blocks)))

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import families
+from baselines.drop_scores import cosine_distance, scores_across_blocks
 from families import FAMILIES, NUM_BLOCKS, VOCABULARY
 from utils.decoder import Decoder
 from utils.fitness import Fitness, assemble, microbatches
@@ -64,6 +65,14 @@ def count_executions(decoder: Decoder) -> list[int]:
 
 
 # ---- equal to the plain way ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_influence_is_the_baselines_block_influence_on_all_documents(family):
+    model, texts = families.build(family), documents()
+    plain_scores = scores_across_blocks(Decoder(deepcopy(model)), texts, cosine_distance, microbatch_tokens=10)
+    for tokens in (MICROBATCH_TOKENS, 1000):
+        assert walk(model, texts, microbatch_tokens=tokens).influence == pytest.approx(plain_scores, rel=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

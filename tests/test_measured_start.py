@@ -15,6 +15,7 @@ import evo_drop
 import evo_quant
 import evo_unstructured
 import families
+from baselines import drop_scores
 from database.levels import LevelSwitcher
 from database.sensitivity import (
     REFINE_TOKENS,
@@ -51,6 +52,7 @@ def search(checkpoint, databases, tmp_path_factory):
         return module.main(["--model_name_or_path", checkpoint, "--calibration_data", str(rows), *TEXT, *steps,
                             *database[module], "--output_dir", str(folder), *flags])
 
+    run.text = str(rows)
     return run
 
 
@@ -221,6 +223,41 @@ def test_greedy_meets_a_budget_of_parameters_that_its_choices_do_not_add_up_to()
             space, lambda candidates: {c: float(space.dropped_size(c)) for c in candidates}, random.Random(0))
         assert found is None or space.feasible(found)
         assert found is not None or least > 250
+
+
+def test_depth_starts_from_the_blocks_of_least_influence_where_those_are_better(search, checkpoint, tmp_path,
+                                                                                 monkeypatch):
+    def halves_are_cheap_until_two_blocks_are_whole(candidate) -> float:
+        whole = sum(attn and mlp for attn, mlp in candidate)
+        return sum(attn != mlp for attn, mlp in candidate) + 3 * (whole == 1)
+
+    drop_scores.main(["--model_name_or_path", checkpoint, "--calibration_data", search.text, *TEXT[:-1], "--sparsities",
+                      "0.34", "--save_dir", str(tmp_path)])
+    shortgpt = read_drop_config(tmp_path / "cosine_similarity-0.34.txt")
+    plant(monkeypatch, halves_are_cheap_until_two_blocks_are_whole)
+    flags = [*MEASURED, "--sparsity", "0.34", "--generations", "0"]
+    assert search(evo_drop, tmp_path / "run", *flags)["fitness"] == 0.0
+    assert read_drop_config(tmp_path / "run" / "layer_drop_config.txt") == shortgpt
+    plant(monkeypatch, lambda candidate: -halves_are_cheap_until_two_blocks_are_whole(candidate))
+    search(evo_drop, tmp_path / "other", *flags)
+    assert read_drop_config(tmp_path / "other" / "layer_drop_config.txt") != shortgpt
+    search(evo_drop, tmp_path / "ppl", *flags, "--fitness_fn", "ppl")        # has no teacher to tell influence by
+
+
+def test_of_blocks_by_influence_as_many_go_as_the_budget_allows():
+    units = tuple(evo_drop.Unit(kind, ((i, half),), 100 + i, legal=(i, half) != (3, 1))
+                  for half, kind in enumerate(("attn", "mlp")) for i in range(6))
+    influence = [0.5, 0.3, 0.4, 0.1, 0.2, 0.6]
+
+    def dropped(space):
+        candidate = evo_drop.ranked_candidate(space, influence, random.Random(0))
+        assert space.feasible(candidate)
+        return [[i for i in range(6) if candidate[i + half]] for half in (0, 6)]
+
+    assert dropped(evo_drop.Space(units, {"attn": 2, "mlp": 2})) == [[3, 4], [1, 4]]
+    assert dropped(evo_drop.Space(units, {"attn": 1, "mlp": 3})) == [[3], [1, 2, 4]]
+    attn, mlp = dropped(evo_drop.Space(units, None, 300, 100))
+    assert (attn, mlp) == ([3, 4], [4])
 
 
 def test_measured_depth_start_is_logged_with_its_tokens(search, tmp_path):
@@ -559,11 +596,11 @@ def test_model_restored_from_json_predicts_the_same_and_what_is_not_finite_teach
 
 
 def misleading_depth(candidate) -> float:
-    """Blocks 0 and 1 do least harm alone, and the most together with any other; blocks 3 to 5 make up for each
-    other."""
+    """Blocks 3 and 4 do least harm alone, and the most together with any other; blocks 0 to 2 make up for each other.
+    (Those of least influence are 3, 4 and 5.)"""
     value = 0.0
     for half in (0, 1):
-        dropped = {i for i, state in enumerate(candidate) if state[half]}
+        dropped = {(i + 3) % 6 for i, state in enumerate(candidate) if state[half]}
         value += sum(0.1 if i < 2 else 0.5 for i in dropped)
         value += sum(0.8 if a < 2 else -0.25 if a >= 3 else 0.1 for a, b in itertools.combinations(sorted(dropped), 2))
     return value

@@ -12,6 +12,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
+from torch.nn.functional import cosine_similarity
 
 from utils import distributed
 from utils.decoder import BlockInputs, Decoder
@@ -43,12 +44,14 @@ class Fitness:
         self.microbatch_tokens = sizes[0] if sizes else microbatch_tokens or default_microbatch_tokens(decoder)
         self.blocks_run = 0
         self.teacher: list[torch.Tensor] = []                        # a document's last block output [length, hidden]
+        self.influence: list[float] = []         # of every block, 1 - cos(input, output), mean over all documents' tokens
         if teacher:
             whole = [(i, len(document)) for i, document in enumerate(documents)]
             storage = self._teacher_storage()
             owners = self._within_memory(whole, lambda batches: self._run_teacher(batches, storage, progress))
             for i, owner in owners.items():                          # any process may come to need any document
                 self.teacher[i] = distributed.broadcast(self.teacher[i], owner, storage)
+            self.influence = (distributed.merge_(self._distances).sum(0) / sum(map(len, documents))).tolist()
         self._teacher_tokens = self.microbatch_tokens
         if sizes:
             self.microbatch_tokens = min(sizes[1], self.microbatch_tokens)
@@ -321,6 +324,7 @@ class Fitness:
     def _run_teacher(self, batches: list[list[Row]], storage: torch.device, progress: str) -> dict[int, int]:
         """Run the model over this process's part of the documents. Returns the process of every document."""
         self.teacher = [None] * len(self.documents)
+        self._distances = torch.zeros(len(self.documents), len(self.decoder.blocks), dtype=torch.float64)
         began, shown, done = time.time(), time.time(), 0
         sizes = [sum(length for row in rows for _, length in row) for rows in batches]
         owners = distributed.shares(sizes)
@@ -330,12 +334,14 @@ class Fitness:
                 continue
             input_ids, position_ids, _ = assemble(self.documents, rows)
             inputs = self.decoder.block_inputs(input_ids, position_ids)
-            hidden_states = inputs.hidden_states
+            hidden_states, distances = inputs.hidden_states, []
             for i in range(len(self.decoder.blocks)):
-                hidden_states = self.decoder.run_block(i, hidden_states, inputs)
-            for row, states in zip(rows, hidden_states.to(storage)):
-                for (index, _), document in zip(row, states.split([length for _, length in row])):
+                before, hidden_states = hidden_states, self.decoder.run_block(i, hidden_states, inputs)
+                distances.append(1 - cosine_similarity(before.float(), hidden_states.float(), dim=-1))
+            for row, *both in zip(rows, hidden_states.to(storage), torch.stack(distances, dim=-1).cpu()):
+                for (index, _), document, passed in zip(row, *(part.split([n for _, n in row]) for part in both)):
                     self.teacher[index] = document.clone()
+                    self._distances[index] = passed.sum(0, dtype=torch.float64)
             done += input_ids.numel()
             if progress and time.time() - shown > 10:
                 shown = time.time()
