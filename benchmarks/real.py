@@ -2,7 +2,7 @@
 
     python benchmarks/real.py --data wikitext2:wiki.valid.txt --eval_data wikitext2:wiki.test.txt stdlib --write_readme
 
-Two budgets a task; ours and the paper's way spend about as many tokens, and few (SEARCH): all is to end within three
+Two budgets a task unless others are given; ours and the paper's way spend about as many tokens, and few (SEARCH): all is to end within three
 hours on two cores. Every seed draws other calibration text and another search; all
 are evaluated on the same held-out text, and on text of another kind. What is finished is not run again: PARTS and seeds
 can be added. The model is SmolLM2-135M-Instruct (benchmarks/real_model.py) unless --model_name_or_path is given.
@@ -31,7 +31,6 @@ from utils.fitness import Fitness
 from utils.model import load_decoder, load_tokenizer
 from utils.report import format_table
 
-DEPTH, SPARSITY, BITS = (0.125, 0.25), (0.5, 0.6), (2.5, 3)
 SEARCH = ["--offspring", 16, "--survivors_per_selection", 4, 2, 1, "--tokens_per_selection", 128, 512, 2048,
           "--no_eval"]
 RANDOM = ["--initially_generated", 32, "--initial_tokens", 512]
@@ -55,6 +54,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--eval_data", nargs="+", default=["stdlib"], help="held-out text (default: stdlib)")
     parser.add_argument("--parts", nargs="+", default=["depth", "bits", "sparsity"],
                         choices=["depth", "bits", "sparsity"])
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.125, 0.25], help="of blocks dropped, for depth")
+    parser.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.6])
+    parser.add_argument("--bitwidths", type=float, nargs="+", default=[2.5, 3], help="averages, for bits")
     parser.add_argument("--calibration_tokens", type=int, default=16384)
     parser.add_argument("--sequence_length", type=int, default=256)
     parser.add_argument("--eval_tokens", type=int, default=8192, help="of each text")
@@ -218,9 +220,9 @@ def main() -> None:
         args.model_name_or_path = str(folder)
     torch.set_num_threads(1)                         # a budget's evaluation, of which there are --jobs at once
     bench = Real(args)
-    budgets = [(kind, target) for kind, part, targets in (("depth", "depth", DEPTH), ("quant", "bits", BITS),
-                                                          ("sparse", "sparsity", SPARSITY))
-               if part in args.parts for target in targets]
+    budgets = [(kind, target) for kind, part, targets in (
+        ("depth", "depth", args.shares), ("quant", "bits", args.bitwidths), ("sparse", "sparsity", args.sparsities))
+        if part in args.parts for target in targets]
     with ThreadPoolExecutor(args.jobs) as pool:
         results = dict(zip(budgets, pool.map(lambda budget: bench.budget(*budget), budgets)))
         list(pool.map(lambda item: bench.measure(*item[0], item[1]), results.items()))
