@@ -358,6 +358,9 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.refine and (args.invert_fitness or args.fitness_fn != "kl"):
         raise ValueError(f"--refine {args.refine}: measures KL divergences and looks for the least; leave it out, or "
                          f"--invert_fitness and --fitness_fn ppl")
+    if args.confirm_tokens and args.invert_fitness:
+        raise ValueError(f"--confirm_tokens {args.confirm_tokens}: keeps what has the least fitness; leave it out, or "
+                         f"--invert_fitness")
     if args.screen > 1 and not args.refine:
         raise ValueError(f"--screen {args.screen}: sub-blocks interact too much to be ranked without knowing how; add "
                          f"--refine 2")
@@ -489,7 +492,7 @@ def main(argv: list[str] | None = None) -> dict:
         if not offspring:
             print("no other candidate meets the budget: nothing to search")
             break
-        survivors = select(offspring, parents, steps, measure, args.strategy)
+        survivors = search.confirm(select(offspring, parents, steps, measure, args.strategy))
         parents = [candidate for _, candidate in survivors]
         search.record(survivors, **state())
 

@@ -381,7 +381,7 @@ def main(argv: list[str] | None = None) -> dict:
             break
         if args.screen > 1:
             offspring = predictor.screen(offspring, args.offspring, search.rng)
-        survivors = select(offspring, parents, steps, measure, args.strategy)
+        survivors = search.confirm(select(offspring, parents, steps, measure, args.strategy))
         parents = [candidate for _, candidate in survivors]
         search.record(survivors, **state())
 

@@ -306,7 +306,7 @@ def main(argv: list[str] | None = None) -> dict:
         if not offspring:
             print("no other candidate meets the budget: nothing to search")
             break
-        survivors = select(offspring, parents, steps, measure, args.strategy)
+        survivors = search.confirm(select(offspring, parents, steps, measure, args.strategy))
         parents = [candidate for _, candidate in survivors]
         search.record(survivors, **state())
 

@@ -46,7 +46,7 @@ SEARCH = ["--offspring", OFFSPRING, "--survivors_per_selection", *SURVIVORS, "--
 GENERATION_TOKENS = sum(map(math.prod, zip((OFFSPRING, *SURVIVORS[:-1]), TOKENS))) + SURVIVORS[-1] * TOKENS[-1]
 PAPER, OURS = "paper's way", "ours"
 RANDOM = ["--initially_generated", 32, "--initial_tokens", 1024]
-SCREEN, REFINE = ["--screen", 4], ["--refine", 2]
+SCREEN, REFINE, CONFIRM = ["--screen", 4], ["--refine", 2], ["--confirm_tokens", 4 * TOKENS[-1]]
 # what helps beside a measured start
 OWN = {"depth": [], "sparsity": [*SCREEN, *REFINE], "bits": SCREEN}
 VARIANTS = {PAPER: RANDOM,
@@ -55,6 +55,9 @@ VARIANTS = {PAPER: RANDOM,
             "start and screening": ["--init", "measured", *SCREEN],
             "start and refining": ["--init", "measured", *REFINE],
             "start, screening and refining": ["--init", "measured", *SCREEN, *REFINE],
+            "start, refining and confirming": ["--init", "measured", *REFINE, *CONFIRM],
+            "start and confirming": ["--init", "measured", *CONFIRM],
+            "all four": ["--init", "measured", *SCREEN, *REFINE, *CONFIRM],
             "screening alone": [*RANDOM, *SCREEN]}
 SHARES = (0.05, 0.1, 0.25, 0.5, 1.0)                # columns of the table
 CURVE = (0.05, 0.1, 0.15, 0.2, 0.25, 0.5, 1.0)

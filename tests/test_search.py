@@ -21,9 +21,9 @@ def opened(checkpoint, tmp_path, monkeypatch):
     """opened(generations): a search, whose candidates are the blocks that are dropped, in tmp_path / "run"."""
     monkeypatch.setattr("utils.search.plot_search", lambda *_: None)
 
-    def build(generations: int) -> Search:
+    def build(generations: int, *more: str) -> Search:
         args = evo_drop.parse_arguments(["--model_name_or_path", checkpoint, *LINE, "--generations", str(generations),
-                                         "--output_dir", str(tmp_path / "run")])
+                                         "--output_dir", str(tmp_path / "run"), *more])
         flags.check_search_flags(args)
         search = Search("blocks", args, load_config(checkpoint), {})
         if not search.run.finished:
@@ -94,6 +94,37 @@ def test_curve_has_each_new_parent_on_the_same_text_killed_or_not_and_none_of_th
     values = search.fitness.measure([search.states(candidate) for candidate in ((3,), (0, 1), (2,))], minibatch)
     assert [value for _, value in curve] == [value for value, in values] and len({value for _, value in curve}) == 3
     assert common == sum(length for _, length in minibatch) > 0
+
+
+def test_a_confirmed_parent_gives_way_to_what_is_better_on_the_common_text_and_to_nothing_else(opened):
+    assert opened(4).confirm([(7.0, (0,))]) == [(7.0, (0,))]             # not asked for
+    flags = ["--confirm_tokens", "192"]
+    search = opened(4, *flags)
+    minibatch = search._shared
+    assert sum(length for _, length in minibatch) == 192
+    known = dict(zip(BLOCKS, (value for value, in search.fitness.measure([*map(search.states, BLOCKS)], minibatch))))
+    best, *others = sorted(BLOCKS, key=known.get)
+    search.begin([(0.0, others[1]), (0.5, others[2])])
+    for generation, found in zip(search.generations(), (others[2], others[0])):      # each the luckiest of its minibatch
+        survivors = search.confirm([(-1.0, found)])
+        assert survivors == [(known[others[2 - generation]], others[2 - generation])]
+        search.record(survivors)
+    assert search.tokens == 3 * 192 and search.parents == [others[0]]
+    again = opened(4, *flags)
+    for _, found in zip(again.generations(), (others[0], best)):
+        again.record(again.confirm([(-1.0, found)]))
+    assert again.parents == [best] and again.tokens == 4 * 192           # the parent's own fitness was not forgotten
+    assert [value for _, value in again.curve] == [known[others[1]], known[others[0]], known[best]]
+
+
+@pytest.mark.parametrize("given, message", [
+    (["--confirm_tokens", "1"], "--confirm_tokens 1: at least 2 are needed"),
+    (["--confirm_tokens", "512"], "--confirm_tokens 512: more than the 256 --calibration_tokens"),
+    (["--confirm_tokens", "64", "--strategy", "comma"], "which --strategy comma lets go; leave out one of them"),
+    (["--confirm_tokens", "64", "--invert_fitness"], "keeps what has the least fitness; leave it out, or")])
+def test_what_cannot_be_confirmed_is_refused(given, message, checkpoint):
+    with pytest.raises(ValueError, match=message):
+        evo_drop.check_flags(evo_drop.parse_arguments(["--model_name_or_path", checkpoint, *LINE, *given]))
 
 
 def test_a_start_of_which_nothing_is_finite_is_refused(opened):

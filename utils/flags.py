@@ -103,6 +103,9 @@ def add_search_flags(parser: argparse.ArgumentParser, generations: int | None, o
     group.add_argument("--strategy", choices=["plus", "comma"], default="plus",
                        help="plus: the parents compete in the last selection step; comma: offspring alone survive "
                             "(default: plus)")
+    group.add_argument("--confirm_tokens", type=int, default=0, metavar="TOKENS",
+                       help="a parent gives way only to what is better on this much text, too, the same in all "
+                            "generations, e.g. four times the last step's (default: 0, the last step decides)")
     group.add_argument("--no_reuse", action="store_true",
                        help="run parents again on documents that they have seen, as the paper's count of tokens has "
                             "it; by default that is looked up, which gives the same")
@@ -210,7 +213,12 @@ def check_search_flags(args: argparse.Namespace) -> None:
     if args.initially_generated < args.population_size:
         raise ValueError(f"--initially_generated {args.initially_generated}: fewer than --population_size "
                          f"{args.population_size}; generate at least as many")
-    for flag, value in (("--initial_tokens", args.initial_tokens), ("--tokens_per_selection", max(tokens))):
+    if args.confirm_tokens and (args.strategy == "comma" or args.confirm_tokens < 2):
+        raise ValueError(f"--confirm_tokens {args.confirm_tokens}: " + (
+            "at least 2 are needed, one token to predict another; 0 confirms nothing" if args.confirm_tokens < 2 else
+            "keeps parents that are better, which --strategy comma lets go; leave out one of them"))
+    for flag, value in (("--initial_tokens", args.initial_tokens), ("--tokens_per_selection", max(tokens)),
+                        ("--confirm_tokens", args.confirm_tokens)):
         if value > args.calibration_tokens:
             raise ValueError(f"{flag} {value}: more than the {args.calibration_tokens} --calibration_tokens; raise "
                              f"those or lower it")

@@ -7,6 +7,7 @@ of them survive is left to the script; here it is a tuple that tells candidates 
     search.begin(ranked)                                      generation 0, unless search.resumed
     for generation in search.generations():
         values = search.measure(offspring, search.draw(tokens))
+        survivors = search.confirm(survivors)                 with --confirm_tokens
         search.record(survivors)                              log, checkpoint, progress
     search.evaluate(...)
     search.finish(...)                                        picture and summary
@@ -66,7 +67,7 @@ class Search:
         self.wandb = open_wandb(args.log_wandb, vars(args))
         self.tokenizer = tokenizer_of(args)
         self.documents = documents_of(args, self.config, self.tokenizer)
-        check_minibatches(self.documents, [args.initial_tokens, *args.tokens_per_selection])
+        check_minibatches(self.documents, [args.initial_tokens, *args.tokens_per_selection, args.confirm_tokens or 2])
         fingerprint = weights_fingerprint(args.model_name_or_path)
         self.run.check_inputs(calibration_data=documents_sha256(self.documents), **checksums,
                               **({"model_name_or_path": fingerprint} if fingerprint else {}))
@@ -91,8 +92,9 @@ class Search:
                                getattr(args, "kl_topk", 0), args.microbatch_tokens,
                                progress="uncompressed model on calibration data", sizes=sizes.get("fitness"))
         self.measurements = Measurements(self.fitness, states, args.fitness_fn, not args.no_reuse)
-        self._shared = draw_minibatch(self.documents, max(2, args.tokens_per_selection[-1] // CURVE_SHARE // 2 * 2),
-                                      random.Random(args.seed))
+        self._shared = draw_minibatch(self.documents, args.confirm_tokens or max(
+            2, args.tokens_per_selection[-1] // CURVE_SHARE // 2 * 2), random.Random(args.seed))
+        self._confirmed: dict[Candidate, float] = {}     # parents' fitness there, with --confirm_tokens
         if self.resumed:
             saved = self.saved
             set_rng_state(self.rng, saved["rng"])
@@ -100,6 +102,7 @@ class Search:
             self.generation, self.best, self.tokens = saved["generation"], saved["fitness"], saved["tokens"]
             self.parents, starts = ([tuple(c) for c in saved[key]] for key in ("population", "start"))
             self.start, self.curve = starts[0], saved.get("curve", [])
+            self._confirmed = dict(zip(self.parents, saved.get("confirmed", [])))
             print(f"{self.run.folder}: resumed after generation {self.generation}")
 
     def draw(self, num_tokens: int) -> Row:
@@ -120,6 +123,21 @@ class Search:
         values = [mean_of(documents, minibatch, "kl") for documents in sums.T.tolist()]
         return np.array(values), gram_matrix(changes)
 
+    def confirm(self, survivors: Ranked) -> Ranked:
+        """With --confirm_tokens, the best of survivors and parents on that much text, the same in all generations: what
+        is found is not lost again to the luck of a minibatch. Counts the tokens that are new. Else the survivors."""
+        if not self.args.confirm_tokens:
+            return survivors
+        new = [candidate for _, candidate in survivors if candidate not in self._confirmed]
+        if new:
+            values = self.fitness.measure([*map(self.states, new)], self._shared, (self.args.fitness_fn,))
+            self._confirmed |= {candidate: value for candidate, (value,) in zip(new, values)}
+            self.tokens += len(new) * self.args.confirm_tokens
+        ranked = sorted((value, candidate) for candidate, value in self._confirmed.items())
+        ranked = ranked[:self.args.population_size]
+        self._confirmed = {candidate: value for value, candidate in ranked}
+        return ranked
+
     def begin(self, ranked: Ranked, **state) -> None:
         """Generation 0: the best of `ranked` are the first parents. Raises RunError where none is finite. `state`: what
         the script needs besides to go on from here, see `saved`."""
@@ -127,7 +145,7 @@ class Search:
             raise RunError(f"--fitness_fn {self.args.fitness_fn}: not finite for any start; use --dtype bfloat16 or "
                            f"float32")
         self.generation, self.start = 0, ranked[0][1]
-        self._keep(ranked[:self.args.population_size])
+        self._keep(self.confirm(ranked[:self.args.population_size]))
         self.run.log(self._log_line())
         self._checkpoint(state)
 
@@ -181,8 +199,9 @@ class Search:
                    "evaluation": self.evaluations, **found, **self.run.timing(self.tokens)}
         self.run.summarize(summary)
         distributed.report_idle(time.time() - self.run.began)
-        print(f"budget: {budget}\ntokens: {self.tokens:,} in {summary['seconds']:.0f} s\n"
-              f"search.png: {len(self.curve)} parents on {sum(n for _, n in self._shared):,} more tokens each\n"
+        more = "" if args.confirm_tokens else (f"search.png: {len(self.curve)} parents on "
+                                               f"{sum(n for _, n in self._shared):,} more tokens each\n")
+        print(f"budget: {budget}\ntokens: {self.tokens:,} in {summary['seconds']:.0f} s\n{more}"
               f"saved: {' and '.join(map(str, files))}")
         return summary
 
@@ -190,7 +209,9 @@ class Search:
         best = self.parents[:1]
         self.best, self.parents = survivors[0][0], [candidate for _, candidate in survivors]
         if self.parents[:1] != best:                 # for the picture alone, so it is not among the search's tokens
-            [(value,)] = self.fitness.measure([self.states(self.parents[0])], self._shared, (self.args.fitness_fn,))
+            value = self._confirmed.get(self.parents[0])
+            if value is None:
+                [(value,)] = self.fitness.measure([self.states(self.parents[0])], self._shared, (self.args.fitness_fn,))
             self.curve.append((self.tokens, value))
         self.measurements.keep(self.parents)
 
@@ -202,4 +223,5 @@ class Search:
         self.run.checkpoint(generation=self.generation, rng=rng_state(self.rng), population=self.parents,
                             start=[self.start], fitness=self.best, tokens=self.tokens,
                             microbatch_tokens={"fitness": self.fitness.sizes, "evaluation": self.evaluation.sizes},
-                            measurements=self.measurements.state, curve=self.curve, **state)
+                            measurements=self.measurements.state, curve=self.curve,
+                            confirmed=[*self._confirmed.values()], **state)
