@@ -2,10 +2,10 @@
 
     python benchmarks/real.py --data wikitext2:wiki.valid.txt --eval_data wikitext2:wiki.test.txt stdlib --write_readme
 
-Two budgets a task unless others are given; ours and the paper's way spend about as many tokens, and few (SEARCH): all is to end within three
-hours on two cores. Every seed draws other calibration text and another search; all
-are evaluated on the same held-out text, and on text of another kind. What is finished is not run again: PARTS and seeds
-can be added. The model is SmolLM2-135M-Instruct (benchmarks/real_model.py) unless --model_name_or_path is given.
+Two budgets a task unless others are given; ours and the paper's way spend about as many tokens, and few (SEARCH): all
+is to end within three hours on two cores. Every seed draws other calibration text and another search; all are evaluated
+on the same held-out text, and on text of another kind. What is finished is not run again: parts, budgets and seeds can
+be added. The model is SmolLM2-135M-Instruct (benchmarks/real_model.py) unless --model_name_or_path is given.
 """
 import argparse
 import json

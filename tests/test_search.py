@@ -105,7 +105,7 @@ def test_a_confirmed_parent_gives_way_to_what_is_better_on_the_common_text_and_t
     known = dict(zip(BLOCKS, (value for value, in search.fitness.measure([*map(search.states, BLOCKS)], minibatch))))
     best, *others = sorted(BLOCKS, key=known.get)
     search.begin([(0.0, others[1]), (0.5, others[2])])
-    for generation, found in zip(search.generations(), (others[2], others[0])):      # each the luckiest of its minibatch
+    for generation, found in zip(search.generations(), (others[2], others[0])):      # as if by luck
         survivors = search.confirm([(-1.0, found)])
         assert survivors == [(known[others[2 - generation]], others[2 - generation])]
         search.record(survivors)

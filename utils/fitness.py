@@ -44,7 +44,7 @@ class Fitness:
         self.microbatch_tokens = sizes[0] if sizes else microbatch_tokens or default_microbatch_tokens(decoder)
         self.blocks_run = 0
         self.teacher: list[torch.Tensor] = []                        # a document's last block output [length, hidden]
-        self.influence: list[float] = []         # of every block, 1 - cos(input, output), mean over all documents' tokens
+        self.influence: list[float] = []         # of every block, 1 - cos(input, output), mean over all tokens
         if teacher:
             whole = [(i, len(document)) for i, document in enumerate(documents)]
             storage = self._teacher_storage()
