@@ -24,6 +24,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)                              # this file's own folder would hide the database package
@@ -33,11 +34,12 @@ import evo_unstructured
 from benchmarks import database as layers_benchmark
 from benchmarks import search
 from benchmarks.programs import write_readme
-from benchmarks.subjects import LEVEL_FLAGS, build_database, load
+from benchmarks.subjects import LEVEL_FLAGS, SHAPES, build_database, load
 from benchmarks.ways import SEARCHES, here, play
 from database import build, gptq, hidden_states, sparsegpt, store
 from database.hessian import Calibration
 from database.levels import LevelSwitcher
+from scripts import estimate
 from scripts.estimate import search_tokens
 from utils import attention
 from utils.decoder import Decoder
@@ -47,6 +49,8 @@ from utils.report import format_table
 
 GIGABYTE = 10**9
 PAPER_TOKENS = 8388608                               # of a database
+SEARCH_FLAGS = {"evo_drop": "--sparsity 0.25", "evo_unstructured": "--sparse_weights_path sparsegpt",
+                "evo_quant": "--quant_weights_path gptq --target_bitwidth 2.5"}
 PAPER_BITS = ["--model_name_or_path", "-", "--quant_weights_path", "-", "--target_bitwidth", "2.5"]
 
 
@@ -388,10 +392,51 @@ def tables(found: dict[str, dict]) -> tuple[str, str]:
         if result := found.get(name):
             everything.append([[name, ""], *[[key.replace("_", " "), _words(value)] for key, value in result.items()
                                              if key not in ("device", "torch")]])
+    if rows := compared(found):
+        everything.append(rows)
     missing = [name for name in PARTS if name not in found]
     if missing:
         everything.append([["not yet measured", ""], *[[name, "–"] for name in missing]])
     return format_table(targets), "\n\n".join(map(format_table, everything))
+
+
+def compared(found: dict[str, dict]) -> list[list]:
+    """Rows of what scripts/estimate.py says of an A100, and of what was measured: whole commands with the paper's
+    settings, from parts of them, and the rates that the estimates rest on."""
+    rows: list[list] = []
+    sizes: dict[str, float] = {}                     # of databases, by folder
+    with tempfile.TemporaryDirectory() as folder:
+        for name, blocks in (("llama-3-8b", 32), ("llama-3-70b", 80)):
+            LlamaConfig(**SHAPES[name] | {"num_hidden_layers": blocks}).save_pretrained(f"{folder}/{name}")
+
+        def need(command: str, model: str = "llama-3-8b") -> estimate.Need:
+            return estimate.need_of([*command.split(), "--model_name_or_path", f"{folder}/{model}"], sizes)
+
+        def a_generation(command: str, model: str = "llama-3-8b") -> float:
+            one, two = (need(f"{command} --generations {count}", model).seconds for count in (1, 2))
+            return two - one
+
+        for method in ("sparsegpt", "gptq"):
+            asked = need(f"-m database.{method} {LEVEL_FLAGS[method]} --save_dir {method}")
+            if measured := found.get("database-block", {}).get(f"{method}, overlapped"):
+                rows += [[f"database.{method}, hours", asked.seconds / 3600, measured["hours_at_paper"]],
+                         [f"database.{method}, files, GB", asked.disk / GIGABYTE, 32 * measured["gb_written_a_block"]],
+                         [f"database.{method}, device, GB", asked.device / GIGABYTE, measured["device_gb"]]]
+        for name in SEARCHES:
+            command = f"{name}.py {SEARCH_FLAGS[name]}"
+            if result := found.get(f"generation-{name}"):
+                here = result["costs"]["here"]
+                rows += [[f"{name}, a generation, s", a_generation(command), result["divide"] * here["seconds"]],
+                         [f"{name}, of the matmul peak", estimate.UTILIZATION,
+                          result["flops"] / here["seconds"] / result["peak"]],
+                         [f"{name}, device, GB", need(command).device / GIGABYTE, here["device"] / GIGABYTE]]
+        if result := found.get("offload"):
+            need(f"-m database.gptq {LEVEL_FLAGS['gptq']} --save_dir gptq", "llama-3-70b")
+            command = f"evo_quant.py {SEARCH_FLAGS['evo_quant']} --cpu_offload_modules"
+            rows += [["evo_quant of 70B, offloaded, a generation, s", a_generation(command, "llama-3-70b"),
+                      3600 * result["generation_hours"]],
+                     ["copies from pinned memory, GB/s", estimate.COPIES / GIGABYTE, result["copies_gb_a_second"]]]
+    return [["", "estimated for an A100", "measured"], *rows] if rows else []
 
 
 def _words(value: object) -> str:

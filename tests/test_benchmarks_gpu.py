@@ -63,6 +63,19 @@ def test_tables_have_every_part_and_say_what_is_missing(finished):
     assert gpu.tables({})[1].count("\n") == len(gpu.PARTS) + 1
 
 
+def test_estimates_stand_beside_what_was_measured(finished):
+    header, *rows = gpu.compared(finished)
+    assert header == ["", "estimated for an A100", "measured"] and gpu.compared({}) == []
+    found = {name: values for name, *values in rows}
+    assert found["database.gptq, hours"] == [pytest.approx(0.63, abs=0.01),
+                                             finished["database-block"]["gptq, overlapped"]["hours_at_paper"]]
+    drop = finished["generation-evo_drop"]
+    assert found["evo_drop, a generation, s"] == [pytest.approx(17.5, rel=0.1),
+                                                  drop["divide"] * drop["costs"]["here"]["seconds"]]
+    assert found["evo_quant of 70B, offloaded, a generation, s"][0] == pytest.approx(47 * 3600 / 150, rel=0.03)
+    assert len(rows) == 2 * 3 + 3 * 3 + 2 and "| copies from pinned memory, GB/s" in gpu.tables(finished)[1]
+
+
 def test_report_puts_the_tables_into_both_readmes(finished, tmp_path, monkeypatch):
     for page in ("README.md", "benchmarks/README.md"):
         (tmp_path / page).parent.mkdir(exist_ok=True)
