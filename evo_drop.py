@@ -12,6 +12,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -397,6 +398,36 @@ def refined_candidates(args: argparse.Namespace, search: Search, space: Space, p
     return [candidate for _, candidate in ranked if candidate not in search.parents][:args.survivors_per_selection[0]]
 
 
+def new_offspring(args: argparse.Namespace, search: Search, space: Space, predictor: AdditiveModel, generation: int
+                  ) -> list[Candidate]:
+    """Mutations of the parents; with --screen those that are predicted best, and with --refine, at first, what the
+    model finds best by itself."""
+    if generation <= args.refine or args.screen > 1 and predictor.astray(search.parents[0]):
+        refined = refined_candidates(args, search, space, predictor)
+        if refined:
+            return refined
+    offspring = draw_distinct(
+        lambda: mutate(space, search.parents, args.max_mutations, search.rng, args.fixed_mutations),
+        args.offspring * args.screen, set(search.parents))
+    return predictor.screen(offspring, args.offspring, search.rng) if args.screen > 1 and offspring else offspring
+
+
+def rank(args: argparse.Namespace, search: Search, predictor: AdditiveModel, candidates: list[Candidate],
+         num_tokens: int, minibatch: list[tuple[int, int]] | None = None) -> list[tuple[float, Candidate]]:
+    """(fitness, candidate), best first; what is not finite is last whatever is searched for. Where parents compete and
+    differ by less than the noise, `predictor` has a say."""
+    minibatch = minibatch or search.draw(num_tokens)
+    sign = -1 if args.invert_fitness else 1
+    ranked = sorted(((sign * value if math.isfinite(value) else math.inf, candidate)
+                     for value, candidate in zip(search.measure(candidates, minibatch), candidates)),
+                    key=lambda pair: pair[0])
+    predictor.observe(ranked, num_tokens)
+    if not args.refine or not {*search.parents} & {*candidates}:
+        return ranked
+    return predictor.reconsider(ranked, [search.measurements.ties(candidate, ranked[0][1], minibatch)
+                                         or candidate == ranked[0][1] for _, candidate in ranked])
+
+
 def first_candidates(args: argparse.Namespace, search: Search, space: Space, measure: Callable) -> list[Candidate]:
     """Candidates of which the best are the first parents, as --init says. Raises RunError where there is none."""
     initial = draw_distinct(lambda: random_candidate(space, search.rng), args.initially_generated, set())
@@ -413,27 +444,38 @@ def first_candidates(args: argparse.Namespace, search: Search, space: Space, mea
     return initial
 
 
+def results_of(args: argparse.Namespace) -> list[tuple[str, Path]]:
+    """(Flag, file that says it is done) of results that are written elsewhere, too."""
+    files = (("drop_config_dir", "layer_drop_config.txt"), ("save_dir", "config.json"))
+    return [(f"--{flag}", Path(folder, file)) for flag, file in files if (folder := getattr(args, flag))]
+
+
+def open_search(args: argparse.Namespace, argv: list[str] | None) -> tuple[argparse.Namespace, Search]:
+    """(The flags with what --search_tokens makes of them, the run): all that can be refused before text and model are
+    loaded is. Raises ValueError and RunError."""
+    if args.search_tokens is None:                           # else once that has set the others
+        check_flags(args)
+    config = load_config(args.model_name_or_path, args.trust_remote_code)
+    num_blocks = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
+    if num_blocks:
+        space = build_space(args, [(1, 1)] * num_blocks)
+    args = flags.spread_search_tokens(args, argv, make_parser(), check_flags, RECOMMENDED, 6 * (num_blocks or 32))
+    search = Search("evo_drop", args, config, flags.flag_defaults(make_parser()))
+    if search.resumed and num_blocks:
+        search.run.default_to(default_generations(space, search.saved["start"][0], num_blocks))
+    for flag, file in results_of(args):
+        check_writable(file.parent, flag)
+    return args, search
+
+
 @user_errors(RunError)
 def main(argv: list[str] | None = None) -> dict:
     """Run the search of the flags, or resume it; returns what summary.json holds."""
     args = parse_arguments(argv)
     with user_errors():
-        if args.search_tokens is None:                       # else once that has set the others
-            check_flags(args)
-        config = load_config(args.model_name_or_path, args.trust_remote_code)
-        num_blocks = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
-        if num_blocks:
-            space = build_space(args, [(1, 1)] * num_blocks)   # refuses what cannot be met before the model is loaded
-        sub_blocks = 2 * (num_blocks or 32)
-        args = flags.spread_search_tokens(args, argv, make_parser(), check_flags, RECOMMENDED, 3 * sub_blocks)
-        search = Search("evo_drop", args, config, flags.flag_defaults(make_parser()))
-        if search.resumed and num_blocks:
-            search.run.default_to(default_generations(space, search.saved["start"][0], num_blocks))
-        results = ((args.drop_config_dir, "layer_drop_config.txt"), (args.save_dir, "config.json"))
-        if search.run.finished and all(Path(folder, file).exists() for folder, file in results if folder):
+        args, search = open_search(args, argv)
+        if search.run.finished and all(file.exists() for _, file in results_of(args)):
             return search.earlier_summary()
-        for folder in filter(None, (args.drop_config_dir, args.save_dir)):
-            check_writable(folder, "--drop_config_dir" if folder == args.drop_config_dir else "--save_dir")
         search.load()
         blocks = search.decoder.blocks
         held = [(block.attn.held, block.mlp.held) for block in blocks]
@@ -445,25 +487,11 @@ def main(argv: list[str] | None = None) -> dict:
     def set_block(index: int, state: tuple[bool, bool] | None) -> None:
         blocks[index].drop(*(state or (False, False)))
 
-    def measure(candidates: list[Candidate], num_tokens: int, minibatch: list[tuple[int, int]] | None = None
-                ) -> list[tuple[float, Candidate]]:
-        """(fitness, candidate), best first; what is not finite is last whatever is searched for. Where parents compete
-        and differ by less than the noise, `predictor` has a say."""
-        minibatch = minibatch or search.draw(num_tokens)
-        values = search.measure(candidates, minibatch)
-        sign = -1 if args.invert_fitness else 1
-        ranked = sorted(((sign * value if math.isfinite(value) else math.inf, candidate)
-                         for value, candidate in zip(values, candidates)), key=lambda pair: pair[0])
-        predictor.observe(ranked, num_tokens)
-        if not args.refine or not {*search.parents} & {*candidates}:
-            return ranked
-        return predictor.reconsider(ranked, [search.measurements.ties(candidate, ranked[0][1], minibatch)
-                                             or candidate == ranked[0][1] for _, candidate in ranked])
-
     search.prepare(set_block, lambda candidate: space.states(candidate, len(blocks)),
                    logged=lambda candidate: {"dropped": " ".join(drop_words(space.states(candidate, len(blocks)))),
                                              **({"trust": predictor.trust} if args.screen > 1 else {})})
     predictor = AdditiveModel(space.levels)                  # of fitness, with pairs, for --refine and --screen
+    measure = partial(rank, args, search, predictor)
 
     def state() -> dict:
         return {"model": predictor.state} if args.refine else {}
@@ -475,28 +503,19 @@ def main(argv: list[str] | None = None) -> dict:
     elif args.refine:
         predictor.restore(search.saved["model"])
     search.run.default_to(default_generations(space, search.start, len(blocks)))
-    parents = search.parents
-    print(f"budget: {describe(space, parents[0], blocks)}")
+    print(f"budget: {describe(space, search.parents[0], blocks)}")
 
     steps = list(zip(args.survivors_per_selection, args.tokens_per_selection))
     # Algorithm 1: offspring of the parents, selected in steps of fewer on more tokens each; survivors are parents next
     for generation in search.generations():
-        offspring = (generation <= args.refine or args.screen > 1 and predictor.astray(parents[0])) \
-            and refined_candidates(args, search, space, predictor)
-        if not offspring:
-            offspring = draw_distinct(
-                lambda: mutate(space, parents, args.max_mutations, search.rng, args.fixed_mutations),
-                args.offspring * args.screen, set(parents))
-            if args.screen > 1 and offspring:
-                offspring = predictor.screen(offspring, args.offspring, search.rng)
+        offspring = new_offspring(args, search, space, predictor, generation)
         if not offspring:
             print("no other candidate meets the budget: nothing to search")
             break
-        survivors = search.confirm(select(offspring, parents, steps, measure, args.strategy))
-        parents = [candidate for _, candidate in survivors]
-        search.record(survivors, **state())
+        survivors = select(offspring, search.parents, steps, measure, args.strategy)
+        search.record(search.confirm(survivors), **state())
 
-    winner = space.states(parents[0], len(blocks))
+    winner = space.states(search.parents[0], len(blocks))
     files = [Path(folder, "layer_drop_config.txt") for folder in (search.run.folder, args.drop_config_dir) if folder]
     for file in files:
         write_drop_config(file, winner)
@@ -504,10 +523,12 @@ def main(argv: list[str] | None = None) -> dict:
     if args.save_dir:
         for index, state in enumerate(winner):
             set_block(index, state)
-        save_dropped(search.decoder, search.tokenizer, args.save_dir, config.dtype if args.dtype == "auto" else None,
-                     lambda decoder: with_tower(whole(decoder), args.model_name_or_path, config).model)
-    return search.finish(describe(space, parents[0], blocks), [[state[half] for state in winner] for half in (0, 1)],
-                         ["attention", "MLP"], "dropped", files, dropped=" ".join(drop_words(winner)))
+        dtype = search.config.dtype if args.dtype == "auto" else None
+        save_dropped(search.decoder, search.tokenizer, args.save_dir, dtype,
+                     lambda decoder: with_tower(whole(decoder), args.model_name_or_path, search.config).model)
+    return search.finish(describe(space, search.parents[0], blocks),
+                         [[state[half] for state in winner] for half in (0, 1)], ["attention", "MLP"], "dropped", files,
+                         dropped=" ".join(drop_words(winner)))
 
 
 def describe(space: Space, candidate: Candidate, blocks: list) -> str:

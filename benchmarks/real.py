@@ -9,6 +9,8 @@ be added. The model is SmolLM2-135M-Instruct (benchmarks/real_model.py) unless -
 """
 import argparse
 import json
+import math
+import re
 import statistics
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +32,7 @@ from utils.files import write_atomic
 from utils.fitness import Fitness
 from utils.model import load_decoder, load_tokenizer
 from utils.report import format_table
+from utils.units import level_map
 
 SEARCH = ["--offspring", 16, "--survivors_per_selection", 4, 2, 1, "--tokens_per_selection", 128, 512, 2048,
           "--no_eval"]
@@ -187,13 +190,28 @@ class Real(Bench):
             "bytes": sum(part.stat().st_size for part in exported.glob("*.safetensors"))}
 
 
-def plot(results: dict[tuple[str, float], dict[str, dict]], text: str, path: Path) -> None:
-    """One panel a task: perplexity over the budget, by way; the uncompressed model as a line."""
+def winners_map(bench: Real, kind: str, target: float, file: Path) -> tuple[list[list[float]], list[str]]:
+    """([rows, blocks], rows): what is dropped, sparsity or bits, by kind of layer and depth."""
+    if kind == "depth":
+        return [list(half) for half in zip(*read_drop_config(file))], ["attention", "MLP"]
+    database, levels = Database.open(bench.database(kind, target)), read_level_config(file)
+    values = {name: level if kind == "quant" else 1 - database.kept(name, level) / math.prod(database.shape(name))
+              for name, level in levels.items()}
+    blocks: dict[str, list[str]] = {}
+    for name in database.layers:
+        blocks.setdefault(re.search(r"\.\d+\.", name).group(), []).append(name)
+    return level_map([*blocks.values()], values)
+
+
+def plot(bench: Real, results: dict[tuple[str, float], dict[str, dict]], text: str, path: Path) -> None:
+    """A column a task: perplexity over the budget, by way, the uncompressed model as a line; below, what the
+    recommended search chose at the first budget."""
     matplotlib.use("Agg")
     kinds = list(dict.fromkeys(kind for kind, _ in results))
-    figure, axes = pyplot.subplots(1, len(kinds), figsize=(4 * len(kinds), 3.4), layout="constrained", squeeze=False)
+    figure, axes = pyplot.subplots(2, len(kinds), figsize=(4.6 * len(kinds), 5.2), layout="constrained", squeeze=False,
+                                   height_ratios=[3, 2])
     labels = {"depth": "share of sub-blocks dropped", "sparse": "sparsity", "quant": "bits a weight"}
-    for axis, kind in zip(axes.flat, kinds):
+    for (axis, picture), kind in zip(axes.T, kinds):
         targets = sorted(target for other, target in results if other == kind)
         for way in dict.fromkeys(way for target in targets for way in results[kind, target]):
             known = {target: results[kind, target][way]["values"] for target in targets if way in results[kind, target]}
@@ -204,6 +222,13 @@ def plot(results: dict[tuple[str, float], dict[str, dict]], text: str, path: Pat
                      linestyle="--", label="uncompressed")
         axis.set(xlabel=labels[kind], ylabel="perplexity", xticks=targets)
         axis.legend(fontsize=7)
+        values, rows = winners_map(bench, kind, targets[0], results[kind, targets[0]]["recommended"]["files"][0])
+        image = picture.imshow(values, aspect="auto", interpolation="nearest")
+        picture.set_yticks(range(len(rows)), [row.rpartition(".")[2] for row in rows], fontsize=7)
+        picture.set(xlabel="block", title=f"recommended, {targets[0]} {labels[kind]}")
+        picture.title.set_fontsize(8)
+        if kind != "depth":
+            figure.colorbar(image, ax=picture)
     figure.savefig(path, dpi=90)
     pyplot.close(figure)
 
@@ -250,10 +275,10 @@ def main() -> None:
                                                          for text, label in zip(args.eval_data, labels))
     print(table)
     (args.out / "table.md").write_text(table + "\n")
-    plot(results, args.eval_data[0], args.out / "real.png")
+    plot(bench, results, args.eval_data[0], args.out / "real.png")
     if args.write_readme:
-        plot(results, args.eval_data[0], ROOT / "benchmarks" / "real.png")
-        write_readme(args.write_readme, table + "\n\n![Perplexity over budget](real.png)")
+        plot(bench, results, args.eval_data[0], ROOT / "benchmarks" / "real.png")
+        write_readme(args.write_readme, table + "\n\n![Perplexity over budget, and what was chosen](real.png)")
 
 
 if __name__ == "__main__":
