@@ -10,6 +10,7 @@ requirements-gguf.txt and requirements-mlx.txt (make test-runtimes puts them int
 """
 import argparse
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -25,16 +26,13 @@ from database.store import Database
 from test_formats_gguf import LlamaCpp
 from utils.configs import read_level_config
 from utils.data import evaluation_documents
+from utils.files import write_atomic
 from utils.model import load_tokenizer
 from utils.report import format_table
 
 SEARCH = ["--init", "measured", "--initial_tokens", 128, "--generations", 4, "--offspring", 8, "--no_eval",
           "--survivors_per_selection", 2, 1, "--tokens_per_selection", 256, 1024]
-UNIFORM = ["--bitwidth_options", 2, 3, 4, 5, 6, "--group_size", 128, "--perchannel", "--mse"]
-K_QUANTS = ["--grid", "k-quant", "--bitwidth_options", 2, 3, 4, 5, 6, 8]
-# format -> flags of its database, what loads it
-FORMATS = {"compressed-tensors": (UNIFORM, "transformers"), "mlx": (UNIFORM, "mlx-lm"),
-           "mlx-float16": (UNIFORM, "mlx-lm"), "gguf": (K_QUANTS, "llama.cpp")}
+LOADERS = {"compressed-tensors": "transformers", "mlx": "mlx-lm", "mlx-float16": "mlx-lm", "gguf": "llama.cpp"}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -43,9 +41,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data", default="stdlib", help="calibration and evaluation text")
     parser.add_argument("--calibration_tokens", type=int, default=8192)
     parser.add_argument("--sequence_length", type=int, default=256)
-    parser.add_argument("--eval_tokens", type=int, default=1024, help="llama.cpp runs anew for each (default: 1024)")
-    parser.add_argument("--bits", nargs="+", default=["compressed-tensors=3.5", "mlx=3.5", "mlx-float16=3.5",
-                                                      "gguf=5.6"], metavar="FORMAT=BITS,BITS",
+    parser.add_argument("--search_flags", type=shlex.split, default=[], metavar="'FLAGS'",
+                        help="of evo_quant.py, instead of those of SEARCH: '--init random --generations 2', say")
+    parser.add_argument("--eval_tokens", type=int, default=512, help="default: 512")
+    parser.add_argument("--levels", type=int, nargs="+", default=[2, 3, 4, 5, 6], metavar="BITS",
+                        help="of the databases; of K-quants 8, too (default: 2 3 4 5 6)")
+    parser.add_argument("--bits", nargs="+", metavar="FORMAT=BITS,BITS",
+                        default=["compressed-tensors=2.9,3.5", "mlx=3.2,3.5", "mlx-float16=2.9,3.5", "gguf=5.1,5.6"],
                         help="a parameter, everything counted (default: what the demo model's levels allow)")
     parser.add_argument("--out", type=Path, default=Path("results/runtimes"))
     parser.add_argument("--write_readme", nargs="?", const="runtimes", metavar="NAME",
@@ -55,19 +57,36 @@ def parse_arguments() -> argparse.Namespace:
 
 
 class Runtimes(Bench):
+    def database(self, format: str) -> Path:
+        levels = ["--bitwidth_options", *self.args.levels]
+        if format == "gguf":
+            return self.once("k-quants", ["-m", "database.gptq", *self.text, *levels, 8, "--grid", "k-quant"])
+        hidden = json.loads((Path(self.args.model_name_or_path) / "config.json").read_text())["hidden_size"]
+        group_size = next(size for size in (128, 64, 32) if hidden % size == 0)
+        return self.once("uniform", ["-m", "database.gptq", *self.text, *levels, "--group_size", group_size,
+                                     "--perchannel", "--mse"])
+
     def row(self, format: str, target: str) -> list:
-        build, loader = FORMATS[format]
-        database = self.once("k-quants" if format == "gguf" else "uniform", ["-m", "database.gptq", *self.text, *build])
-        name, budget = f"{format}-{target}", ["--quant_weights_path", database]
+        """Of the table; a row that is finished is read."""
+        name = f"{format}-{target}"
+        kept = self.out / f"{name}.json"
+        if not kept.exists():
+            write_atomic(kept, json.dumps(self.measured(name, format, target)))
+        return json.loads(kept.read_text())
+
+    def measured(self, name: str, format: str, target: str) -> list:
+        database = self.database(format)
+        budget = ["--quant_weights_path", database]
         found = self.once(f"search-{name}", [
-            "evo_quant.py", *self.text, *SEARCH, *budget, "--for_format", format, "--count_everything",
-            "--target_bitwidth", target, "--group_rule", "none", "--configuration_name", f"{name}.txt"]) / f"{name}.txt"
+            "evo_quant.py", *self.text, *SEARCH, *self.args.search_flags, *budget, "--for_format", format,
+            "--count_everything", "--target_bitwidth", target, "--group_rule", "none", "--configuration_name",
+            f"{name}.txt"]) / f"{name}.txt"
         folder = self.once(name, ["export.py", *self.model, *budget, "--quant_config_path", found, "--format", format])
         report = json.loads((folder / "export.json").read_text())
         weights = searched_weights(Database.open(database), found)
-        return [format, float(target), report["bits_a_weight"]["codes"], report["bits_a_weight"]["stored"],
-                8 * report["bytes"]["exported"] / report["parameters"]["dense"], report["bytes"]["exported"],
-                self.divergence(torch_logits(self.args.model_name_or_path, self.documents, weights)), loader,
+        bits, size = report["bits_a_weight"], report["bytes"]["exported"]
+        return [format, float(target), bits["codes"], bits["stored"], 8 * size / report["parameters"]["dense"], size,
+                self.divergence(torch_logits(self.args.model_name_or_path, self.documents, weights)), LOADERS[format],
                 self.divergence(LOADED[format](folder, self.documents))]
 
     def measure(self) -> list[list]:
@@ -76,8 +95,9 @@ class Runtimes(Bench):
                                               self.args.sequence_length)
         self.dense = torch_logits(self.args.model_name_or_path, self.documents)
         return [["", "bits asked for", "of a code", "with scales", "of the file", "bytes", "KL, searched",
-                 "loaded by", "KL, loaded"]] + [self.row(format, target) for item in self.args.bits
-                                   for format, _, targets in [item.partition("=")] for target in targets.split(",")]
+                 "loaded by", "KL, loaded"]] + [
+            self.row(format, target) for item in self.args.bits
+            for format, _, targets in [item.partition("=")] for target in targets.split(",")]
 
     def divergence(self, logits: list[torch.Tensor]) -> float:
         """From the uncompressed model, nats a token."""
@@ -99,9 +119,11 @@ def torch_logits(folder: Path | str, documents: list[torch.Tensor], weights: dic
 
 
 def mlx_logits(folder: Path, documents: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Computed in float32, which holds what is in the file; in float16 a CPU takes forty times as long."""
     import mlx.core as mx
     from mlx_lm.utils import load_model
     model, _ = load_model(folder)
+    model.set_dtype(mx.float32)
     return [torch.from_numpy(np.array(model(mx.array(document.numpy())[None])[0].astype(mx.float32)))
             for document in documents]
 
@@ -110,8 +132,8 @@ def llama_cpp_logits(folder: Path, documents: list[torch.Tensor]) -> list[torch.
     import gguf
     [embedding] = [t for t in gguf.GGUFReader(folder / "model.gguf").tensors if t.name == "token_embd.weight"]
     runtime, vocabulary = LlamaCpp(folder / "model.gguf"), int(embedding.shape[1])
-    return [torch.stack([runtime.logprobs(document[:end].tolist(), vocabulary) for end in range(1, len(document) + 1)])
-            for document in documents]
+    return [torch.stack([runtime.logprobs(document[:end].tolist(), vocabulary, cache=True)
+                         for end in range(1, len(document) + 1)]) for document in documents]
 
 
 LOADED = {"compressed-tensors": torch_logits, "mlx": mlx_logits, "mlx-float16": mlx_logits, "gguf": llama_cpp_logits}
@@ -119,7 +141,8 @@ LOADED = {"compressed-tensors": torch_logits, "mlx": mlx_logits, "mlx-float16": 
 
 def main() -> None:
     args = parse_arguments()
-    claim(args.out, args, ("model_name_or_path", "data", "calibration_tokens", "sequence_length"))
+    claim(args.out, args, ("model_name_or_path", "data", "calibration_tokens", "sequence_length", "levels",
+                           "eval_tokens"))
     torch.set_num_threads(1)
     table = format_table(Runtimes(args).measure())
     print(table)

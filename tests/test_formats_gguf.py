@@ -36,20 +36,20 @@ class LlamaCpp:
         import xllamacpp
         params = xllamacpp.CommonParams()
         params.model.path = str(path)
-        params.n_ctx, params.n_parallel, params.n_gpu_layers, params.warmup = 256, 1, 0, False
+        params.n_ctx, params.n_parallel, params.n_gpu_layers, params.warmup = 512, 1, 0, False
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
         self.server = xllamacpp.Server(params)
 
-    def logprobs(self, tokens: list[int], vocabulary: int) -> torch.Tensor:
-        """Of the next token after `tokens`, [vocabulary].
+    def logprobs(self, tokens: list[int], vocabulary: int, cache: bool = False) -> torch.Tensor:
+        """Of the next token after `tokens`, at most 511, [vocabulary]; cache: go on after what the last call shares.
 
         The binding reports them, as they are before any bias, together with a sampled token that is text: the bias
         makes it sample the letter that the tests' tokenizer has as token 66.
         """
         answer = self.server.handle_completions({"prompt": tokens, "n_predict": 1, "n_probs": vocabulary,
-                                                 "temperature": 0, "logit_bias": [[66, 1000]], "cache_prompt": False})
+                                                 "temperature": 0, "logit_bias": [[66, 1000]], "cache_prompt": cache})
         found = {entry["id"]: entry["logprob"] for entry in
                  answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]}
         return torch.tensor([found[token] for token in range(vocabulary)], dtype=torch.float64)
