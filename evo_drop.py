@@ -408,7 +408,7 @@ def new_offspring(args: argparse.Namespace, search: Search, space: Space, predic
             return refined
     offspring = draw_distinct(
         lambda: mutate(space, search.parents, args.max_mutations, search.rng, args.fixed_mutations),
-        args.offspring * args.screen, {*search.parents, *search.lost})
+        args.offspring * args.screen, set(search.parents))
     return predictor.screen(offspring, args.offspring, search.rng) if args.screen > 1 and offspring else offspring
 
 
@@ -422,14 +422,10 @@ def rank(args: argparse.Namespace, search: Search, predictor: AdditiveModel, can
                      for value, candidate in zip(search.measure(candidates, minibatch), candidates)),
                     key=lambda pair: pair[0])
     predictor.observe(ranked, num_tokens)
-    if not {*search.parents} & {*candidates}:
+    if not args.refine or not {*search.parents} & {*candidates}:
         return ranked
-    if args.refine:
-        ranked = predictor.reconsider(ranked, [search.measurements.ties(candidate, ranked[0][1], minibatch)
-                                               or candidate == ranked[0][1] for _, candidate in ranked])
-    if args.confirm_tokens:
-        search.lost |= {candidate for _, candidate in ranked[args.population_size:]} - {*search.parents}
-    return ranked
+    return predictor.reconsider(ranked, [search.measurements.ties(candidate, ranked[0][1], minibatch)
+                                         or candidate == ranked[0][1] for _, candidate in ranked])
 
 
 def first_candidates(args: argparse.Namespace, search: Search, space: Space, measure: Callable) -> list[Candidate]:

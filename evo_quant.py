@@ -375,7 +375,7 @@ def main(argv: list[str] | None = None) -> dict:
     # next parents
     for _ in search.generations():
         offspring = draw_distinct(lambda: mutate(space, parents, args.max_mutations, search.rng, args.fixed_mutations),
-                                  args.offspring * args.screen, {*parents, *search.lost})
+                                  args.offspring * args.screen, set(parents))
         if not offspring:
             print("no other candidate meets the budget: nothing to search")
             break

@@ -300,7 +300,7 @@ def main(argv: list[str] | None = None) -> dict:
         if not offspring:
             offspring = draw_distinct(
                 lambda: mutate(space, parents, args.max_mutations, search.rng, args.fixed_mutations),
-                args.offspring * args.screen, {*parents, *search.lost})
+                args.offspring * args.screen, set(parents))
             if args.screen > 1 and offspring:
                 offspring = predictor.screen(offspring, args.offspring, search.rng)
         if not offspring:

@@ -95,7 +95,6 @@ class Search:
         self._shared = draw_minibatch(self.documents, args.confirm_tokens or max(
             2, args.tokens_per_selection[-1] // CURVE_SHARE // 2 * 2), random.Random(args.seed))
         self._confirmed: dict[Candidate, float] = {}     # parents' fitness there, with --confirm_tokens
-        self.lost: set[Candidate] = set()                # to parents on the last step's tokens, or there
         if self.resumed:
             saved = self.saved
             set_rng_state(self.rng, saved["rng"])
@@ -104,7 +103,6 @@ class Search:
             self.parents, starts = ([tuple(c) for c in saved[key]] for key in ("population", "start"))
             self.start, self.curve = starts[0], saved.get("curve", [])
             self._confirmed = dict(zip(self.parents, saved.get("confirmed", [])))
-            self.lost = {tuple(candidate) for candidate in saved.get("lost", [])}
             print(f"{self.run.folder}: resumed after generation {self.generation}")
 
     def draw(self, num_tokens: int) -> Row:
@@ -127,8 +125,7 @@ class Search:
 
     def confirm(self, survivors: Ranked) -> Ranked:
         """With --confirm_tokens, the best of survivors and parents on that much text, the same in all generations: what
-        is found is not lost again to the luck of a minibatch, and what has `lost` need not be drawn again. Counts the
-        tokens that are new. Else the survivors."""
+        is found is not lost again to the luck of a minibatch. Counts the tokens that are new. Else the survivors."""
         if not self.args.confirm_tokens:
             return survivors
         new = [candidate for _, candidate in survivors if candidate not in self._confirmed]
@@ -137,8 +134,7 @@ class Search:
             self._confirmed |= {candidate: value for candidate, (value,) in zip(new, values)}
             self.tokens += len(new) * self.args.confirm_tokens
         ranked = sorted((value, candidate) for candidate, value in self._confirmed.items())
-        ranked, lost = ranked[:self.args.population_size], ranked[self.args.population_size:]
-        self.lost |= {candidate for _, candidate in lost}
+        ranked = ranked[:self.args.population_size]
         self._confirmed = {candidate: value for value, candidate in ranked}
         return ranked
 
@@ -228,4 +224,4 @@ class Search:
                             start=[self.start], fitness=self.best, tokens=self.tokens,
                             microbatch_tokens={"fitness": self.fitness.sizes, "evaluation": self.evaluation.sizes},
                             measurements=self.measurements.state, curve=self.curve,
-                            confirmed=[*self._confirmed.values()], lost=sorted(self.lost), **state)
+                            confirmed=[*self._confirmed.values()], **state)
