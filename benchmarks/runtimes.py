@@ -85,7 +85,8 @@ class Runtimes(Bench):
         report = json.loads((folder / "export.json").read_text())
         weights = searched_weights(Database.open(database), found)
         bits, size = report["bits_a_weight"], report["bytes"]["exported"]
-        return [format, float(target), bits["codes"], bits["stored"], 8 * size / report["parameters"]["dense"], size,
+        return [format, float(target), bits["codes"], bits["stored"], 8 * size / report["parameters"]["dense"],
+                f"{size:,}",
                 self.divergence(torch_logits(self.args.model_name_or_path, self.documents, weights)), LOADERS[format],
                 self.divergence(LOADED[format](folder, self.documents))]
 
