@@ -31,7 +31,7 @@ from utils.search import Search
 Candidate = tuple[bool, ...]     # of every unit: dropped?
 LAZY_BATCH = 4                   # units that a measured start measures again at once
 REFINE_TOKENS = 2                # to measure around a candidate on, in --initial_tokens: changes are smaller there
-RECOMMENDED = ["--init", "measured"]
+RECOMMENDED = ["--init", "measured", "--refine", "2", "--screen", "4"]
 RESTARTS = 16                    # of the search by the model, which spends no tokens
 FAILED_DRAWS = 200               # draws without a new candidate after which a generation makes do with fewer offspring
 
@@ -459,7 +459,9 @@ def open_search(args: argparse.Namespace, argv: list[str] | None) -> tuple[argpa
     num_blocks = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
     if num_blocks:
         space = build_space(args, [(1, 1)] * num_blocks)
-    args = flags.spread_search_tokens(args, argv, make_parser(), check_flags, RECOMMENDED, 6 * (num_blocks or 32))
+    sub_blocks = 2 * (num_blocks or 32)
+    args = flags.spread_search_tokens(args, argv, make_parser(), check_flags, RECOMMENDED, 3 * sub_blocks,
+                                      2 * REFINE_TOKENS * (sub_blocks + 1), confirm=True)
     search = Search("evo_drop", args, config, flags.flag_defaults(make_parser()))
     if search.resumed and num_blocks:
         search.run.default_to(default_generations(space, search.saved["start"][0], num_blocks))

@@ -39,7 +39,8 @@ SEARCH = ["--offspring", 16, "--survivors_per_selection", 4, 2, 1, "--tokens_per
 RANDOM = ["--initially_generated", 32, "--initial_tokens", 512]
 PAPER = {"depth": [*RANDOM, "--generations", 6], "sparse": [*RANDOM, "--generations", 6],
          "quant": [*RANDOM, "--generations", 6]}
-OURS = {"depth": ["--init", "measured", "--initial_tokens", 128, "--generations", 5],
+OURS = {"depth": ["--init", "measured", "--initial_tokens", 128, "--refine", 1, "--screen", 4, "--confirm_tokens", 4096,
+                  "--generations", 3],
         "sparse": ["--init", "measured", "--initial_tokens", 64, "--screen", 4, "--generations", 5],
         "quant": ["--init", "measured", "--initial_tokens", 64, "--screen", 4, "--generations", 5]}
 BASELINE_TOKENS = 4096

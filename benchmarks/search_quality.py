@@ -48,7 +48,7 @@ PAPER, OURS = "paper's way", "ours"
 RANDOM = ["--initially_generated", 32, "--initial_tokens", 1024]
 SCREEN, REFINE, CONFIRM = ["--screen", 4], ["--refine", 2], ["--confirm_tokens", 4 * TOKENS[-1]]
 # what helps beside a measured start
-OWN = {"depth": [], "sparsity": [*SCREEN, *REFINE], "bits": SCREEN}
+OWN = {"depth": [*SCREEN, *REFINE, *CONFIRM], "sparsity": [*SCREEN, *REFINE], "bits": SCREEN}
 VARIANTS = {PAPER: RANDOM,
             OURS: ["--init", "measured"],                                  # and OWN
             "measured start alone": ["--init", "measured"],
@@ -57,7 +57,6 @@ VARIANTS = {PAPER: RANDOM,
             "start, screening and refining": ["--init", "measured", *SCREEN, *REFINE],
             "start, refining and confirming": ["--init", "measured", *REFINE, *CONFIRM],
             "start and confirming": ["--init", "measured", *CONFIRM],
-            "all four": ["--init", "measured", *SCREEN, *REFINE, *CONFIRM],
             "screening alone": [*RANDOM, *SCREEN]}
 SHARES = (0.05, 0.1, 0.25, 0.5, 1.0)                # columns of the table
 CURVE = (0.05, 0.1, 0.15, 0.2, 0.25, 0.5, 1.0)

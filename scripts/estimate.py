@@ -152,7 +152,8 @@ def search_tokens(args: argparse.Namespace, generations: int) -> int:
     survivors, tokens = args.survivors_per_selection, args.tokens_per_selection
     candidates = [args.offspring, *survivors[:-1]]
     candidates[-1] += survivors[-1] if args.strategy == "plus" else 0
-    return args.initially_generated * args.initial_tokens + generations * sum(
+    confirmed = (generations + 1) * survivors[-1] * args.confirm_tokens
+    return args.initially_generated * args.initial_tokens + confirmed + generations * sum(
         count * step for count, step in zip(candidates, tokens))
 
 

@@ -131,8 +131,8 @@ def add_output_flags(parser: argparse.ArgumentParser, task: str) -> argparse._Ar
 
 
 def spread_search_tokens(args: argparse.Namespace, argv: Sequence[str] | None, parser: argparse.ArgumentParser,
-                         check: Callable[[argparse.Namespace], None], way: list[str], start: int, refining: int = 0
-                         ) -> argparse.Namespace:
+                         check: Callable[[argparse.Namespace], None], way: list[str], start: int, refining: int = 0,
+                         confirm: bool = False) -> argparse.Namespace:
     """`args`, where --search_tokens is given with the flags `way` and with numbers that spend about as many tokens;
     flags in `argv` come before those. Raises ValueError, naming the flag, where that is too few.
 
@@ -148,15 +148,17 @@ def spread_search_tokens(args: argparse.Namespace, argv: Sequence[str] | None, p
         raise ValueError(f"--search_tokens {tokens}: too few to measure every unit and to select; give at least "
                          f"{least}")
     initial = START_SHARE * tokens / start
-    left = tokens - initial * (start + refining)
+    left = (tokens - initial * (start + refining)) / (80 + 64 / 3 * confirm)
     generations = round(GENERATIONS * (tokens / 500_000) ** (1 / 3))
-    first = int(min(left / 80 / generations, args.calibration_tokens / 16)) // 2 * 2
+    first = int(min(left / generations, args.calibration_tokens / 16)) // 2 * 2
     if first < 2:
         raise ValueError(f"--calibration_tokens {args.calibration_tokens}: too few for --search_tokens; give at least "
                          f"32")
     chosen = [*way, "--initial_tokens", int(min(initial, 16 * first)) // 2 * 2, "--generations",
-              max(1, round(left / 80 / first)), "--offspring", 16, "--survivors_per_selection", 4, 2, 1,
+              max(1, round(left / first)), "--offspring", 16, "--survivors_per_selection", 4, 2, 1,
               "--tokens_per_selection", first, 4 * first, 16 * first]
+    if confirm:
+        chosen += ["--confirm_tokens", min(64 * first, args.calibration_tokens)]
     chosen = [*map(str, chosen)]
     print(f"--search_tokens {tokens}: {' '.join(chosen)}")
     args = parser.parse_args([*chosen, *(sys.argv[1:] if argv is None else argv)])
