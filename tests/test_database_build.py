@@ -199,7 +199,7 @@ def test_level_cache_drops_what_was_used_longest_ago(built):
 def test_finished_build_says_so_and_changes_nothing(built, model, tmp_path, capsys, monkeypatch):
     folder = copy(built, tmp_path)
     before = contents(folder)
-    monkeypatch.setattr(build, "decoder_of", lambda *args, **kwargs: pytest.fail("loaded the model"))
+    monkeypatch.setattr(build, "decoder_of", lambda *args: pytest.fail("loaded the model"))
     run(built.name, model, folder)
     assert "finished" in capsys.readouterr().out and contents(folder) == before
 
@@ -419,7 +419,7 @@ def test_killed_around_any_write_and_resumed_it_is_the_same_database(built, mode
     ("gptq", ["--model_name_or_path", "/nowhere/at/all"], "--model_name_or_path /nowhere/at/all"),
     ("gptq", ["--calibration_tokens", "999999999"], "--calibration_tokens 999999999: .* holds only")])
 def test_mistakes_are_told_before_the_model_is_loaded(model, tmp_path, monkeypatch, method, flags, named):
-    monkeypatch.setattr(build, "decoder_of", lambda *args, **kwargs: pytest.fail("loaded the model"))
+    monkeypatch.setattr(build, "decoder_of", lambda *args: pytest.fail("loaded the model"))
     with pytest.raises(ValueError, match=named):
         run(method, model, tmp_path / "db", *flags)
     assert not (tmp_path / "db").exists()
@@ -459,7 +459,7 @@ def test_a_regular_expression_without_a_match_names_a_layer(model, tmp_path):
 
 
 def test_a_save_dir_that_cannot_be_written_is_named_before_the_model_is_loaded(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(build, "decoder_of", lambda *args, **kwargs: pytest.fail("loaded the model"))
+    monkeypatch.setattr(build, "decoder_of", lambda *args: pytest.fail("loaded the model"))
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ValueError, match="--save_dir .*file/db: cannot be written"):
         run("gptq", model, tmp_path / "file" / "db")

@@ -287,7 +287,7 @@ def test_a_folder_of_another_run_is_refused(finished, tmp_path):
 ])
 def test_mistakes_end_in_a_sentence_before_the_model_is_loaded(finished, checkpoint, text, tmp_path, monkeypatch, flags,
                                                                named, capsys):
-    monkeypatch.setattr(finish, "load_decoder", lambda *args: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(finish, "decoder_of", lambda *args: pytest.fail("the model was loaded"))
     kind, own = (flags[0], flags[1:]) if flags[:1] == ["quant"] else (None, flags)
     with pytest.raises(SystemExit, match=named):
         finish.main(["--model_name_or_path", str(checkpoint), "--calibration_data", text, "--calibration_tokens", "768",

@@ -439,7 +439,7 @@ def test_killed_and_resumed_it_is_the_same_and_other_checkpoints_are_refused(
     run(model, tmp_path / "db", checkpoints[::-1])                       # in any order
     assert "block 1/2: already built" in capsys.readouterr().out
     assert contents(tmp_path / "db") == contents(imported)
-    monkeypatch.setattr(build, "load_decoder", lambda *args, **kwargs: pytest.fail("loaded the model"))
+    monkeypatch.setattr(build, "decoder_of", lambda *args: pytest.fail("loaded the model"))
     run(model, tmp_path / "db", checkpoints)
 
 
@@ -548,7 +548,7 @@ def test_compressed_tensors_words_of_before_0_18_are_refused(model, imported, tm
     ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, "not in a .*format nvfp4"),
     ({"quant_method": "auto-round", "packing_format": "auto_round:auto_awq"}, "not in a .* auto_round:auto_awq")])
 def test_formats_that_are_not_read_are_named(model, tmp_path, monkeypatch, config, sentence):
-    monkeypatch.setattr(build, "load_decoder", lambda *args, **kwargs: pytest.fail("loaded the model"))
+    monkeypatch.setattr(build, "decoder_of", lambda *args: pytest.fail("loaded the model"))
     shutil.copytree(model, tmp_path / "W4")
     described = json.loads((tmp_path / "W4" / "config.json").read_text())
     if config:
