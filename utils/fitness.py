@@ -45,6 +45,7 @@ class Fitness:
         self.blocks_run = 0
         self.teacher: list[torch.Tensor] = []                        # a document's last block output [length, hidden]
         self.influence: list[float] = []         # of every block, 1 - cos(input, output), mean over all tokens
+        self._distances = torch.zeros(len(documents), len(decoder.blocks), dtype=torch.float64)      # sums over tokens
         if teacher:
             whole = [(i, len(document)) for i, document in enumerate(documents)]
             storage = self._teacher_storage()
@@ -324,7 +325,6 @@ class Fitness:
     def _run_teacher(self, batches: list[list[Row]], storage: torch.device, progress: str) -> dict[int, int]:
         """Run the model over this process's part of the documents. Returns the process of every document."""
         self.teacher = [None] * len(self.documents)
-        self._distances = torch.zeros(len(self.documents), len(self.decoder.blocks), dtype=torch.float64)
         began, shown, done = time.time(), time.time(), 0
         sizes = [sum(length for row in rows for _, length in row) for rows in batches]
         owners = distributed.shares(sizes)
