@@ -465,8 +465,6 @@ def open_search(args: argparse.Namespace, argv: list[str] | None) -> tuple[argpa
     search = Search("evo_drop", args, config, flags.flag_defaults(make_parser()))
     if search.resumed and num_blocks:
         search.run.default_to(default_generations(space, search.saved["start"][0], num_blocks))
-    for flag, file in results_of(args):
-        check_writable(file.parent, flag)
     return args, search
 
 
@@ -478,6 +476,8 @@ def main(argv: list[str] | None = None) -> dict:
         args, search = open_search(args, argv)
         if search.run.finished and all(file.exists() for _, file in results_of(args)):
             return search.earlier_summary()
+        for flag, file in results_of(args):
+            check_writable(file.parent, flag)
         search.load()
         blocks = search.decoder.blocks
         held = [(block.attn.held, block.mlp.held) for block in blocks]
