@@ -25,7 +25,8 @@ from utils.files import write_atomic
 from utils.report import format_table
 
 DEPTH = ["--generations", 10, "--offspring", 24, "--tokens_per_selection", 1024, 8192,
-         "--survivors_per_selection", 2, 1, "--initial_tokens", 1024, "--init", "measured"]
+         "--survivors_per_selection", 2, 1, "--initial_tokens", 1024, "--init", "measured", "--refine", 2,
+         "--screen", 4, "--confirm_tokens", 32768]
 LEVELS = ["--generations", 8, "--offspring", 24, "--tokens_per_selection", 512, 2048, 4096,
           "--survivors_per_selection", 4, 2, 1, "--initial_tokens", 1024, "--init", "measured", "--screen", 4]
 RANDOM = ["--generations", 0, "--init", "random", "--initially_generated", 1, "--initial_tokens", 256, "--offspring", 1,
