@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> dict:
         set_block, candidate = load_configuration(args, decoder)
         for index, state in enumerate(candidate):
             set_block(index, state)                  # from here on, decoder.model is the model that was searched
-        dropped = [drop for drop, _ in candidate]
+        dropped = [drop for drop, _ in candidate[:len(decoder.blocks)]]
         regrouped = regroup(decoder, dropped)
         searched = count(regrouped.model)
         regrouped = (without_tower(regrouped) if args.text_only else
@@ -291,7 +291,8 @@ def quantized_layers(regrouped: Regrouped, experts: Mapping[str, tuple[str, str]
     see `expert_layers`."""
     layers = {}
     linear = {name: regrouped.sources.get(f"{name}.weight", name).removesuffix(".weight")
-              for name in linear_layers(regrouped.model)}                        # with those of a tower
+              for name, module in regrouped.model.named_modules()                # with those of a tower
+              if isinstance(module, (nn.Linear, nn.Embedding))}
     for name, source in (linear | {name: source for name, (_, source) in experts.items()}).items():
         if source not in levels:
             continue

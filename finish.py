@@ -85,7 +85,8 @@ def finish_blocks(args: argparse.Namespace, decoder: Decoder, documents: list[to
     calibration = HiddenStates(decoder, documents, tokens, device)
 
     began, trained = time.time(), 0
-    given = passed = None            # to the uncompressed block, and by the finished ones before it; None: embeddings
+    # to the uncompressed block, and by the finished ones before it; None: the model's embeddings
+    given, passed = None, result.embedded(calibration)
     for block in decoder.blocks:
         block.module.to(device)
         targets = calibration.run(given, block.index)

@@ -2,11 +2,11 @@
 
     python benchmarks/runtimes.py --write_readme
 
-Every row is a search with --count_everything at so many bits a parameter of the whole file, embeddings included, and
-its export, which the runtime loads: transformers, mlx-lm or llama.cpp, all on a CPU. "KL, searched" is of the model as
-the search has it, "KL, loaded" of what the runtime computes, on the same held-out text. Needs the packages of
-requirements-gguf.txt and requirements-mlx.txt (make test-runtimes puts them into .venv/runtimes). K-quants need rows of
-256: where the model has others, llama.cpp's fallback types stand in for them.
+Every row is a search with --count_everything at so many bits a parameter of the whole file, and its export, which the
+runtime loads: transformers, mlx-lm or llama.cpp, all on a CPU. Embeddings are searched, too, where the format holds
+them quantized. "KL, searched" is of the model as the search has it, "KL, loaded" of what the runtime computes, on the
+same held-out text. Needs the packages of requirements-gguf.txt and requirements-mlx.txt (make test-runtimes puts them
+into .venv/runtimes). K-quants need rows of 256: where the model has others, llama.cpp's fallback types stand in.
 """
 import argparse
 import json
@@ -46,8 +46,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--eval_tokens", type=int, default=512, help="default: 512")
     parser.add_argument("--levels", type=int, nargs="+", default=[2, 3, 4, 5, 6], metavar="BITS",
                         help="of the databases; of K-quants 8, too (default: 2 3 4 5 6)")
+    parser.add_argument("--embedding_bitwidths", type=int, nargs="+", default=[4, 6, 8], metavar="BITS",
+                        help="of MLX's and GGUF's databases (default: 4 6 8)")
     parser.add_argument("--bits", nargs="+", metavar="FORMAT=BITS,BITS",
-                        default=["compressed-tensors=2.9,3.5", "mlx=3.2,3.5", "mlx-float16=2.9,3.5", "gguf=5.1,5.6"],
+                        default=["compressed-tensors=2.9,3.5", "mlx=2.8,3.5", "mlx-float16=2.5,3", "gguf=4.7,5.1"],
                         help="a parameter, everything counted (default: what the demo model's levels allow)")
     parser.add_argument("--out", type=Path, default=Path("results/runtimes"))
     parser.add_argument("--write_readme", nargs="?", const="runtimes", metavar="NAME",
@@ -58,13 +60,14 @@ def parse_arguments() -> argparse.Namespace:
 
 class Runtimes(Bench):
     def database(self, format: str) -> Path:
-        levels = ["--bitwidth_options", *self.args.levels]
+        build = ["-m", "database.gptq", *self.text, "--bitwidth_options", *self.args.levels]
+        embeddings = ["--embedding_bitwidths", *self.args.embedding_bitwidths]
         if format == "gguf":
-            return self.once("k-quants", ["-m", "database.gptq", *self.text, *levels, 8, "--grid", "k-quant"])
+            return self.once("k-quants", [*build, 8, *embeddings, "--grid", "k-quant"])
         hidden = json.loads((Path(self.args.model_name_or_path) / "config.json").read_text())["hidden_size"]
         group_size = next(size for size in (128, 64, 32) if hidden % size == 0)
-        return self.once("uniform", ["-m", "database.gptq", *self.text, *levels, "--group_size", group_size,
-                                     "--perchannel", "--mse"])
+        build += ["--group_size", group_size, "--perchannel", "--mse"]
+        return self.once("linear", build) if format == "compressed-tensors" else self.once("all", build + embeddings)
 
     def row(self, format: str, target: str) -> list:
         """Of the table; a row that is finished is read."""
@@ -143,7 +146,7 @@ LOADED = {"compressed-tensors": torch_logits, "mlx": mlx_logits, "mlx-float16": 
 def main() -> None:
     args = parse_arguments()
     claim(args.out, args, ("model_name_or_path", "data", "calibration_tokens", "sequence_length", "levels",
-                           "eval_tokens"))
+                           "embedding_bitwidths", "eval_tokens"))
     torch.set_num_threads(1)
     table = format_table(Runtimes(args).measure())
     print(table)

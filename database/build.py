@@ -10,6 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from database import store
 from database.hessian import Calibration
@@ -136,18 +137,41 @@ def build(args: argparse.Namespace, method: str, layers_flag: str, solve_layer: 
     if decoder.offloaded:
         decoder.offloaded.restore()              # their weights are read next
     layers = choose_layers(decoder, pattern, f"--{layers_flag}")
-    header["weights_sha256"] = weights_sha256({name: layer for block in layers for name, layer in block.items()})
+    ends = decoder.ends if getattr(args, "embedding_bitwidths", None) else {}
+    names = [*(name for block in layers for name in block), *ends]
+    header["weights_sha256"] = weights_sha256({name: (decoder.layers | ends)[name] for name in names})
     check_same(manifest, header, args.save_dir)
     print(coverage(decoder, layers), flush=True)
     if check:
         check(decoder, layers)
     if manifest is None:
         manifest = {**header, "model_sha256": weights_fingerprint(args.model_name_or_path),
-                    "layers": {name: None for block in layers for name in block}}
+                    "layers": dict.fromkeys(names)}
     start_writing(args.save_dir, manifest)
+    manifest["layers"] = build_ends(args, manifest, ends, solve_layer)
+    if all(manifest["layers"].values()):
+        return
     calibration = Calibration(decoder, documents, decoder.device, args.microbatch_tokens, args.cpu_offload_activations,
                               args.activations_dir)
     build_blocks(args, manifest, calibration, layers, solve_layer, feed_forward, wandb)
+
+
+@distributed.from_main
+def build_ends(args: argparse.Namespace, manifest: dict, ends: dict[str, nn.Module], solve_layer: Callable) -> dict:
+    """Solve and save embedding and head, of which nothing is known of their inputs: they are rounded to nearest. One
+    level after the other, since they are large. Returns the manifest's layers."""
+    for name, end in ends.items():
+        if manifest["layers"][name] is None:
+            weight, levels = end.weight, {}
+            hessian = torch.eye(weight.shape[1], device=weight.device)
+            for bits in args.embedding_bitwidths:
+                own = argparse.Namespace(**{**vars(args), "bitwidth_options": [bits]})
+                levels |= {level: ({part: tensor.cpu() for part, tensor in packed.items()}, {**entry, "end": True})
+                           for level, (packed, entry) in solve(name, weight, hessian, own, solve_layer).items()}
+            manifest["layers"][name] = store.write_layer(args.save_dir, name, tuple(weight.shape), levels)
+            store.write_manifest(args.save_dir, manifest)
+            print(f"{name}: rounded to {', '.join(map(str, levels))} bits", flush=True)
+    return manifest["layers"]
 
 
 def build_blocks(args: argparse.Namespace, manifest: dict, calibration: Calibration,

@@ -52,6 +52,9 @@ def _layout(database: Database, name: str, level: float, format: str) -> dict[st
     if kind := database.type(name, level):
         raise ValueError(f"--format {format}: {name} has {kind} blocks, and only --format gguf holds those")
     if format == "compressed-tensors":
+        if database.is_end(name):
+            raise ValueError(f"--format {format}: {name} has quantized rows of an embedding or head, which what reads "
+                             f"this format takes as they are; use --format mlx or gguf")
         return _described(compressed_tensors.layout, database, name, level, format)
     return _described(lambda *layer: mlx.layout(*layer[:3], format), database, name, level, format)
 
@@ -82,7 +85,8 @@ def exportable_levels(database: Database, format: str | None) -> dict[str, list[
                 left_out.setdefault(str(error).partition(" has ")[2], name)
         if not known:
             raise ValueError(f"--for_format {format}: {name} has {next(reversed(left_out))}, so none of its levels can "
-                             f"be exported; build a database with --group_size 32, 64 or 128, or leave the flag out")
+                             f"be exported; build a database of others (--group_size 32, 64 or 128), or leave the "
+                             f"flag out")
     for reason, name in left_out.items():
         print(f"--for_format {format}: {name} and others like it are not searched at levels that it cannot hold: "
               f"{reason}")
@@ -108,6 +112,8 @@ def announce_packed(decoder: Decoder, database: Database, format: str | None) ->
     the format asked for."""
     try:
         check_experts(decoder, database)
+        for name in filter(database.is_end, database.layers):
+            layer_bytes(database, name, database.levels(name)[0], "compressed-tensors")
         compressed_tensors.check_loadable(decoder.model, database.layers)
     except ValueError as error:
         if format == "compressed-tensors":

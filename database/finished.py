@@ -77,6 +77,24 @@ class FinishedDatabase:
         self.manifest = (forget_damaged(self.path, manifest) if manifest else
                          {**header, "layers": dict.fromkeys(source.layers)})
         start_writing(self.path, self.manifest)
+        self._ends = [name for name in source.layers if source.is_end(name)]     # which are not trained
+        if missing := [name for name in self._ends if self.manifest["layers"][name] is None]:
+            self.manifest["layers"].update(self._write(
+                {name: source.packed(name, levels[name]) for name in missing},
+                {name: source.error(name, levels[name]) for name in missing}))
+            distributed.from_main(write_manifest)(self.path, self.manifest)
+
+    def embedded(self, calibration: HiddenStates) -> list[torch.Tensor] | None:
+        """What the first block is given; None where the embedding is the model's own."""
+        states = None
+        for name in self._ends:
+            end = self.decoder.ends[name]
+            own = end.weight.data
+            if end is self.decoder.model.get_input_embeddings():
+                end.weight.data = self.source.weight(name, self.levels[name], own.device, own.dtype)
+                states = calibration.embedded()
+                end.weight.data = own
+        return states
 
     def names(self, block: Block) -> list[str]:
         """Full names of the block's layers that the database has."""
@@ -176,6 +194,9 @@ class FinishedCheckpoint:
     @property
     def complete(self) -> bool:
         return (self.path / "config.json").is_file()
+
+    def embedded(self, calibration: HiddenStates) -> None:
+        """The embedding is the model's own."""
 
     def has(self, block: Block) -> bool:
         return all(self.dropped[block.index]) or self._file(block).is_file()

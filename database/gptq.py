@@ -139,17 +139,23 @@ def main(args: argparse.Namespace) -> None:
                              f"--grid k-quant")
     if not all(1 <= bits <= 8 for bits in args.bitwidth_options):
         raise ValueError(f"--bitwidth_options {words}: must be from 1 to 8, e.g. 2 3 4 5 6")
+    if args.embedding_bitwidths and not set(args.embedding_bitwidths) <= set(K_QUANTS if k_quant else range(1, 9)):
+        raise ValueError(f"--embedding_bitwidths {' '.join(map(str, args.embedding_bitwidths))}: must be "
+                         f"{'K-quants, which are of ' + ', '.join(map(str, K_QUANTS)) if k_quant else 'from 1 to 8'} "
+                         f"bits, e.g. 4 6 8")
     if args.calibration_bitwidth not in args.bitwidth_options:
         raise ValueError(f"--calibration_bitwidth {args.calibration_bitwidth}: must be one of --bitwidth_options "
                          f"{words}")
     if args.group_size is not None and args.group_size < 1:
         raise ValueError(f"--group_size {args.group_size}: must be at least 1 column, e.g. 128; leave it out for one "
                          f"grid a row")
+    for flag, default in (("grid", "uniform"), ("embedding_bitwidths", None)):
+        if getattr(args, flag) == default:           # databases of before there was a choice are the same
+            delattr(args, flag)
     if k_quant:
         build(args, "gptq", "quantizable_modules", kquant.solve_layer, resolve,
               level_of(K_QUANTS[args.calibration_bitwidth]))
         return
-    del args.grid                    # databases of before there was a choice are the same
     if not args.perchannel:
         print("without --perchannel all rows of a layer share their grid, which loses much at few bits; the paper has "
               "--group_size 128 --perchannel")
@@ -166,6 +172,9 @@ def make_parser() -> argparse.ArgumentParser:
                             "divide take the types that llama.cpp takes (default: uniform)")
     group.add_argument("--bitwidth_options", type=int, nargs="+", default=[2, 3, 4, 5, 6], metavar="BITS",
                        help="from 1 to 8 (default: 2 3 4 5 6)")
+    group.add_argument("--embedding_bitwidths", type=int, nargs="+", metavar="BITS",
+                       help="of the embedding and the head, e.g. 4 6 8: they are searched, too, and a small model's "
+                            "file is small only with them; MLX and GGUF hold them (default: they stay as they are)")
     group.add_argument("--calibration_bitwidth", type=int, default=3, metavar="BITS",
                        help="one of the above; its weights give the next block's inputs (default: 3, as in the paper)")
     group.add_argument("--group_size", type=int, metavar="COLUMNS",

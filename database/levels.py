@@ -22,11 +22,11 @@ class LevelSwitcher:
     def __init__(self, decoder: Decoder, database: Database, cache_gb: float):
         """Raises ValueError when the database was built for another model, or for layers this one does not have."""
         database.check_model(decoder.config)
-        layers = decoder.layers
+        layers = decoder.layers | decoder.ends
         unknown = [name for name in database.layers if name not in layers]
         if unknown:
-            raise ValueError(f"{database.path}: has {unknown[0]}, which is not a linear layer of the model's blocks; "
-                             f"build a database for this model")
+            raise ValueError(f"{database.path}: has {unknown[0]}, which is neither a linear layer of the model's "
+                             f"blocks nor its embedding or head; build a database for this model")
         for name in database.layers:
             shape = tuple(layers[name].weight.shape)
             if shape != database.shape(name):
@@ -34,10 +34,13 @@ class LevelSwitcher:
                                  f"a database for this model")
         stored = set(database.layers)
         self.names = [[name for name in block.layers if name in stored] for block in decoder.blocks]
+        if ends := [name for name in decoder.ends if name in stored]:
+            self.names.append(ends)
         self.loaded: dict[str, int] = {}
         self.switches = 0
         self._layers = layers
         self._uncompressed: dict[str, torch.Tensor] | None = None   # weights that `restorable` is to bring back
+        self._ends: dict[str, torch.Tensor] = {}                    # the uncompressed ones, which are always kept
         self._decoder = decoder
         if decoder.offloaded:
             decoder.offloaded.on_leave = self._forget
@@ -46,7 +49,11 @@ class LevelSwitcher:
         decoder.give_back = self.cache.give_back
 
     def set_block(self, index: int, levels: Hashable) -> None:
-        """Put the layers of block `index` at `levels`, a tuple in the order of `names[index]`."""
+        """Put the layers of block `index` at `levels`, a tuple in the order of `names[index]`. After the last block
+        come embedding and head, where the database has them: they can be put at None, as they were, at any time."""
+        if index == len(self._decoder.blocks):
+            self._set_ends(levels)
+            return
         for name, level in zip(self.names[index], levels, strict=True):
             if self.loaded.get(name) == level:
                 continue
@@ -60,6 +67,19 @@ class LevelSwitcher:
                 self.cache.copy_(weight, name, level)
                 self.loaded[name] = level
             self.switches += 1
+
+    def _set_ends(self, levels: tuple[float | None, ...]) -> None:
+        for name, level in zip(self.names[-1], levels, strict=True):
+            weight = self._layers[name].weight
+            own = self._ends.setdefault(name, weight.data)
+            if level is None:
+                weight.data = own
+            elif self.loaded.get(name) != level:
+                if self.loaded.get(name) is None:
+                    weight.data = torch.empty_like(own)
+                self.cache.copy_(weight, name, level)
+                self.switches += 1
+            self.loaded[name] = level
 
     def _forget(self, index: int) -> None:
         """The weights of an offloaded block are the model's own again."""
@@ -82,7 +102,8 @@ class LevelSwitcher:
             self._uncompressed = None
 
     def states(self, levels: Mapping[str, int]) -> tuple[tuple[int, ...], ...]:
-        """Level by layer name as a candidate of the fitness walk: a tuple of levels for every block."""
+        """Level by layer name as a candidate of the fitness walk: a tuple of levels for every block, and for the ends
+        if they have any."""
         return tuple(tuple(levels[name] for name in names) for names in self.names)
 
 
@@ -203,17 +224,20 @@ def load_configuration(args: argparse.Namespace, decoder: Decoder
                        ) -> tuple[Callable[[int, Hashable], None], tuple[Hashable, ...]]:
     """(set_block, candidate) of the configuration that the flags name, for the fitness walk or to compress the
     model."""
-    dropped = (read_drop_config(args.drop_config, len(decoder.blocks)) if args.drop_config
-               else [(False, False)] * len(decoder.blocks))
+    count = len(decoder.blocks)
+    dropped = read_drop_config(args.drop_config, count) if args.drop_config else [(False, False)] * count
     decoder.check_dropped(dropped)
     opened = open_configuration(args)
     switcher = LevelSwitcher(decoder, opened[0], args.level_cache_gb) if opened else None
-    levels = switcher.states(opened[1]) if opened else [()] * len(decoder.blocks)
+    levels = switcher.states(opened[1]) if opened else [()] * count
 
-    def set_block(index: int, state: tuple | None) -> None:
+    def set_block(index: int, state: tuple) -> None:
+        if index == count:                           # embedding and head
+            switcher.set_block(index, state)
+            return
         drop, block_levels = state
         decoder.blocks[index].drop(*drop)
         if switcher:
             switcher.set_block(index, block_levels)
 
-    return set_block, tuple(zip(dropped, levels))
+    return set_block, (*zip(dropped, levels), *levels[count:])

@@ -6,7 +6,8 @@ manifest.json
   sha256: of all the rest
   layers: name -> null while the layer is not built, then
     shape [out, in]; bytes and sha256 of its file; levels: level -> {kept or bits and overhead_bits, error}, and
-    group_size where it is not the one of the flags, or type, of blocks as GGUF has them (formats/kquants.py);
+    group_size where it is not the one of the flags, or type, of blocks as GGUF has them (formats/kquants.py); end,
+    of the embedding or the head;
     calibrated: false where it saw too few tokens for a Hessian
 The method "gptq" stands for quantized levels, those of other tools included (import_levels.py). A layer file has a
 level's tensors under "<level>.<part>" (parts: see packing.py; of a type, its blocks). Files appear whole or not at all,
@@ -91,6 +92,10 @@ class Database:
     def type(self, name: str, level: float) -> str | None:
         """GGUF's type of a level (gptq); None for scale * (code - zero)."""
         return self._level(name, level).get("type")
+
+    def is_end(self, name: str) -> bool:
+        """Whether it is the embedding or the head, not a layer of a block."""
+        return any(entry.get("end", False) for entry in self.manifest["layers"][name]["levels"].values())
 
     def kept(self, name: str, level: float) -> int:
         """Number of weights kept (sparsegpt)."""

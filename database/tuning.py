@@ -179,6 +179,11 @@ class HiddenStates:
         return sum(length for row in self.rows[i] for _, length in row)
 
     @torch.no_grad()
+    def embedded(self) -> list[torch.Tensor]:
+        """What the first block is given, of every microbatch."""
+        return [self.inputs(None, 0, i)[0].to(self.storage) for i in range(len(self.rows))]
+
+    @torch.no_grad()
     def inputs(self, states: list | None, index: int, i: int) -> tuple[torch.Tensor, tuple, dict]:
         """(hidden states, other arguments, keywords) that block `index` is called with for microbatch `i`."""
         input_ids, position_ids, _ = assemble(self.documents, self.rows[i])

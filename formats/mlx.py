@@ -71,6 +71,8 @@ def write_mlx(folder: Path, model: nn.Module, tokenizer, quantized: Mapping[str,
     """Write what mlx-lm loads; returns what to report of the quantized layers."""
     state, stored, schemes = model.state_dict(), 0, {}
     for name, layer in quantized.items():
+        matrix = model.get_parameter(f"{name}.weight")
+        state = {key: tensor for key, tensor in state.items() if tensor.data_ptr() != matrix.data_ptr()}    # if tied
         packed = pack(layer, SCALES[format])
         stored += sum(tensor.nbytes for tensor in packed.values())
         state.update({f"{name}.{part}": tensor for part, tensor in packed.items()})

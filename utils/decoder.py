@@ -144,6 +144,14 @@ class Decoder:
         """Every linear layer of the blocks by its full name, in module order, experts' matrices among them."""
         return {name: layer for block in self.blocks for name, layer in block.layers.items()}
 
+    @property
+    def ends(self) -> dict[str, nn.Module]:
+        """The input embedding and the head, by their full names; a head that shares the embedding's matrix is not
+        named."""
+        embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        ends = [embedding] if head is None or head.weight is embedding.weight else [embedding, head]
+        return {name: module for end in ends for name, module in self.model.named_modules() if module is end}
+
     def check_dropped(self, states: Sequence[tuple[bool, bool]]) -> None:
         """Raises ValueError where (attention, MLP) dropped of every block has what is held."""
         held = [f"the {name} of {block.name}" for block, state in zip(self.blocks, states)

@@ -20,7 +20,9 @@ from utils.errors import RunError
 from utils.interactions import Sketch
 from utils.losses import Teacher, fused, log_probabilities, plain_kl, teacher_distribution, token_losses
 
-Candidate = Sequence[Hashable]           # a state for every block, whatever `set_block` understands
+# a state for every block, whatever `set_block` understands; behind them a tuple of embedding's and head's levels, if
+# those have any, all None as they were
+Candidate = Sequence[Hashable]
 Row = list[tuple[int, int]]              # documents packed into one row: (index, length)
 T = TypeVar("T")
 
@@ -202,8 +204,9 @@ class Fitness:
         """(microbatch, candidates) of the walks that are this process's: a part of equal cost of all candidates on the
         first microbatch, in walking order, then all on the second, and so on."""
         order = walk_order(candidates, [None] * len(self.decoder.blocks))
-        runs = [len(self.decoder.blocks)] + [len(self.decoder.blocks) - _first_difference(candidates[a], candidates[b])
-                                             for a, b in zip(order, order[1:])]
+        count = len(self.decoder.blocks)
+        runs = [count] + [max(0, count - _first_difference(candidates[a], candidates[b]))
+                          for a, b in zip(order, order[1:])]
         config = self.decoder.config.get_text_config(decoder=True)
         block = sum(parameter.numel() for parameter in self.decoder.blocks[0].module.parameters())
         head = config.vocab_size * config.hidden_size / block            # its cost in blocks
@@ -224,21 +227,43 @@ class Fitness:
         input_ids, position_ids, predicting = assemble(self.documents, rows)
         targets = input_ids.flatten()[predicting + 1].to(self.decoder.device, non_blocking=True)
         predicting = predicting.to(self.decoder.device, non_blocking=True)
-        inputs = self.decoder.block_inputs(input_ids, position_ids)
         teacher = self._teacher_distributions(rows, kinds) if set(kinds) & {"kl", "sparse_kl"} else None
         sums = torch.zeros(len(lengths), len(candidates), len(kinds), dtype=torch.float64, device=self.decoder.device)
-        walk = self._block_by_block if self.decoder.offloaded else self._candidate_by_candidate
+
+        def walk(candidates: Sequence[Candidate]) -> Iterator[tuple[int, torch.Tensor]]:
+            walk = self._block_by_block if self.decoder.offloaded else self._candidate_by_candidate
+            for members in self._by_ends(candidates):
+                inputs = self.decoder.block_inputs(input_ids, position_ids)
+                for place, hidden_states in walk([candidates[i] for i in members], inputs):
+                    yield members[place], hidden_states.flatten(0, 1)[predicting]
+
         sketches: list[Sketch] | None = None
         if changes is not None:
-            before = next(states for _, states in walk([around], inputs)).flatten(0, 1)[predicting]
-            sketches = [Sketch(self._logits(chunk), changes.shape[-1]) for chunk in before.split(self._chunk_tokens())]
-        for current, hidden_states in walk(candidates, inputs):
+            for _, before in walk([around]):
+                sketches = [Sketch(self._logits(chunk), changes.shape[-1])
+                            for chunk in before.split(self._chunk_tokens())]
+        for current, hidden_states in walk(candidates):
             changed: list[torch.Tensor] = []
-            losses = self._losses(hidden_states.flatten(0, 1)[predicting], teacher, targets, kinds, sketches, changed)
+            losses = self._losses(hidden_states, teacher, targets, kinds, sketches, changed)
             if sketches:
                 changes[:, current] = torch.cat(changed).cpu()
             sums[:, current] = torch.stack([document.sum(0) for document in losses.split(lengths)])
         return sums
+
+    def _by_ends(self, candidates: Sequence[Candidate]) -> Iterator[list[int]]:
+        """Indices of the candidates of the same embedding and head, which are the model's while one is looked at."""
+        count = len(self.decoder.blocks)
+        groups: dict[tuple, list[int]] = {}
+        for i, candidate in enumerate(candidates):
+            groups.setdefault(tuple(candidate[count:]), []).append(i)
+        for ends, members in groups.items():
+            for levels in ends:
+                self.set_block(count, levels)
+            try:
+                yield members
+            finally:                                 # the teacher has them as they were
+                for levels in ends:
+                    self.set_block(count, (None,) * len(levels))
 
     def _candidate_by_candidate(self, candidates: Sequence[Candidate], inputs: BlockInputs
                                 ) -> Iterator[tuple[int, torch.Tensor]]:
