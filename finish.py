@@ -4,9 +4,10 @@
         --quant_config_path evo-kl-configuration-2.5.txt --save_dir db/finished-2.5
     python finish.py --model_name_or_path meta-llama/Meta-Llama-3-8B --drop_config layer_drop_config.txt --save_dir out
 
-Each block is trained to give what the uncompressed model's block gave, on what the blocks finished so far pass to it.
-The budget stays. Of bits and sparsity comes a database with one level a layer, which eval_config.py and export.py take
-with the same configuration; of depth a checkpoint without what was dropped.
+Each block is trained to give what the uncompressed model's block gave, on what the blocks finished so far pass to it;
+with --end_to_end_steps all are then trained together, to predict what it predicts. The budget stays. Of bits and
+sparsity comes a database with one level a layer, which eval_config.py and export.py take with the same configuration;
+of depth a checkpoint without what was dropped.
 """
 import argparse
 import time
@@ -40,6 +41,9 @@ def make_parser() -> argparse.ArgumentParser:
     add_configuration_flags(parser)
     group = parser.add_argument_group("training")
     group.add_argument("--steps", type=int, default=200, help="of the optimizer, a block (default: 200)")
+    group.add_argument("--end_to_end_steps", type=int, default=0, metavar="STEPS",
+                       help="afterwards, of all blocks together, to the least KL divergence: of quantized layers the "
+                            "scales alone; sparse and dense values need 14 bytes a weight of memory (default: 0)")
     group.add_argument("--batch_size", type=int, default=8, metavar="DOCUMENTS",
                        help="a step, each of --calibration_sequence_length tokens (default: 8)")
     group.add_argument("--learning_rate", type=float, metavar="RATE",
@@ -57,11 +61,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def check_flags(args: argparse.Namespace, config) -> None:
     """Raise ValueError, naming the flag, its value and the remedy. Sets the sequence length where it was left out."""
-    for flag, least in (("steps", 1), ("batch_size", 1), ("calibration_tokens", 2), ("microbatch_tokens", 1),
-                        ("calibration_sequence_length", 2)):
+    for flag, least in (("steps", 1), ("end_to_end_steps", 0), ("batch_size", 1), ("calibration_tokens", 2),
+                        ("microbatch_tokens", 1), ("calibration_sequence_length", 2)):
         value = getattr(args, flag)
         if value is not None and value < least:
             raise ValueError(f"--{flag} {value}: must be at least {least}")
+    if args.end_to_end_steps and args.cpu_offload_modules:
+        raise ValueError(f"--end_to_end_steps {args.end_to_end_steps}: trains the whole model on the device; leave it "
+                         f"or --cpu_offload_modules out")
     if args.learning_rate is not None and not 0 < args.learning_rate <= 1:
         raise ValueError(f"--learning_rate {args.learning_rate:g}: must be above 0 and at most 1, e.g. 0.02")
     check_dataset(args.calibration_data, "--calibration_data")
@@ -76,9 +83,10 @@ def check_flags(args: argparse.Namespace, config) -> None:
 
 def finish_blocks(args: argparse.Namespace, decoder: Decoder, documents: list[torch.Tensor],
                   dropped: list[tuple[bool, bool]], result: FinishedDatabase | FinishedCheckpoint,
-                  device: torch.device, home: torch.device) -> None:
+                  device: torch.device, home: torch.device) -> tuple[HiddenStates, list | None, list[torch.Tensor]]:
     """Train the blocks that are left, one after the other; afterwards the model is the finished one. A block is on
-    `device` while it is at work and at `home` before and after."""
+    `device` while it is at work and at `home` before and after. Returns the calibration documents, what the first block
+    is given of them, and what the uncompressed model's last one gives."""
     decoder.blocks[0].module.to(device)
     batch_tokens = args.batch_size * args.calibration_sequence_length
     tokens = args.microbatch_tokens or min(default_microbatch_tokens(decoder), -(-batch_tokens // PARTS))
@@ -86,7 +94,8 @@ def finish_blocks(args: argparse.Namespace, decoder: Decoder, documents: list[to
 
     began, trained = time.time(), 0
     # to the uncompressed block, and by the finished ones before it; None: the model's embeddings
-    given, passed = None, result.embedded(calibration)
+    embedded = result.embedded(calibration)
+    given, passed = None, embedded
     for block in decoder.blocks:
         block.module.to(device)
         targets = calibration.run(given, block.index)
@@ -108,6 +117,24 @@ def finish_blocks(args: argparse.Namespace, decoder: Decoder, documents: list[to
         block.module.to(home)
         print(f"block {block.index + 1}/{len(decoder.blocks)}: {note}", flush=True)
     distributed.report_idle(time.time() - began)
+    return calibration, embedded, given
+
+
+def finish_together(args: argparse.Namespace, decoder: Decoder, result: FinishedDatabase | FinishedCheckpoint,
+                    calibration: HiddenStates, embedded: list | None, teacher: list[torch.Tensor]) -> None:
+    """Train all blocks of the finished model together."""
+    weights = [result.weights(block, together=True) for block in decoder.blocks]
+    losses, began, shown = [], time.time(), time.time()
+    for loss in calibration.train_together(weights, embedded, teacher, args.end_to_end_steps,
+                                           args.batch_size * args.calibration_sequence_length, args.seed):
+        losses.append(loss)
+        if time.time() - shown > 10 or len(losses) in (1, args.end_to_end_steps):
+            shown = time.time()
+            left = (shown - began) / len(losses) * (args.end_to_end_steps - len(losses))
+            recent = losses[-10:]
+            print(f"end to end: step {len(losses)}/{args.end_to_end_steps}, divergence "
+                  f"{sum(recent) / len(recent):.4g}; left {timedelta(seconds=round(left))}", flush=True)
+    result.save_together(weights)
 
 
 @user_errors(RunError)
@@ -142,13 +169,17 @@ def main(argv: list[str] | None = None) -> None:
             return
     began = time.time()
     try:
-        finish_blocks(args, decoder, documents, dropped, result, device, home)
+        trained = finish_blocks(args, decoder, documents, dropped, result, device, home)
+        if args.end_to_end_steps:
+            finish_together(args, decoder, result, *trained)
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise RunError(f"{reason}; to go on, run the same command with a smaller --microbatch_tokens, or with "
-                       f"--cpu_offload_modules") from error
+        remedy = ("without --end_to_end_steps into another folder" if args.end_to_end_steps else
+                  "with --cpu_offload_modules")
+        raise RunError(f"{reason}; to go on, run the same command with a smaller --microbatch_tokens, or "
+                       f"{remedy}") from error
     result.end(tokenizer)
     print(f"{args.save_dir}: finished in {timedelta(seconds=round(time.time() - began))}")
 

@@ -64,6 +64,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--budgets", nargs="+", default=[*BITS, *SPARSITIES, *DEPTHS], metavar="NAME",
                         help="e.g. '2.5 bits' '60%% sparsity' '25%% depth' (default: all)")
     parser.add_argument("--steps", type=int, default=100, help="of finish.py (default: 100)")
+    parser.add_argument("--end_to_end_steps", type=int, default=0, help="of finish.py (default: 0)")
     parser.add_argument("--batch_size", type=int, default=4, help="of finish.py (default: 4)")
     parser.add_argument("--auto_round", metavar="PYTHON", help="interpreter of an environment that has auto-round")
     parser.add_argument("--out", type=Path, default=Path("results/finish"))
@@ -107,8 +108,8 @@ class Bench:
         return json.loads(result.read_text())["compressed"]
 
     def finish(self, name: str, flags: list, seed: int) -> Path:
-        return self.once(name, ["finish.py", *self.text, *flags, "--steps", self.args.steps, "--batch_size",
-                                self.args.batch_size, "--seed", seed])
+        return self.once(name, ["finish.py", *self.text, *flags, "--steps", self.args.steps, "--end_to_end_steps",
+                                self.args.end_to_end_steps, "--batch_size", self.args.batch_size, "--seed", seed])
 
     # ---- of one budget and seed: name of a way -> dataset -> values --------------------------------------------------
 
@@ -189,7 +190,7 @@ def main() -> None:
     if unknown:
         raise SystemExit(f"--budgets {unknown[0]}: use one of {', '.join({**BITS, **SPARSITIES, **DEPTHS})}")
     claim(args.out.resolve(), args, ("model_name_or_path", "data", "other_data", "calibration_tokens",
-                                     "sequence_length", "eval_tokens", "steps", "batch_size"))
+                                     "sequence_length", "eval_tokens", "steps", "end_to_end_steps", "batch_size"))
     bench = Bench(args)
     jobs = [(budget, seed) for seed in range(args.seeds) for budget in args.budgets]
     with ThreadPoolExecutor(args.jobs) as pool:

@@ -65,6 +65,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--sequence_length", type=int, default=256)
     parser.add_argument("--eval_tokens", type=int, default=8192, help="of each text")
     parser.add_argument("--steps", type=int, default=50, help="of finish.py (default: 50)")
+    parser.add_argument("--end_to_end_steps", type=int, default=0, help="of finish.py (default: 0)")
     parser.add_argument("--batch_size", type=int, default=4, help="of finish.py (default: 4)")
     parser.add_argument("--no_finish", action="store_true", help="finish and export nothing more")
     parser.add_argument("--out", type=Path, default=Path("results/real"))
@@ -238,7 +239,7 @@ def main() -> None:
     args = parse_arguments()
     args.out = args.out.resolve()
     claim(args.out, args, ("model_name_or_path", "data", "eval_data", "calibration_tokens", "sequence_length",
-                           "eval_tokens", "steps", "batch_size"))
+                           "eval_tokens", "steps", "end_to_end_steps", "batch_size"))
     if args.model_name_or_path is None:
         folder = args.out / "SmolLM2-135M-Instruct"
         if not (folder / "tokenizer.json").exists():

@@ -33,6 +33,7 @@ from utils.files import PARTIAL, read_sealed, seal, write_atomic
 from utils.model import save_pretrained
 
 MARK = "finish.json"             # what a checkpoint that is being finished depends on
+TOGETHER = "trained_together"    # in a manifest whose blocks were trained together after each was by itself
 SOURCE = "finished_from"         # flag of a database of trained levels, whose codes are where training starts again
 # flags that decide where and how blocks are trained, or of whose files the content is compared
 ELSEWHERE = (*NOT_COMPARED, "microbatch_tokens", "level_cache_gb", "drop_config", "drop_budget", "quant_weights_path",
@@ -43,6 +44,8 @@ def header_of(args: argparse.Namespace, config, decoder: Decoder, documents: Seq
               dropped: Sequence[tuple[bool, bool]]) -> dict:
     """What a result depends on: one begun on anything else is not resumed."""
     flags = {key: value for key, value in vars(args).items() if key not in ELSEWHERE}
+    if not args.end_to_end_steps:    # what was finished before there was a choice is the same
+        del flags["end_to_end_steps"]
     return {"format": FORMAT, "model": args.model_name_or_path, "config_sha256": config_sha256(config),
             "weights_sha256": weights_sha256(decoder.layers), "calibration_sha256": documents_sha256(documents),
             "flags": {**flags, "dropped": "".join("01"[half] for halves in dropped for half in halves)}}
@@ -68,6 +71,7 @@ class FinishedDatabase:
         self._layers = decoder.layers
         self.levels, self.dropped = levels, dropped
         self.learning_rate = {} if args.learning_rate is None else {"learning_rate": args.learning_rate}
+        self._together = bool(args.end_to_end_steps)
         checksum = hashlib.sha256(json.dumps(levels, sort_keys=True).encode()).hexdigest()
         header = {**header, "method": source.method, "model_sha256": source.manifest.get("model_sha256"),
                   "flags": {**source.manifest["flags"], **header["flags"], SOURCE: source.sha256,
@@ -102,22 +106,24 @@ class FinishedDatabase:
 
     @property
     def complete(self) -> bool:
-        return all(self.manifest["layers"].values())
+        return all(self.manifest["layers"].values()) and self._together == self.manifest.get(TOGETHER, False)
 
     def has(self, block: Block) -> bool:
         return all(self.manifest["layers"][name] for name in self.names(block))
 
-    def weights(self, block: Block) -> dict[str, Weight]:
-        """What is to be trained, by the parameter's name within the block."""
+    def weights(self, block: Block, together: bool = False) -> dict[str, Weight]:
+        """What is to be trained, by the parameter's name within the block: of the uncompressed block, or of the
+        finished one, to be trained `together` with all others."""
         gone = _dropped_modules(block, self.dropped[block.index])
-        weights = {f"{_within(block, name)}.weight": self._weight(name, self.levels[name]) for name in self.names(block)
+        source = Database(self.path, finished=False) if together else self.source
+        weights = {f"{_within(block, name)}.weight": self._weight(source, name, together) for name in self.names(block)
                    if block.layers[name] not in gone and not isinstance(block.layers[name], ExpertLayer)
                    and self._trainable(name)}
         stored = set(self.names(block))
         for own, parameter in block.module.named_parameters():
             experts = {name: layer for name, layer in block.layers.items()
                        if isinstance(layer, ExpertLayer) and layer.parameter is parameter}
-            trained = {name: self._weight(name, self.levels[name]) for name in experts
+            trained = {name: self._weight(source, name, together) for name in experts
                        if name in stored and self._trainable(name)}
             if trained and not any(parameter is other for module in gone for other in module.parameters()):
                 weights[own] = ExpertsWeight(experts, trained)
@@ -126,28 +132,43 @@ class FinishedDatabase:
     def _trainable(self, name: str) -> bool:
         return self.source.method == "sparsegpt" or self.source.type(name, self.levels[name]) != "F16"
 
-    def _weight(self, name: str, level: float) -> Weight:
-        weight = self._layers[name].weight
-        packed = self.source.packed(name, level, weight.device)
-        if self.source.method == "sparsegpt":
-            return SparseWeight(packed, self.source.shape(name), **self.learning_rate)
-        keep_codes = SOURCE in self.source.manifest["flags"]
-        if kind := self.source.type(name, level):
-            return BlockWeight(weight, packed, kind, keep_codes, **self.learning_rate)
-        return QuantizedWeight(weight, packed, level, self.source.group_size(name, level),
-                               keep_codes, **self.learning_rate)
+    def _weight(self, source: Database, name: str, together: bool) -> Weight:
+        level, weight, how = self.levels[name], self._layers[name].weight, {**self.learning_rate, "together": together}
+        packed = source.packed(name, level, weight.device)
+        if source.method == "sparsegpt":
+            return SparseWeight(packed, source.shape(name), **how)
+        keep_codes = SOURCE in source.manifest["flags"]
+        if together:
+            weight = source.unpack(name, level, packed)
+        if kind := source.type(name, level):
+            return BlockWeight(weight, packed, kind, keep_codes, **how)
+        return QuantizedWeight(weight, packed, level, source.group_size(name, level), keep_codes, **how)
 
     def save(self, block: Block, trained: Mapping[str, Weight], calibration: HiddenStates, states: list | None) -> None:
         """Write the block's layers. The block is still uncompressed; `states`: what it is given."""
-        packed, of_experts = {}, {name: weight for whole in trained.values() if isinstance(whole, ExpertsWeight)
-                                  for name, weight in whole.weights.items()}
-        for name in self.names(block):
-            weight = of_experts.get(name) or trained.get(f"{_within(block, name)}.weight")
-            packed[name] = weight.packed() if weight else self.source.packed(name, self.levels[name])
+        packed = self._packed(block, trained)
+        packed = {name: packed.get(name) or self.source.packed(name, self.levels[name]) for name in self.names(block)}
         errors = calibration.relative_errors(block.index, states, {
             _within(block, name): self.source.unpack(name, self.levels[name], parts) for name, parts in packed.items()})
         self.manifest["layers"].update(self._write(packed, {name: errors[_within(block, name)] for name in packed}))
         distributed.from_main(write_manifest)(self.path, self.manifest)
+
+    def save_together(self, trained: Sequence[Mapping[str, Weight]]) -> None:
+        """Write what was trained of all blocks together. Layers' errors stay what they were before."""
+        for block, weights in zip(self.decoder.blocks, trained):
+            packed = self._packed(block, weights)
+            errors = {name: self.manifest["layers"][name]["levels"][str(self.levels[name])]["error"] for name in packed}
+            self.manifest["layers"].update(self._write(packed, errors))
+        self.manifest[TOGETHER] = True
+        distributed.from_main(write_manifest)(self.path, self.manifest)
+
+    def _packed(self, block: Block, trained: Mapping[str, Weight]) -> dict[str, Packed]:
+        """Of the layers that were trained, by full name."""
+        of_experts = {name: weight for whole in trained.values() if isinstance(whole, ExpertsWeight)
+                      for name, weight in whole.weights.items()}
+        weights = {name: of_experts.get(name) or trained.get(f"{_within(block, name)}.weight")
+                   for name in self.names(block)}
+        return {name: weight.packed() for name, weight in weights.items() if weight}
 
     @distributed.from_main
     def _write(self, packed: dict[str, Packed], errors: dict[str, float]) -> dict[str, dict]:
@@ -201,11 +222,12 @@ class FinishedCheckpoint:
     def has(self, block: Block) -> bool:
         return all(self.dropped[block.index]) or self._file(block).is_file()
 
-    def weights(self, block: Block) -> dict[str, Weight]:
-        """What is to be trained, by the parameter's name within the block."""
+    def weights(self, block: Block, together: bool = False) -> dict[str, Weight]:
+        """What is to be trained, by the parameter's name within the block, alone or `together` with all others."""
         gone = {id(parameter) for module in _dropped_modules(block, self.dropped[block.index])
                 for parameter in module.parameters()}
-        return {name: DenseWeight(parameter, **self.learning_rate) for name, parameter in
+        how = {**self.learning_rate, "together": together}
+        return {name: DenseWeight(parameter, **how) for name, parameter in
                 block.module.named_parameters() if id(parameter) not in gone and parameter.is_floating_point()}
 
     @distributed.from_main
@@ -220,6 +242,9 @@ class FinishedCheckpoint:
             parameters = dict(block.module.named_parameters())
             for name, value in load(self._file(block).read_bytes()).items():
                 parameters[name].data.copy_(value)
+
+    def save_together(self, trained: Sequence[Mapping[str, Weight]]) -> None:
+        """The model has what was trained; `end` writes it."""
 
     @distributed.main_only
     def end(self, tokenizer) -> None:

@@ -4,7 +4,7 @@ What is trained depends on how a weight is compressed, and never changes its siz
 every code and every scale (as in AutoRound, arXiv 2309.05516), of K-quants the rounding alone, of a sparse one the
 values that are kept, of one that is neither all of it. Gradients pass through rounding unchanged.
 """
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -13,16 +13,20 @@ from torch.func import functional_call
 from database.packing import Packed, pack_quantized, pack_sparse, unpack_bits
 from formats.kquants import TYPES, decode, encode, grids
 from utils import distributed
-from utils.decoder import Decoder
+from utils.decoder import BlockInputs, Decoder
 from utils.experts import ExpertLayer, eager, inputs_seen
 from utils.fitness import assemble, microbatches, storage_for
+from utils.losses import log_probabilities, plain_kl
 
 SMALLEST_SCALE = 2.0**-24        # above zero in half precision
 CODE_EDGE = 0.48                 # of a step: where an unrounded code starts whose rounding is not the nearest
 SCALE_RATE = 0.25                # learning rate of scales, relative, to that of codes, in steps of the grid
+TOGETHER = 0.1                   # of the learning rates, where all blocks are trained together: of values and codes,
+SCALES_TOGETHER = 2.0            # and of scales that are trained alone
 BETAS = (0.9, 0.95)              # of Adam: there are few steps
 PARTS = 4                        # microbatches of a step, at least: so many processes can share it
 ERROR_MICROBATCHES = 16          # on which layers' errors are measured
+CHUNK = 1024                     # tokens whose logits are in memory at once
 
 
 # ---- weights that are trained ----------------------------------------------------------------------------------------
@@ -31,9 +35,10 @@ ERROR_MICROBATCHES = 16          # on which layers' errors are measured
 class QuantizedWeight:
     """A weight scale * (code - zero) of which the codes, unrounded, and the scales are trained. The zeros stay."""
     def __init__(self, weight: torch.Tensor, packed: Packed, bits: int, group_size: int, keep_codes: bool,
-                 learning_rate: float = 0.02):
+                 learning_rate: float = 0.02, together: bool = False):
         """weight: uncompressed [out, in]; packed: see `pack_quantized`. Training starts from `packed`'s grids and the
-        codes nearest to `weight`, with `keep_codes` from its codes. learning_rate: in steps of a grid."""
+        codes nearest to `weight`, with `keep_codes` from its codes. learning_rate: in steps of a grid. `together`: the
+        scales alone are trained, which takes little memory for all blocks."""
         self.bits, self.group_size, self.columns = bits, group_size, weight.shape[1]
         self.zeros, self.scales = packed["zeros"].float(), packed["scales"].float()
         unrounded = weight.float() / self._spread(self.scales)
@@ -44,6 +49,9 @@ class QuantizedWeight:
         self.growth = torch.zeros_like(self.scales).requires_grad_()     # of the scales, relative
         self.trained = [self.steps, self.growth]
         self.learning_rates = [learning_rate, SCALE_RATE * learning_rate]
+        if together:
+            self.steps.requires_grad_(False)
+            self.trained, self.learning_rates = [self.growth], [SCALES_TOGETHER * SCALE_RATE * learning_rate]
 
     def value(self) -> torch.Tensor:
         """float32 [out, in], of which gradients pass to what is trained."""
@@ -68,15 +76,16 @@ class QuantizedWeight:
 
 class BlockWeight:
     """A weight in blocks of GGUF's, of which the codes, unrounded, are trained. The grids stay."""
-    def __init__(self, weight: torch.Tensor, packed: Packed, kind: str, keep_codes: bool, learning_rate: float = 0.02):
-        """As for QuantizedWeight; kind: of the blocks."""
+    def __init__(self, weight: torch.Tensor, packed: Packed, kind: str, keep_codes: bool, learning_rate: float = 0.02,
+                 together: bool = False):
+        """As for QuantizedWeight; kind: of the blocks, whose codes are trained `together`, too."""
         self.kind, self.parts = kind, decode(kind, packed["blocks"])
         self.scale, self.minimum = (grid.repeat_interleave(TYPES[kind].group, 1) for grid in grids(kind, self.parts))
         unrounded = torch.where(self.scale == 0, 0, (weight.float() + self.minimum) / self.scale)
         if keep_codes:
             unrounded = unrounded.clamp(self.parts.codes - CODE_EDGE, self.parts.codes + CODE_EDGE)
         self.trained = [unrounded.requires_grad_()]
-        self.learning_rates = [learning_rate]
+        self.learning_rates = [TOGETHER * learning_rate if together else learning_rate]
 
     def value(self) -> torch.Tensor:
         """float32 [out, in], of which gradients pass to what is trained."""
@@ -92,13 +101,13 @@ class BlockWeight:
 
 class SparseWeight:
     """A weight of which the kept values are trained; what is pruned stays zero."""
-    def __init__(self, packed: Packed, shape: tuple[int, int], learning_rate: float = 0.04):
-        """learning_rate: in root mean squares of the kept values."""
+    def __init__(self, packed: Packed, shape: tuple[int, int], learning_rate: float = 0.04, together: bool = False):
+        """learning_rate: in root mean squares of the kept values, when blocks are not trained `together`."""
         self.keep = unpack_bits(packed["mask"], 1, shape[0] * shape[1]).bool().view(shape)
         self.dtype = packed["values"].dtype
         self.trained = [torch.zeros(shape, device=self.keep.device).masked_scatter_(
             self.keep, packed["values"].float()).requires_grad_()]
-        self.learning_rates = [learning_rate * _root_mean_square(packed["values"])]
+        self.learning_rates = [learning_rate * _root_mean_square(packed["values"]) * (TOGETHER if together else 1)]
 
     def value(self) -> torch.Tensor:
         """float32 [out, in], of which gradients pass to what is kept."""
@@ -111,10 +120,10 @@ class SparseWeight:
 
 class DenseWeight:
     """A parameter of a block of which nothing is compressed: every value is trained."""
-    def __init__(self, weight: torch.Tensor, learning_rate: float = 0.04):
-        """learning_rate: in root mean squares of the weight."""
+    def __init__(self, weight: torch.Tensor, learning_rate: float = 0.04, together: bool = False):
+        """learning_rate: in root mean squares of the weight, when blocks are not trained `together`."""
         self.trained = [weight.detach().float().clone().requires_grad_()]
-        self.learning_rates = [learning_rate * _root_mean_square(weight)]
+        self.learning_rates = [learning_rate * _root_mean_square(weight) * (TOGETHER if together else 1)]
 
     def value(self) -> torch.Tensor:
         return self.trained[0]
@@ -186,10 +195,14 @@ class HiddenStates:
     @torch.no_grad()
     def inputs(self, states: list | None, index: int, i: int) -> tuple[torch.Tensor, tuple, dict]:
         """(hidden states, other arguments, keywords) that block `index` is called with for microbatch `i`."""
-        input_ids, position_ids, _ = assemble(self.documents, self.rows[i])
-        given = self.decoder.block_inputs(input_ids.to(self.device),
-                                          None if position_ids is None else position_ids.to(self.device))
+        given = self._given(i)
         return (given.hidden_states if states is None else states[i].to(self.device), *given.calls[index])
+
+    def _given(self, i: int) -> BlockInputs:
+        """What the blocks are given for microbatch `i`."""
+        input_ids, position_ids, _ = assemble(self.documents, self.rows[i])
+        return self.decoder.block_inputs(input_ids.to(self.device),
+                                         None if position_ids is None else position_ids.to(self.device))
 
     @torch.no_grad()
     def run(self, states: list | None, index: int) -> list[torch.Tensor]:
@@ -220,8 +233,7 @@ class HiddenStates:
         of a step's microbatches side by side; they are added in order, so that all their numbers give the same weights.
         Returns the mean loss of the first and of the last tenth of the steps.
         """
-        adam = torch.optim.Adam([{"params": [tensor], "lr": rate} for weight in weights.values()
-                                 for tensor, rate in zip(weight.trained, weight.learning_rates)], betas=BETAS)
+        adam = self._adam(weights.values())
         rates = [group["lr"] for group in adam.param_groups]
         batches = self._batches(batch_tokens, torch.Generator().manual_seed(seed))
         losses = []
@@ -233,6 +245,11 @@ class HiddenStates:
             adam.zero_grad()
         tenth = max(1, steps // 10)
         return sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
+
+    @staticmethod
+    def _adam(weights: Iterable[Weight]) -> torch.optim.Adam:
+        return torch.optim.Adam([{"params": [tensor], "lr": rate} for weight in weights
+                                 for tensor, rate in zip(weight.trained, weight.learning_rates)], betas=BETAS)
 
     def _batches(self, batch_tokens: int, generator: torch.Generator):
         """Lists of microbatches, without end."""
@@ -269,6 +286,90 @@ class HiddenStates:
         gradients = (summed[2:] / energy).split([value.numel() for value in values])
         torch.autograd.backward(values, [gradient.view_as(value) for value, gradient in zip(values, gradients)])
         return float(loss / energy)
+
+    # ---- training all blocks together --------------------------------------------------------------------------------
+
+    def train_together(self, weights: Sequence[Mapping[str, Weight]], states: list | None, teacher: list[torch.Tensor],
+                       steps: int, batch_tokens: int, seed: int) -> Iterator[float]:
+        """Train the weights of all blocks, by their names within each, until the model predicts what the uncompressed
+        one does, whose last block's output is `teacher`; yields every step's loss, the KL divergence in nats a token.
+
+        In memory are an input for every block and one block's gradients, since a block's forward is run again for its
+        backward (gradient checkpointing). Steps and processes are as in `train`; the model has the trained weights.
+        """
+        adam = self._adam([weight for of_block in weights for weight in of_block.values()])
+        rates = [group["lr"] for group in adam.param_groups]
+        batches = self._batches(batch_tokens, torch.Generator().manual_seed(seed))
+        for step in range(steps):
+            for group, rate in zip(adam.param_groups, rates):
+                group["lr"] = (1 - step / steps) * rate
+            yield self._backward_through(weights, states, teacher, next(batches))
+            adam.step()
+            adam.zero_grad()
+            for block, of_block in zip(self.decoder.blocks, weights):
+                parameters = dict(block.module.named_parameters())
+                for name, weight in of_block.items():
+                    with torch.no_grad():
+                        parameters[name].data.copy_(weight.value())
+
+    def _backward_through(self, weights: Sequence[Mapping[str, Weight]], states: list | None,
+                          teacher: list[torch.Tensor], batch: list[int]) -> float:
+        """Leave a batch's gradients in what is trained; returns its loss."""
+        blocks = range(len(self.decoder.blocks))
+        passes = {}                              # of this process: place -> (blocks' inputs, their calls, gradient)
+        losses = torch.zeros(len(batch), dtype=torch.float64)
+        for place in range(distributed.rank(), len(batch), distributed.world_size()):
+            i = batch[place]
+            given = self._given(i)
+            hidden_states, entering = given.hidden_states if states is None else states[i].to(self.device), []
+            with torch.no_grad():
+                for index in blocks:
+                    entering.append(hidden_states)
+                    args, kwargs = given.calls[index]
+                    hidden_states = self._output(index, hidden_states, args, kwargs)
+            losses[place], gradient = self._divergence(i, hidden_states, teacher[i].to(self.device))
+            passes[place] = entering, given.calls, gradient
+        for index in reversed(blocks):
+            with torch.enable_grad():
+                values = [weight.value() for weight in weights[index].values()]
+            shares = {}
+            for place, (entering, calls, gradient) in passes.items():
+                leaves = {name: value.detach().to(self.decoder.dtype).requires_grad_()
+                          for name, value in zip(weights[index], values)}
+                hidden_states, (args, kwargs) = entering.pop().requires_grad_(), calls[index]
+                with torch.enable_grad():
+                    output = self._output(index, hidden_states, args, kwargs, leaves)
+                before, *gradients = torch.autograd.grad(output, [hidden_states, *leaves.values()], gradient,
+                                                         allow_unused=True)
+                passes[place] = entering, calls, before
+                shares[place] = torch.cat([torch.zeros(1, device=self.device), *(
+                    torch.zeros_like(value).flatten() if gradient is None else gradient.float().flatten()
+                    for value, gradient in zip(values, gradients))])
+            summed = 0.0
+            for place in range(len(batch)):
+                summed = summed + distributed.broadcast(shares.get(place), place % distributed.world_size(),
+                                                        self.device)
+            parts = (summed[1:] / self._predicted(batch)).split([value.numel() for value in values])
+            torch.autograd.backward(values, [part.view_as(value) for part, value in zip(parts, values)])
+        return float(distributed.merge_(losses).sum()) / self._predicted(batch)
+
+    def _divergence(self, i: int, hidden_states: torch.Tensor, teacher: torch.Tensor) -> tuple[float, torch.Tensor]:
+        """(sum of the KL divergence over a microbatch's predicted tokens, its gradient [rows, tokens, hidden])."""
+        *_, predicting = assemble(self.documents, self.rows[i])
+        total, gradient = 0.0, torch.zeros_like(hidden_states).flatten(0, 1)
+        for chunk in predicting.to(self.device).split(CHUNK):
+            own, others = (states.flatten(0, 1)[chunk] for states in (hidden_states, teacher))
+            log_p = log_probabilities(self.decoder.logits(others[None])[0])
+            own.requires_grad_()
+            with torch.enable_grad():
+                log_q = log_probabilities(self.decoder.logits(own[None])[0])
+                loss = plain_kl(log_p, log_p.exp(), log_q).sum()
+            gradient[chunk] = torch.autograd.grad(loss, own)[0]
+            total += float(loss.detach())
+        return total, gradient.view_as(hidden_states)
+
+    def _predicted(self, batch: list[int]) -> int:
+        return sum(length - 1 for i in batch for row in self.rows[i] for _, length in row)
 
     @torch.no_grad()
     def relative_errors(self, index: int, states: list | None, alternatives: Mapping[str, torch.Tensor]

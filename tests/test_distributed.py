@@ -55,8 +55,8 @@ def inputs(checkpoint, text) -> list[str]:
 def finish_commands(inputs: list[str], databases, folder) -> list[list[str]]:
     own = {"finish-sparsegpt": ["--sparse_weights_path", str(databases / "sparsegpt"), "--sparse_config_path", "0"],
            "finish-gptq": ["--quant_weights_path", str(databases / "gptq"), "--quant_config_path", "2"]}
-    return [["finish", *inputs, "--calibration_tokens", "512", "--batch_size", "4", "--steps", "3", *flags,
-             "--save_dir", str(folder / name)] for name, flags in own.items()]
+    return [["finish", *inputs, "--calibration_tokens", "512", "--batch_size", "4", "--steps", "3",
+             "--end_to_end_steps", "2", *flags, "--save_dir", str(folder / name)] for name, flags in own.items()]
 
 
 @pytest.fixture(scope="module")

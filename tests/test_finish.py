@@ -167,6 +167,97 @@ def test_a_finished_database_is_finished_again_from_its_codes(finished, checkpoi
     assert after < divergence(checkpoint, text, *flags)
 
 
+# ---- all blocks together ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["sparse", "quant", "drop"])
+def test_end_to_end_steps_lower_the_divergence_further(finished, databases, checkpoint, text, configurations, tmp_path,
+                                                       kind):
+    def after(folder) -> float:
+        return divergence(checkpoint, text, *(["--checkpoint", folder] if kind == "drop" else [
+            f"--{kind}_weights_path", folder, f"--{kind}_config_path", configurations[kind]]))
+
+    more = ["--end_to_end_steps", "30"]
+    folder = finished(kind, tmp_path / "together", *more)
+    assert after(folder) < 0.99 * after(finished.once(kind))
+    with pytest.raises(SystemExit, match="differs in --end_to_end_steps None .it was 30"):
+        finished(kind, folder)
+    if kind == "quant":                                  # codes and zeros stay those of the blocks; scales do not
+        apart, together = Database.open(finished.once(kind)), Database.open(folder)
+        for name in apart.layers:
+            [level] = apart.levels(name)
+            before, trained = apart.packed(name, level), together.packed(name, level)
+            assert [torch.equal(before[part], trained[part]) for part in ("codes", "zeros", "scales")] == [
+                True, True, False]
+            assert apart.error(name, level) == together.error(name, level)
+
+
+@pytest.mark.parametrize("kind", ["quant", "drop"])
+def test_killed_while_all_are_trained_it_leaves_the_same_bytes(finished, tmp_path, monkeypatch, capsys, kind):
+    more = ["--end_to_end_steps", "4"]
+    whole = contents(finished(kind, tmp_path / "whole", *more))
+    together, written = HiddenStates._backward_through, []
+
+    def dying(self, *args):
+        if len(written) == 2:
+            written.append(None)
+            raise KeyboardInterrupt
+        written.append(None)
+        return together(self, *args)
+
+    monkeypatch.setattr(HiddenStates, "_backward_through", dying)
+    with pytest.raises(KeyboardInterrupt):
+        finished(kind, tmp_path / "killed", *more)
+    if kind == "quant":                                  # and once more while the result is written
+        manifest = finish.FinishedDatabase._write
+
+        def half(self, packed, errors):
+            if any(".2." in name for name in packed):
+                raise KeyboardInterrupt
+            return manifest(self, packed, errors)
+        monkeypatch.setattr(finish.FinishedDatabase, "_write", half)
+        with pytest.raises(KeyboardInterrupt):
+            finished(kind, tmp_path / "killed", *more)
+        monkeypatch.setattr(finish.FinishedDatabase, "_write", manifest)
+    finished(kind, tmp_path / "killed", *more)
+    assert contents(tmp_path / "killed") == whole
+    capsys.readouterr()
+    finished(kind, tmp_path / "killed", *more)
+    assert capsys.readouterr().out.strip().endswith("finished")
+
+
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_gradients_through_all_blocks_are_those_of_the_whole_model(name):
+    decoder = Decoder(families.build(name, dtype=torch.float64))
+    if decoder.shares_notes:
+        pytest.skip("finish.py refuses blocks that read what earlier ones have left")
+    documents = [torch.randint(3, families.VOCABULARY, (length,), generator=torch.Generator().manual_seed(length))
+                 for length in (16, 16, 11)]
+    calibration = HiddenStates(decoder, documents, 16, torch.device("cpu"))
+    teacher = None
+    for block in decoder.blocks:
+        teacher = calibration.run(teacher, block.index)
+    with torch.no_grad():
+        expected = [decoder.model(document[None]).logits[0, :-1].log_softmax(-1) for document in documents]
+        for block in decoder.blocks:
+            for number, parameter in enumerate(block.module.parameters()):
+                parameter.mul_(1 + 0.1 * (-1) ** number)
+    decoder.blocks[1].drop(True, False)
+    weights = [{name: DenseWeight(parameter) for name, parameter in block.module.named_parameters()
+                if parameter.is_floating_point()} for block in decoder.blocks]
+    loss = calibration._backward_through(weights, None, teacher, list(range(len(calibration.rows))))
+    parameters = {(block.index, name): parameter.requires_grad_() for block in decoder.blocks
+                  for name, parameter in block.module.named_parameters() if parameter.is_floating_point()}
+    own = [decoder.model(document[None], use_cache=False).logits[0, :-1].log_softmax(-1) for document in documents]
+    plain = sum((p.exp() * (p - q)).sum() for p, q in zip(expected, own)) / sum(len(d) - 1 for d in documents)
+    gradients = torch.autograd.grad(plain, list(parameters.values()), allow_unused=True)
+    assert loss == pytest.approx(float(plain.detach()), rel=1e-6)
+    for (index, own), gradient in zip(parameters, gradients):
+        found = weights[index][own].trained[0].grad
+        gradient = torch.zeros_like(parameters[index, own]) if gradient is None else gradient
+        assert torch.allclose(found.double(), gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max() + 1e-9)), own
+
+
 # ---- a trained weight ------------------------------------------------------------------------------------------------
 
 
@@ -282,6 +373,8 @@ def test_a_folder_of_another_run_is_refused(finished, tmp_path):
     ([], "nothing to finish; give a configuration"),
     (["quant", "--steps", "0"], "--steps 0: must be at least 1"),
     (["quant", "--learning_rate", "0"], "--learning_rate 0: must be above 0"),
+    (["quant", "--end_to_end_steps", "-1"], "--end_to_end_steps -1: must be at least 0"),
+    (["quant", "--end_to_end_steps", "9", "--cpu_offload_modules"], "--end_to_end_steps 9: trains the whole model on"),
     (["quant", "--batch_size", "99"], "--batch_size 99: takes 99 documents of 32 tokens, more than"),
     (["quant", "--quant_budget", "2.1"], "misses --quant_budget 2.1"),
 ])

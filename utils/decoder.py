@@ -247,7 +247,6 @@ class Decoder:
         output = self._call(block.module, self.parted(hidden_states), *args, **kwargs)
         return self.joined(output if isinstance(output, torch.Tensor) else output[0])
 
-    @torch.no_grad()
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Logits [batch, tokens, vocabulary] of the last block's output [batch, tokens, hidden].
 
