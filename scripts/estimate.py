@@ -217,9 +217,12 @@ def finishing(shape: Shape, args: argparse.Namespace, database_bytes: float) -> 
     # of a block's weights: what is trained, its gradient and Adam's two moments, all in float32, the value in both
     block = (4 * 4 + 4 + 2 * HALF) * shape.weights / shape.blocks
     kept = database_bytes / 5 if args.quant_weights_path else HALF * shape.parameters
-    return Need({"bf16": shape.forward(2 * args.calibration_tokens + trained, length)},
+    together = args.end_to_end_steps * args.batch_size * length             # two forwards, and twice one back
+    state = 3 * 4 * shape.weights if together and not args.quant_weights_path else 0    # in float32, Adam's included
+    return Need({"bf16": shape.forward(2 * args.calibration_tokens + trained + 4 * together, length)
+                         + shape.head(4 * together)},
                 HALF * shape.parameters + database_bytes, kept,
-                HALF * resident(shape, args) + block + (3 * states if on_device else 0),
+                HALF * resident(shape, args) + block + state + (3 * states if on_device else 0),
                 HALF * shape.parameters + (0 if on_device else 3 * states), waits=travelling, sealed=kept)
 
 
