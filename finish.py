@@ -43,7 +43,7 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--steps", type=int, default=200, help="of the optimizer, a block (default: 200)")
     group.add_argument("--end_to_end_steps", type=int, default=0, metavar="STEPS",
                        help="afterwards, of all blocks together, to the least KL divergence: of quantized layers the "
-                            "scales alone; sparse and dense values need 14 bytes a weight of memory (default: 0)")
+                            "scales alone, in 3 bytes a weight of memory; all else needs 14 (default: 0)")
     group.add_argument("--batch_size", type=int, default=8, metavar="DOCUMENTS",
                        help="a step, each of --calibration_sequence_length tokens (default: 8)")
     group.add_argument("--learning_rate", type=float, metavar="RATE",

@@ -39,10 +39,11 @@ from benchmarks.ways import SEARCHES, here, play
 from database import build, gptq, hidden_states, sparsegpt, store
 from database.hessian import Calibration
 from database.levels import LevelSwitcher
+from database.tuning import HiddenStates, QuantizedWeight
 from scripts import estimate
 from scripts.estimate import search_tokens
 from utils import attention
-from utils.decoder import Decoder
+from utils.decoder import Block, Decoder
 from utils.files import write_atomic
 from utils.fitness import Fitness
 from utils.report import format_table
@@ -340,10 +341,40 @@ def profile(part: Part) -> None:
                               for name in ("aten::item", "cudaStreamSynchronize", "cudaMemcpyAsync")})
 
 
+def finishing(part: Part) -> None:
+    """finish.py at 3 bits: steps of one block's training and of all blocks' together, and hours at its defaults."""
+    documents = [torch.randint(part.scaled(128256, 256), (part.scaled(2048, 32),)) for _ in range(16)]
+    decoder, _ = part.load(part.scaled(2048, 64))
+    calibration = HiddenStates(decoder, documents, part.scaled(4096, 64), part.device)
+    steps, batch_tokens = part.scaled(5, 2), 8 * len(documents[0])
+    teacher = None
+    for block in decoder.blocks:
+        teacher = calibration.run(teacher, block.index)
+    with tempfile.TemporaryDirectory(dir=part.out) as folder:
+        database = build_database(decoder, "gptq", Path(folder) / "gptq", one_block=True)
+
+        def weights(block: Block, together: bool) -> dict[str, QuantizedWeight]:
+            return {f"{name.removeprefix(block.name + '.')}.weight": QuantizedWeight(
+                layer.weight, database.packed(name, 3, part.device), 3, database.group_size(name, 3), not together,
+                together=together) for name, layer in block.layers.items()}
+
+        own, targets = weights(decoder.blocks[0], together=False), calibration.run(None, 0)
+        calibration.train(0, own, None, targets, 1, batch_tokens, 0)         # kernels are chosen
+        peak_memory(part.device)
+        with timed(part.device) as apart:
+            calibration.train(0, own, None, targets, steps, batch_tokens, 0)
+        part.keep(seconds_a_step=apart[0] / steps, block=peak_memory(part.device))
+        every = [weights(block, together=True) for block in decoder.blocks]
+        with timed(part.device) as whole:
+            losses = [*calibration.train_together(every, None, teacher, steps, batch_tokens, 0)]
+    part.keep(seconds_a_step_together=whole[0] / steps, losses=losses, together=peak_memory(part.device),
+              hours=200 * 32 * apart[0] / steps / 3600, hours_of_100_together=100 * whole[0] / steps / 3600)
+
+
 PARTS: dict[str, Callable[[Part], None]] = {
     "tests": tests, "demo": demo, **{f"generation-{name}": generation(name) for name in reversed(SEARCHES)},
-    "database-block": database_block, "database-layers": database_layers, "walk": walk, "offload": offload,
-    "profile": profile}
+    "database-block": database_block, "database-layers": database_layers, "finish": finishing, "walk": walk,
+    "offload": offload, "profile": profile}
 
 
 # ---- report ----------------------------------------------------------------------------------------------------------
@@ -430,6 +461,10 @@ def compared(found: dict[str, dict]) -> list[list]:
                          [f"{name}, of the matmul peak", estimate.UTILIZATION,
                           result["flops"] / here["seconds"] / result["peak"]],
                          [f"{name}, device, GB", need(command).device / GIGABYTE, here["device"] / GIGABYTE]]
+        if result := found.get("finish"):
+            asked = need("finish.py --quant_weights_path gptq --quant_config_path 3 --save_dir out")
+            rows += [["finish.py, hours", asked.seconds / 3600, result["hours"]],
+                     ["finish.py, device, GB", asked.device / GIGABYTE, result["block"]["device_gb"]]]
         if result := found.get("offload"):
             need(f"-m database.gptq {LEVEL_FLAGS['gptq']} --save_dir gptq", "llama-3-70b")
             command = f"evo_quant.py {SEARCH_FLAGS['evo_quant']} --cpu_offload_modules"

@@ -45,13 +45,14 @@ class QuantizedWeight:
         if keep_codes:
             steps = unpack_bits(packed["codes"], bits, weight.numel()).view(weight.shape) - self._spread(self.zeros)
             unrounded = unrounded.clamp(steps - CODE_EDGE, steps + CODE_EDGE)
-        self.steps = unrounded.requires_grad_()                          # from the zero, in those of the grid
         self.growth = torch.zeros_like(self.scales).requires_grad_()     # of the scales, relative
-        self.trained = [self.steps, self.growth]
-        self.learning_rates = [learning_rate, SCALE_RATE * learning_rate]
+        # from the zero, in those of the grid
         if together:
-            self.steps.requires_grad_(False)
+            self.steps = unrounded.round().to(torch.int8 if bits < 8 else torch.int16)
             self.trained, self.learning_rates = [self.growth], [SCALES_TOGETHER * SCALE_RATE * learning_rate]
+        else:
+            self.steps = unrounded.requires_grad_()
+            self.trained, self.learning_rates = [self.steps, self.growth], [learning_rate, SCALE_RATE * learning_rate]
 
     def value(self) -> torch.Tensor:
         """float32 [out, in], of which gradients pass to what is trained."""
@@ -63,7 +64,8 @@ class QuantizedWeight:
                               self.bits)
 
     def _codes(self) -> torch.Tensor:
-        return (_straight_through(self.steps, self.steps.round()) + self._spread(self.zeros)).clamp(0, 2**self.bits - 1)
+        steps = self.steps.float()
+        return (_straight_through(steps, steps.round()) + self._spread(self.zeros)).clamp(0, 2**self.bits - 1)
 
     def _scales(self) -> torch.Tensor:
         scales = self.scales * (1 + self.growth)

@@ -218,7 +218,8 @@ def finishing(shape: Shape, args: argparse.Namespace, database_bytes: float) -> 
     block = (4 * 4 + 4 + 2 * HALF) * shape.weights / shape.blocks
     kept = database_bytes / 5 if args.quant_weights_path else HALF * shape.parameters
     together = args.end_to_end_steps * args.batch_size * length             # two forwards, and twice one back
-    state = 3 * 4 * shape.weights if together and not args.quant_weights_path else 0    # in float32, Adam's included
+    # of all blocks codes, or else what is trained and Adam's two moments, in float32
+    state = (1 if args.quant_weights_path else 3 * 4) * shape.weights if together else 0
     return Need({"bf16": shape.forward(2 * args.calibration_tokens + trained + 4 * together, length)
                          + shape.head(4 * together)},
                 HALF * shape.parameters + database_bytes, kept,

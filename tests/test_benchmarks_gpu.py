@@ -73,7 +73,9 @@ def test_estimates_stand_beside_what_was_measured(finished):
     assert found["evo_drop, a generation, s"] == [pytest.approx(17.5, rel=0.1),
                                                   drop["divide"] * drop["costs"]["here"]["seconds"]]
     assert found["evo_quant of 70B, offloaded, a generation, s"][0] == pytest.approx(47 * 3600 / 150, rel=0.03)
-    assert len(rows) == 2 * 3 + 3 * 3 + 2 and "| copies from pinned memory, GB/s" in gpu.tables(finished)[1]
+    finish = finished["finish"]
+    assert found["finish.py, hours"] == [pytest.approx(0.27, abs=0.02), finish["hours"]]
+    assert len(rows) == 2 * 3 + 3 * 3 + 2 + 2 and "| copies from pinned memory, GB/s" in gpu.tables(finished)[1]
 
 
 def test_report_puts_the_tables_into_both_readmes(finished, tmp_path, monkeypatch):

@@ -218,7 +218,7 @@ def test_finishing_runs_the_text_twice_and_every_step_three_times(llama3):
     assert offloaded.waits == 2 * 2 * SHAPE.weights              # there and back
     more.flop.clear()
     assert more.seconds == pytest.approx(more.waits / 6e9 + more.sealed / 0.7e9 + more.files / 2e9)
-    for levels, a_weight in (("quant", 0), ("sparse", 12)):      # of quantized layers the scales alone are trained
+    for levels, a_weight in (("quant", 1), ("sparse", 12)):      # of quantized layers the scales alone are trained
         apart, together = (need(f"finish.py --{levels}_weights_path db --{levels}_config_path 0 --save_dir out {steps}")
                            for steps in ("", "--end_to_end_steps 100"))
         tokens = 4 * 100 * 8 * 2048
