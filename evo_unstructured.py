@@ -29,7 +29,7 @@ from utils.search import Search
 from utils.units import Unit, add_unit_flags, build_units, check_unit_flags, count_units, level_map
 
 Candidate = tuple[int, ...]      # the level of every unit
-RECOMMENDED = ["--init", "measured", "--screen", "4", "--refine", "2"]
+RECOMMENDED = ["--init", "measured", "--screen", "4", "--refine", "4"]
 FAILED_DRAWS = 200               # draws without a new candidate after which a generation makes do with fewer offspring
 
 
@@ -261,7 +261,7 @@ def main(argv: list[str] | None = None) -> dict:
         database = open_database(args, "sparse", config)
         units = count_units({name: database.levels(name) for name in database.layers}, args)
         args = flags.spread_search_tokens(args, argv, make_parser(), check_flags, RECOMMENDED, 2 * units + 2,
-                                          2 * REFINE_TOKENS * (units + 1))
+                                          4 * REFINE_TOKENS * (units + 1))
         search = Search("evo_unstructured", args, config, flags.flag_defaults(make_parser()))
         if search.run.finished:
             return search.earlier_summary()

@@ -323,9 +323,10 @@ def test_changes_around_a_candidate_are_those_of_the_model_and_follow_the_layers
     assert len(measured) == 1 + 41 and followed > 20
 
 
-@pytest.mark.parametrize("level, expected", [(0, {-1: 0.0, 0: 0.0, 1: math.inf}), (3, {2: math.inf, 3: 0.0})],
+@pytest.mark.parametrize("highest, expected", [(False, {-1: 0.0, 0: 0.0, 1: math.inf}), (True, {-1: math.inf, 0: 0.0})],
                          ids=["above", "below"])
-def test_what_is_not_finite_around_a_candidate_is_not_gone_towards(level, expected, checkpoint, databases, monkeypatch):
+def test_what_is_not_finite_around_a_candidate_is_not_gone_towards(highest, expected, checkpoint, databases,
+                                                                   monkeypatch):
     database = Database.open(databases["sparse"])
     decoder = Decoder(AutoModelForCausalLM.from_pretrained(checkpoint))
     switcher = LevelSwitcher(decoder, database, 0.0)
@@ -334,8 +335,10 @@ def test_what_is_not_finite_around_a_candidate_is_not_gone_towards(level, expect
     units = [Unit((name,), tuple(database.levels(name))) for name in database.layers]
     monkeypatch.setattr("database.sensitivity.measure_alone", lambda fitness, switcher, units, levels, *_: [
         dict.fromkeys(of_unit, math.inf) for of_unit in levels])
-    changes, _ = estimate_around(fitness, switcher, database, units, (level,) * len(units), [(0, 20)])
-    assert all(change == expected for change in changes)
+    candidate = tuple(max(unit.levels) if highest else 0 for unit in units)
+    changes, _ = estimate_around(fitness, switcher, database, units, candidate, [(0, 20)])
+    assert all(change == {level + by: value for by, value in expected.items()}
+               for level, change in zip(candidate, changes))
 
 
 def test_refining_goes_straight_to_the_best_sum_of_changes_where_changes_add_up(search, tmp_path, monkeypatch):
