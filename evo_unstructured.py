@@ -29,7 +29,7 @@ from utils.search import Search
 from utils.units import Unit, add_unit_flags, build_units, check_unit_flags, count_units, level_map
 
 Candidate = tuple[int, ...]      # the level of every unit
-RECOMMENDED = ["--init", "measured", "--screen", "4", "--refine", "2"]
+RECOMMENDED = ["--init", "measured", "--screen", "4", "--refine", "4"]
 FAILED_DRAWS = 200               # draws without a new candidate after which a generation makes do with fewer offspring
 
 
@@ -55,7 +55,8 @@ def make_parser() -> argparse.ArgumentParser:
         fitness=["kl", "ppl", "sparse_kl"])              # how each is measured: utils/fitness.py
     search.add_argument("--refine", type=int, default=0, metavar="GENERATIONS",
                         help="in the first so many generations the offspring is the best sum of changes, of each unit "
-                             "a level up or down from the best parent, measured on twice --initial_tokens (default: 0)")
+                             "a level up or down from the best parent, which follow from one measurement of the unit "
+                             "on twice --initial_tokens (default: 0)")
     flags.add_evaluation_flags(parser)
     flags.add_output_flags(parser, "evo_unstructured").add_argument(
         "--configuration_name", default="final_configuration.txt", metavar="NAME",
@@ -260,7 +261,7 @@ def main(argv: list[str] | None = None) -> dict:
         database = open_database(args, "sparse", config)
         units = count_units({name: database.levels(name) for name in database.layers}, args)
         args = flags.spread_search_tokens(args, argv, make_parser(), check_flags, RECOMMENDED, 2 * units + 2,
-                                          2 * REFINE_TOKENS * (2 * units + 1))
+                                          4 * REFINE_TOKENS * (units + 1))
         search = Search("evo_unstructured", args, config, flags.flag_defaults(make_parser()))
         if search.run.finished:
             return search.earlier_summary()

@@ -48,7 +48,7 @@ PAPER, OURS = "paper's way", "ours"
 RANDOM = ["--initially_generated", 32, "--initial_tokens", 1024]
 SCREEN, REFINE, CONFIRM = ["--screen", 4], ["--refine", 2], ["--confirm_tokens", 4 * TOKENS[-1]]
 # what helps beside a measured start
-OWN = {"depth": [*SCREEN, *REFINE, *CONFIRM], "sparsity": [*SCREEN, *REFINE], "bits": SCREEN}
+OWN = {"depth": [*SCREEN, *REFINE, *CONFIRM], "sparsity": [*SCREEN, "--refine", 4], "bits": SCREEN}
 VARIANTS = {PAPER: RANDOM,
             OURS: ["--init", "measured"],                                  # and OWN
             "measured start alone": ["--init", "measured"],

@@ -91,14 +91,14 @@ def estimate_around(fitness: Fitness, switcher: LevelSwitcher, database: Databas
     """(of every unit, level -> change of the KL divergence, in nats a token, when it goes from its level in `candidate`
     to that one and all others stay; (divergence, candidate) of all that were measured).
 
-    Of each unit there are its own level, with 0, and the next one to either side. Measured is the one after, REACH
-    levels away or as far as there are any, since a larger change stands out more from the noise; a share of it follows
-    from the layers' errors in the database. More error is never taken to be better. What is not finite is infinite.
+    Of each unit there are its own level, with 0, and the next one to either side. One level is measured, REACH above
+    its own or as far as there are any, since a larger change stands out more from the noise; where there is none above,
+    below. Both sides follow from it by the layers' errors in the database: that is as good as a measurement of each
+    side on half of the tokens. More error is never taken to be better. What is not finite is infinite.
     """
     levels = [sorted(unit.levels) for unit in units]
     places = [known.index(level) for known, level in zip(levels, candidate)]
-    ends = [sorted({known[max(place - REACH, 0)], known[min(place + REACH, len(known) - 1)]} - {known[place]})
-            for known, place in zip(levels, places)]
+    ends = [known[place + 1:][:REACH][-1:] or known[:place][-REACH:][:1] for known, place in zip(levels, places)]
     others = {name: level for unit, level in zip(units, candidate) for name in unit.names}
     [(before,)] = fitness.measure([switcher.states(others)], minibatch)
     values = measure_alone(fitness, switcher, [unit.names for unit in units], ends, minibatch, others)
@@ -108,11 +108,13 @@ def estimate_around(fitness: Fitness, switcher: LevelSwitcher, database: Databas
         change = {own: 0.0}
         for end, value in values[i].items():
             measured.append((value, (*candidate[:i], end, *candidate[i + 1:])))
-            near = known[place + (1 if end > own else -1)]
-            whole, part = shape[end] - shape[own], shape[near] - shape[own]
-            change[near] = (value - before) * (part / whole if whole else 1.0)
-            if not math.isfinite(value) or (whole > 0) == (change[near] < 0):
-                change[near] = 0.0 if math.isfinite(value) else math.inf
+            whole = shape[end] - shape[own]
+            slope = max((value - before) / whole, 0.0) if whole else 0.0
+            for near in [*known[:place][-1:], *known[place + 1:][:1]]:
+                if math.isfinite(value):
+                    change[near] = slope * (shape[near] - shape[own])
+                else:
+                    change[near] = math.inf if (near > own) == (end > own) else 0.0
         changes.append(change)
     return changes, measured
 

@@ -313,15 +313,32 @@ def test_changes_around_a_candidate_are_those_of_the_model_and_follow_the_layers
     followed = 0
     for i, (unit, level, change) in enumerate(zip(units, candidate, changes)):
         assert set(change) == {near for near in (level - 1, level, level + 1) if near in unit.levels}
-        for near in set(change) - {level}:
-            end = max(min(level + 2 * (near - level), max(unit.levels)), min(unit.levels))
-            errors = {at: database.error(unit.names[0], at) for at in (level, near, end)}
-            share = (errors[near] - errors[level]) / (errors[end] - errors[level])
-            expected = values[(*candidate[:i], end, *candidate[i + 1:])] * share
-            right = (expected > 0) == (near > level)                     # a higher level is more compressed
-            assert change[near] == (pytest.approx(expected) if right else 0.0)
-            followed += right
-    assert followed > 20
+        if len(change) > 1:
+            top = max(unit.levels)
+            end = min(level + 2, top) if level < top else level - 2      # above, where there is anything
+            errors = {at: database.error(unit.names[0], at) for at in (*change, end)}
+            slope = values[(*candidate[:i], end, *candidate[i + 1:])] / (errors[end] - errors[level])
+            followed += slope > 0                                        # more error is never taken to be better
+            assert change == pytest.approx({near: max(slope, 0.0) * (errors[near] - errors[level]) for near in change})
+    assert len(measured) == 1 + 41 and followed > 20
+
+
+@pytest.mark.parametrize("highest, expected", [(False, {-1: 0.0, 0: 0.0, 1: math.inf}), (True, {-1: math.inf, 0: 0.0})],
+                         ids=["above", "below"])
+def test_what_is_not_finite_around_a_candidate_is_not_gone_towards(highest, expected, checkpoint, databases,
+                                                                   monkeypatch):
+    database = Database.open(databases["sparse"])
+    decoder = Decoder(AutoModelForCausalLM.from_pretrained(checkpoint))
+    switcher = LevelSwitcher(decoder, database, 0.0)
+    documents = [torch.arange(3, 23)]
+    fitness = Fitness(decoder, documents, switcher.set_block)
+    units = [Unit((name,), tuple(database.levels(name))) for name in database.layers]
+    monkeypatch.setattr("database.sensitivity.measure_alone", lambda fitness, switcher, units, levels, *_: [
+        dict.fromkeys(of_unit, math.inf) for of_unit in levels])
+    candidate = tuple(max(unit.levels) if highest else 0 for unit in units)
+    changes, _ = estimate_around(fitness, switcher, database, units, candidate, [(0, 20)])
+    assert all(change == {level + by: value for by, value in expected.items()}
+               for level, change in zip(candidate, changes))
 
 
 def test_refining_goes_straight_to_the_best_sum_of_changes_where_changes_add_up(search, tmp_path, monkeypatch):
@@ -354,7 +371,7 @@ def test_refining_costs_what_it_measures_and_is_resumed(search, tmp_path, monkey
     spent = [b["tokens"] - a["tokens"] for a, b in zip(records, records[1:])]
     assert spent[2] == 8 * 64 + (2 + 1) * 128                # no refining any more
     measured = [(tokens - 64 - (1 + 1) * 128) / (REFINE_TOKENS * 128) for tokens in spent[:2]]
-    assert all(42 < count <= 1 + 2 * 42 and count == int(count) for count in measured)
+    assert measured == [1 + 42] * 2                          # the parent, and every unit at another level
 
 
 def test_refining_depth_costs_what_it_measures_is_resumed_and_says_how_far_its_model_is_trusted(search, tmp_path,
