@@ -43,7 +43,7 @@ test-kernels: .venv/triton/ready
 test-runtimes: .venv/runtimes/ready
 	PYTHONPATH=.venv/runtimes HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 .venv/bin/python -m pytest -q \
 	    tests/test_formats_mlx.py tests/test_formats_gguf.py tests/test_kquants.py tests/test_file_budget.py \
-	    tests/test_import_levels.py -k "formats or gguf or llama_cpp"
+	    tests/test_import_levels.py tests/test_embeddings.py -k "formats or gguf or llama_cpp or mlx"
 
 # a real pretrained model end to end, SmolLM2-135M or MODEL=folder, DATA= its calibration text, EVAL_DATA= what it is
 # evaluated on, PARTS= of "depth bits sparsity", SEEDS=, JOBS= at once; run again to go on
