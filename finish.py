@@ -93,8 +93,8 @@ def finish_blocks(args: argparse.Namespace, decoder: Decoder, documents: list[to
     calibration = HiddenStates(decoder, documents, tokens, device)
 
     began, trained = time.time(), 0
-    # to the uncompressed block, and by the finished ones before it; None: the model's embeddings
     embedded = result.embedded(calibration)
+    # to the uncompressed block, and by the finished ones before it; None: the model's embeddings
     given, passed = None, embedded
     for block in decoder.blocks:
         block.module.to(device)

@@ -69,10 +69,10 @@ def pack(layer: Quantized, scales_dtype: torch.dtype) -> dict[str, torch.Tensor]
 def write_mlx(folder: Path, model: nn.Module, tokenizer, quantized: Mapping[str, Quantized], max_shard_size: str,
               format: str) -> dict:
     """Write what mlx-lm loads; returns what to report of the quantized layers."""
-    state, stored, schemes = model.state_dict(), 0, {}
+    stored, schemes = 0, {}
+    replaced = {model.get_parameter(f"{name}.weight").data_ptr() for name in quantized}      # under every tied name
+    state = {name: tensor for name, tensor in model.state_dict().items() if tensor.data_ptr() not in replaced}
     for name, layer in quantized.items():
-        matrix = model.get_parameter(f"{name}.weight")
-        state = {key: tensor for key, tensor in state.items() if tensor.data_ptr() != matrix.data_ptr()}    # if tied
         packed = pack(layer, SCALES[format])
         stored += sum(tensor.nbytes for tensor in packed.values())
         state.update({f"{name}.{part}": tensor for part, tensor in packed.items()})

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import evo_quant
 import families
 from database import packing, store
 
@@ -67,6 +68,15 @@ def random_quantized(weight: torch.Tensor, bits: int, group_size: int, sym: bool
              torch.randint(2**bits // 4, 3 * 2**bits // 4 + 1, (out, groups), generator=generator)).to(torch.uint8)
     scales = ((0.5 + torch.rand(out, groups, generator=generator)) * 3 * columns**-0.5 / 2**bits).half()
     return packing.pack_quantized(codes, scales, zeros, bits)
+
+
+def search_bits(model: str, database: store.Database, text: str, out: Path, *flags: str) -> dict:
+    """A short search of evo_quant.py on 256 tokens: out/run/found.txt."""
+    return evo_quant.main([
+        "--model_name_or_path", model, "--calibration_data", text, "--calibration_sequence_length", "32",
+        "--calibration_tokens", "256", "--quant_weights_path", str(database.path), "--no_eval",
+        "--initial_tokens", "64", "--generations", "1", "--offspring", "2", "--survivors_per_selection", "1",
+        "--tokens_per_selection", "64", "--output_dir", str(out / "run"), "--configuration_name", "found.txt", *flags])
 
 
 def write_levels(path, database: str, choose) -> str:

@@ -8,14 +8,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import evo_quant
 import export
 import families
 import finish
 from database import gptq
 from database.levels import LevelSwitcher
 from database.store import MANIFEST, Database
-from exports import save_model
+from exports import save_model, search_bits
 from plain_solvers import round_to_nearest
 from utils.configs import read_level_config, write_level_config
 from utils.decoder import Decoder
@@ -134,12 +133,16 @@ def test_fitness_is_that_of_the_model_with_these_weights(quantized, offloaded):
 
 
 def search(model: str, database: Database, text: str, out: Path, *flags: str) -> dict:
-    return evo_quant.main([
-        "--model_name_or_path", model, "--calibration_data", text, "--calibration_sequence_length", "32",
-        "--calibration_tokens", "256", "--quant_weights_path", str(database.path), "--no_eval", "--init", "measured",
-        "--initial_tokens", "64", "--generations", "2", "--offspring", "4", "--survivors_per_selection", "1",
-        "--tokens_per_selection", "64", "--group_rule", "none", "--output_dir", str(out / "run"),
-        "--configuration_name", "found.txt", *flags])
+    return search_bits(model, database, text, out, "--init", "measured", "--group_rule", "none", *flags)
+
+
+def exported(model: str, database: Database, out: Path, bits: float, *flags: str) -> Path:
+    """The folder of what was found, exported, in as many bits a parameter as promised."""
+    report = export.main(["--model_name_or_path", model, "--quant_weights_path", str(database.path),
+                          "--quant_config_path", str(out / "run" / "found.txt"), "--save_dir", str(out / "out"),
+                          *flags])
+    assert report["bytes"]["exported"] <= bits * report["parameters"]["dense"] / 8
+    return out / "out"
 
 
 def test_searched_along_and_refused_where_no_runtime_reads_them(quantized, text, tmp_path):
@@ -174,11 +177,8 @@ def test_mlx_has_them_to_the_bit_in_a_file_as_large_as_promised(quantized, text,
     model, database = quantized
     levels = search(model, database, text, tmp_path, "--for_format", "mlx", "--count_everything", "--target_bitwidth",
                     "6")["levels"]
-    report = export.main(["--model_name_or_path", model, "--quant_weights_path", str(database.path),
-                          "--quant_config_path", str(tmp_path / "run" / "found.txt"), "--format", "mlx", "--save_dir",
-                          str(tmp_path / "out")])
-    assert report["bytes"]["exported"] <= 6 * report["parameters"]["dense"] / 8
-    loaded, tokens = load_model(tmp_path / "out")[0], documents(model)[0]
+    loaded = load_model(exported(model, database, tmp_path, 6, "--format", "mlx"))[0]
+    tokens = documents(model)[0]
     logits = torch.from_numpy(np.array(loaded(mx.array(tokens.numpy())[None]).astype(mx.float32)))
     plain = reference(model, database, levels)
     with torch.no_grad():
@@ -198,11 +198,8 @@ def test_gguf_has_k_quant_embeddings_byte_for_byte(tmp_path, tokenizer, text):
     assert database.levels(EMBEDDING) == [4.5, 6.5625, 8.5]
     levels = search(model, database, text, tmp_path, "--for_format", "gguf", "--count_everything", "--target_bitwidth",
                     "4.5")["levels"]
-    report = export.main(["--model_name_or_path", model, "--quant_weights_path", str(database.path),
-                          "--quant_config_path", str(tmp_path / "run" / "found.txt"), "--format", "gguf", "--save_dir",
-                          str(tmp_path / "out")])
-    assert report["bytes"]["exported"] <= 4.5 * report["parameters"]["dense"] / 8
-    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "out" / "model.gguf").tensors}
+    folder = exported(model, database, tmp_path, 4.5, "--format", "gguf")
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(folder / "model.gguf").tensors}
     embedding = stored["token_embd.weight"]
     assert embedding.tensor_type.name == database.type(EMBEDDING, levels[EMBEDDING]) and "output.weight" not in stored
     assert np.array_equal(embedding.data, database.packed(EMBEDDING, levels[EMBEDDING])["blocks"].numpy())

@@ -4,12 +4,11 @@ from pathlib import Path
 
 import pytest
 
-import evo_quant
 import export
 import families
 from database.exported import exportable_levels, layer_bytes
 from database.store import Database
-from exports import save_model, write_database
+from exports import save_model, search_bits, write_database
 
 needs_gguf = pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason=(
     "the gguf package is not installed: pip install -r requirements-gguf.txt"))
@@ -26,12 +25,7 @@ def quantized(tmp_path_factory, tokenizer):
 
 
 def search(model: str, database: Database, text: str, out: Path, *flags: str) -> dict:
-    return evo_quant.main([
-        "--model_name_or_path", model, "--calibration_data", text, "--calibration_sequence_length", "32",
-        "--calibration_tokens", "256", "--quant_weights_path", str(database.path), "--no_eval", "--init", "random",
-        "--initially_generated", "2", "--initial_tokens", "64", "--generations", "1", "--offspring", "2",
-        "--survivors_per_selection", "1", "--tokens_per_selection", "64", "--output_dir", str(out / "run"),
-        "--configuration_name", "found.txt", *flags])
+    return search_bits(model, database, text, out, "--init", "random", "--initially_generated", "2", *flags)
 
 
 @pytest.mark.parametrize("format", ["compressed-tensors", "mlx", "mlx-float16", pytest.param("gguf", marks=needs_gguf)])

@@ -278,6 +278,19 @@ def test_a_quantized_weight_is_trained_as_what_is_stored(databases, checkpoint, 
                                   atol=0)
 
 
+def test_together_with_others_a_quantized_weight_trains_its_scales_alone_and_keeps_codes_in_a_byte(databases):
+    database = Database.open(databases["quant"])
+    name = database.layers[0]
+    for level, itemsize in ((2, 1), (3, 1), (8, 2)):     # codes less zeros: of 8 bits they need a sign more
+        packed = database.packed(name, level)
+        dequantized = database.weight(name, level)
+        weight = QuantizedWeight(dequantized, packed, level, 16, keep_codes=True, together=True)
+        assert [tensor.shape for tensor in weight.trained] == [packed["scales"].shape]
+        assert weight.steps.element_size() == itemsize
+        assert torch.equal(weight.value(), dequantized)
+        assert all(torch.equal(part, packed[key]) for key, part in weight.packed().items())
+
+
 def test_a_sparse_weight_is_trained_as_what_is_stored(databases):
     database = Database.open(databases["sparse"])
     name = database.layers[0]
