@@ -4,6 +4,7 @@ import random
 import re
 import sysconfig
 from pathlib import Path
+from unittest.mock import Mock
 
 import datasets
 import pyarrow
@@ -13,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from utils import distributed
 from utils.data import (
     C4_REVISION,
     calibration_documents,
@@ -123,6 +125,29 @@ def test_calibration_is_exactly_what_was_asked_for(dataset, asked, sequence_leng
     if dataset != "c4" and dataset != "fineweb_edu":             # their local rows are read in order, not at random
         other = calibration_documents(name, tokenizer, asked, sequence_length, seed=4)
         assert [d.tolist() for d in other] != [d.tolist() for d in documents] or dataset == "txt"
+
+
+def test_texts_are_mixed_in_equal_parts_and_shuffled(tokenizer, tmp_path, monkeypatch):
+    names = [str(write_rows(tmp_path / "rows.jsonl", sentences(150))), "stdlib",
+             f"wikitext2:{write_rows(tmp_path / 'wiki.jsonl', sentences(150, seed=1))}"]
+    shares = [334, 334, 333]
+    mixed = as_lists(calibration_documents("+".join(names), tokenizer, 1001, 32, seed=3))
+    apart = [as_lists(calibration_documents(name, tokenizer, share, 32, seed=3)) for name, share in zip(names, shares)]
+    assert sorted(mixed) == sorted(document for part in apart for document in part)
+    assert all(any(document in part for document in mixed[:12]) for part in apart)
+    assert mixed == as_lists(calibration_documents("+".join(names), tokenizer, 1001, 32, seed=3))
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)        # the main process asks for all parts at once
+    monkeypatch.setattr(distributed.dist, "broadcast_object_list", sent := Mock())
+    assert as_lists(calibration_documents("+".join(names), tokenizer, 1001, 32, seed=3)) == mixed
+    assert sent.call_count == 1
+
+
+def test_a_mixture_says_which_text_is_too_short_and_how_many_tokens_there_are(tokenizer, tmp_path):
+    short = str(write_rows(tmp_path / "rows.jsonl", sentences(40)))
+    with pytest.raises(ValueError, match=f"--calibration_tokens 100000: {short} holds only") as error:
+        calibration_documents(f"stdlib+{short}", tokenizer, 100_000, 64)
+    most = int(str(error.value).split("at most ")[1].split(",")[0])
+    assert total(calibration_documents(f"stdlib+{short}", tokenizer, most, 64)) == most
 
 
 @pytest.mark.parametrize("convention", ["", "wikitext2:", "c4:", "fineweb_edu:"])
@@ -347,8 +372,9 @@ def test_missing_network_ends_in_a_sentence(tokenizer):
 
 def test_datasets_are_known_by_name_or_path(tmp_path):
     write_rows(tmp_path / "rows.jsonl", ["text"])
+    write_rows(tmp_path / "c++.jsonl", ["text"])
     for name in ("fineweb_edu", "c4", "wikitext2", "stdlib", str(tmp_path), str(tmp_path / "rows.jsonl"),
-                 f"c4:{tmp_path}/rows.jsonl"):
+                 f"c4:{tmp_path}/rows.jsonl", f"stdlib+c4+{tmp_path}", f"{tmp_path}/c++.jsonl"):
         check_dataset(name, "--calibration_data")
 
 
@@ -358,12 +384,18 @@ def test_datasets_are_known_by_name_or_path(tmp_path):
     ("c4:no/such/file.txt", "no/such/file.txt does not exist"),
     ("{folder}", "found no .txt, .jsonl, .parquet file"),
     ("{folder}/notes.md", "found no .txt, .jsonl, .parquet file"),
+    ("stdlib+c4", "only calibration mixes texts; name these one by one"),
 ])
 def test_unknown_dataset_is_refused_naming_flag_and_value(name, message, tmp_path):
     (tmp_path / "notes.md").write_text("not text for us")
     name = name.format(folder=tmp_path)
-    with pytest.raises(ValueError, match=rf"--eval_datasets {name}: {message}"):
+    with pytest.raises(ValueError, match=rf"--eval_datasets {re.escape(name)}: {message}"):
         check_dataset(name, "--eval_datasets")
+
+
+def test_part_of_a_mixture_that_is_unknown_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="--calibration_data wikitext3: no such dataset"):
+        check_dataset("stdlib+wikitext3", "--calibration_data")
 
 
 @pytest.mark.parametrize("file, content", [

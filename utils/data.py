@@ -6,6 +6,7 @@ A dataset is named on the command line by
   PATH                             a .txt, .jsonl or .parquet file (rows need a "text" field, or that of --text_field),
                                    or a folder of them
   NAME:PATH                        local rows under the conventions of NAME, e.g. wikitext2:wiki.test.txt
+  NAME+NAME...                     for calibration, equal parts of several of these
 Each has a train and a test side that share no document. Documents are int64 tensors of 2 to `sequence_length` tokens.
 A tokenizer that begins texts with a BOS token does so once a text: later pieces of a long one have none, and neither
 has wikitext2, by convention.
@@ -31,6 +32,13 @@ TEST_SHARE = 8  # one document in eight is held out where a source has no split 
 
 def check_dataset(name: str, flag: str) -> None:
     """Raise ValueError, naming `flag`, unless `name` is a dataset this module can read. Touches no network."""
+    parts = _parts(name)
+    if len(parts) > 1:
+        if flag != "--calibration_data":
+            raise ValueError(f"{flag} {name}: only calibration mixes texts; name these one by one")
+        for part in parts:
+            check_dataset(part, flag)
+        return
     convention, path = _parse(name)
     if path is None:
         if convention not in (*HUB_DATASETS, "stdlib"):
@@ -48,17 +56,26 @@ def calibration_documents(name: str, tokenizer, num_tokens: int, sequence_length
                           flag: str = "--calibration_tokens", text_field: str = "text") -> list[torch.Tensor]:
     """Exactly `num_tokens` tokens of the train side, as documents of at most `sequence_length` tokens.
 
-    `text_field`: of local rows: a text, or a chat's messages.
+    `text_field`: of local rows: a text, or a chat's messages. Several datasets give equally many tokens, to one or two,
+    and their documents come in random order, so that any number of the first has some of each.
 
     Raises ValueError when the dataset holds fewer: a calibration set silently smaller than asked changes the result.
     """
-    documents = _documents(name, "train", tokenizer, num_tokens, sequence_length, seed, text_field)
-    available = sum(map(len, documents))
-    if available < num_tokens:
-        raise ValueError(f"{flag} {num_tokens}: {name} holds only {available} training tokens; "
-                         f"ask for at most that many or add text")
-    lengths = trimmed_lengths([len(d) for d in documents], num_tokens)
-    return [document[:length] for document, length in zip(documents, lengths)]
+    parts = _parts(name)
+    shares = trimmed_lengths([-(-num_tokens // len(parts))] * len(parts), num_tokens)
+    drawn: list[torch.Tensor] = []
+    for part, share in zip(parts, shares):
+        documents = _documents(part, "train", tokenizer, share, sequence_length, seed, text_field)
+        available = sum(map(len, documents))
+        if available < share:
+            most = "that many" if len(parts) == 1 else f"{available * len(parts)}, of which it gives that many,"
+            raise ValueError(f"{flag} {num_tokens}: {part} holds only {available} training tokens; "
+                             f"ask for at most {most} or add text")
+        lengths = trimmed_lengths([len(d) for d in documents], share)
+        drawn += [document[:length] for document, length in zip(documents, lengths)]
+    if len(parts) > 1:
+        random.Random(seed).shuffle(drawn)
+    return drawn
 
 
 @distributed.from_main
@@ -222,6 +239,12 @@ def local_texts(path: Path, split: str, text_field: str = "text") -> list[str]:
         cuts = [len(text) - len(text) // TEST_SHARE for text in unsplit]
         unsplit = [text[cut:] if split == "test" else text[:cut] for text, cut in zip(unsplit, cuts)]
     return [text for text in chosen + unsplit if text.strip()]
+
+
+def _parts(name: str) -> list[str]:
+    """The datasets that are mixed; a plus in a path that exists is none of that."""
+    path = _parse(name)[1]
+    return [name] if path is not None and path.exists() else name.split("+")
 
 
 def _parse(name: str) -> tuple[str, Path | None]:

@@ -40,8 +40,8 @@ def add_model_flags(parser: argparse.ArgumentParser, offload: bool = False, comp
 def add_calibration_flags(parser: argparse.ArgumentParser, tokens: int) -> None:
     group = parser.add_argument_group("calibration")
     group.add_argument("--calibration_data", default="fineweb_edu", metavar="DATA",
-                       help="fineweb_edu, c4, wikitext2, stdlib, or a .txt/.jsonl/.parquet file or folder "
-                            "(default: fineweb_edu)")
+                       help="fineweb_edu, c4, wikitext2, stdlib, a .txt/.jsonl/.parquet file or folder, or several in "
+                            "equal parts, joined by a plus: fineweb_edu+code.jsonl (default: fineweb_edu)")
     group.add_argument("--calibration_tokens", type=int, default=tokens, metavar="TOKENS",
                        help=f"exactly this many, or the run is refused (default: {tokens})")
     group.add_argument("--calibration_sequence_length", type=int, metavar="TOKENS",
