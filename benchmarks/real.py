@@ -58,6 +58,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--eval_data", nargs="+", default=["stdlib"], help="held-out text (default: stdlib)")
     parser.add_argument("--parts", nargs="+", default=["depth", "bits", "sparsity"],
                         choices=["depth", "bits", "sparsity"])
+    parser.add_argument("--recommended_alone", action="store_true", help="leave out the paper's way")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.125, 0.25], help="of blocks dropped, for depth")
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.6])
     parser.add_argument("--bitwidths", type=float, nargs="+", default=[2.5, 3], help="averages, for bits")
@@ -115,10 +116,10 @@ class Real(Bench):
             if kind == "quant":
                 own += [*budget, "--group_rule", "none"]
         ways = {way: {"files": files} for way, files in ways.items()}
-        for way, flags in (("the paper's way", PAPER[kind]), ("recommended", OURS[kind])):
+        for way, flags in (("the paper's way", PAPER), ("recommended", OURS))[self.args.recommended_alone:]:
             names = [f"{kind}-{target}-{way.split()[-1]}-{seed}" for seed in range(self.args.seeds)]
             folders = [self.once(name, [
-                PROGRAMS[kind], *self.text, *SEARCH, *flags, *own, "--seed", seed,
+                PROGRAMS[kind], *self.text, *SEARCH, *flags[kind], *own, "--seed", seed,
                 *([] if kind == "depth" else ["--configuration_name", f"{name}.txt"])])
                 for seed, name in enumerate(names)]
             summaries = [json.loads((folder / "summary.json").read_text()) for folder in folders]
