@@ -19,6 +19,7 @@ from utils.fitness import assemble, microbatches, storage_for
 from utils.losses import log_probabilities, plain_kl
 
 SMALLEST_SCALE = 2.0**-24        # above zero in half precision
+SMALLEST_SQUARE = 1e-12          # that an error is divided by
 CODE_EDGE = 0.48                 # of a step: where an unrounded code starts whose rounding is not the nearest
 SCALE_RATE = 0.25                # learning rate of scales, relative, to that of codes, in steps of the grid
 TOGETHER = 0.1                   # of the learning rates, where all blocks are trained together: of values and codes,
@@ -122,7 +123,7 @@ class SparseWeight:
 
 class DenseWeight:
     """A parameter of a block of which nothing is compressed: every value is trained."""
-    def __init__(self, weight: torch.Tensor, learning_rate: float = 0.04, together: bool = False):
+    def __init__(self, weight: torch.Tensor, learning_rate: float = 0.01, together: bool = False):
         """learning_rate: in root mean squares of the weight, when blocks are not trained `together`."""
         self.trained = [weight.detach().float().clone().requires_grad_()]
         self.learning_rates = [learning_rate * _root_mean_square(weight) * (TOGETHER if together else 1)]
@@ -231,8 +232,10 @@ class HiddenStates:
         """Train `weights`, by their names within block `index`, until its outputs for `states` are near `targets`.
 
         A step takes microbatches of `batch_tokens` in all, drawn without replacement until all were seen. The loss is
-        ‖output − target‖² / ‖target‖²; the learning rate falls linearly to 0. Several processes compute the gradients
-        of a step's microbatches side by side; they are added in order, so that all their numbers give the same weights.
+        the mean over tokens of ‖output − target‖² / ‖target‖², which is how later blocks see it through their norms:
+        first tokens can be thousands of times as large as others. The learning rate falls linearly to 0. Several
+        processes compute the gradients of a step's microbatches side by side; they are added in order, so that all
+        their numbers give the same weights.
         Returns the mean loss of the first and of the last tenth of the steps.
         """
         adam = self._adam(weights.values())
@@ -243,6 +246,8 @@ class HiddenStates:
             for group, rate in zip(adam.param_groups, rates):
                 group["lr"] = (1 - step / steps) * rate
             losses.append(self._backward(index, weights, states, targets, next(batches)))
+            if losses == [0.0]:      # not compressed, and given what the uncompressed block was given
+                break
             adam.step()
             adam.zero_grad()
         tenth = max(1, steps // 10)
@@ -275,19 +280,21 @@ class HiddenStates:
             target = targets[batch[place]].to(self.device).float()
             with torch.enable_grad():
                 output = self._output(index, *self.inputs(states, index, batch[place]), leaves)
-                loss = (output.float() - target).square().sum()      # divided later: half precision would underflow
+                squares = (output.float() - target).square().sum(-1)
+                # not yet divided by the number of numbers: half precision would underflow
+                loss = (squares / target.square().mean(-1).clamp(min=SMALLEST_SQUARE)).sum()
                 gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-            shares[place] = torch.cat([loss.detach()[None], target.square().sum()[None], *(
+            shares[place] = torch.cat([loss.detach()[None], loss.new_tensor([target.numel()]), *(
                 torch.zeros_like(value).flatten() if gradient is None else gradient.float().flatten()
                 for value, gradient in zip(values, gradients))])
         summed = 0.0
         for place in range(len(batch)):
             owner = place % distributed.world_size()
             summed = summed + distributed.broadcast(shares.get(place), owner, self.device)
-        loss, energy = summed[:2]
-        gradients = (summed[2:] / energy).split([value.numel() for value in values])
+        loss, size = summed[:2]
+        gradients = (summed[2:] / size).split([value.numel() for value in values])
         torch.autograd.backward(values, [gradient.view_as(value) for value, gradient in zip(values, gradients)])
-        return float(loss / energy)
+        return float(loss / size)
 
     # ---- training all blocks together --------------------------------------------------------------------------------
 
