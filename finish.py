@@ -48,7 +48,8 @@ def make_parser() -> argparse.ArgumentParser:
                        help="a step, each of --calibration_sequence_length tokens (default: 8)")
     group.add_argument("--learning_rate", type=float, metavar="RATE",
                        help="at first, falling linearly to 0: of quantized weights in steps of their grid, of others "
-                            "in their root mean square (default: quantized 0.02, sparse 0.04, others 0.01)")
+                            "in their root mean square (default: of quantized ones 0.02, of sparse ones "
+                            "0.45 / √inputs, of others 0.25 / √inputs)")
     group.add_argument("--seed", type=int, default=0, help="of documents and batches (default: 0)")
     group.add_argument("--save_dir", type=Path, required=True, metavar="DIR",
                        help="of the database, or for depth of the checkpoint; run again to resume")

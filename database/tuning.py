@@ -21,6 +21,9 @@ from utils.losses import log_probabilities, plain_kl
 SMALLEST_SCALE = 2.0**-24        # above zero in half precision
 SMALLEST_SQUARE = 1e-12          # that an error is divided by
 CODE_EDGE = 0.48                 # of a step: where an unrounded code starts whose rounding is not the nearest
+# learning rates of values in their root mean square, times the root of a layer's inputs: an output is a sum of as many
+# changes, so the wider a model, the smaller they must be (measured: benchmarks/README.md)
+SPARSE_RATE, DENSE_RATE = 0.45, 0.25
 SCALE_RATE = 0.25                # learning rate of scales, relative, to that of codes, in steps of the grid
 TOGETHER = 0.1                   # of the learning rates, where all blocks are trained together: of values and codes,
 SCALES_TOGETHER = 2.0            # and of scales that are trained alone
@@ -104,13 +107,14 @@ class BlockWeight:
 
 class SparseWeight:
     """A weight of which the kept values are trained; what is pruned stays zero."""
-    def __init__(self, packed: Packed, shape: tuple[int, int], learning_rate: float = 0.04, together: bool = False):
+    def __init__(self, packed: Packed, shape: tuple[int, int], learning_rate: float | None = None,
+                 together: bool = False):
         """learning_rate: in root mean squares of the kept values, when blocks are not trained `together`."""
         self.keep = unpack_bits(packed["mask"], 1, shape[0] * shape[1]).bool().view(shape)
         self.dtype = packed["values"].dtype
         self.trained = [torch.zeros(shape, device=self.keep.device).masked_scatter_(
             self.keep, packed["values"].float()).requires_grad_()]
-        self.learning_rates = [learning_rate * _root_mean_square(packed["values"]) * (TOGETHER if together else 1)]
+        self.learning_rates = [_value_rate(packed["values"], learning_rate, SPARSE_RATE / shape[1] ** 0.5, together)]
 
     def value(self) -> torch.Tensor:
         """float32 [out, in], of which gradients pass to what is kept."""
@@ -123,10 +127,10 @@ class SparseWeight:
 
 class DenseWeight:
     """A parameter of a block of which nothing is compressed: every value is trained."""
-    def __init__(self, weight: torch.Tensor, learning_rate: float = 0.01, together: bool = False):
+    def __init__(self, weight: torch.Tensor, learning_rate: float | None = None, together: bool = False):
         """learning_rate: in root mean squares of the weight, when blocks are not trained `together`."""
         self.trained = [weight.detach().float().clone().requires_grad_()]
-        self.learning_rates = [learning_rate * _root_mean_square(weight) * (TOGETHER if together else 1)]
+        self.learning_rates = [_value_rate(weight, learning_rate, DENSE_RATE / weight.shape[-1] ** 0.5, together)]
 
     def value(self) -> torch.Tensor:
         return self.trained[0]
@@ -161,8 +165,10 @@ class ExpertsWeight:
 Weight = QuantizedWeight | BlockWeight | SparseWeight | DenseWeight | ExpertsWeight
 
 
-def _root_mean_square(values: torch.Tensor) -> float:
-    return float(values.float().square().mean().sqrt()) if values.numel() else 0.0
+def _value_rate(values: torch.Tensor, learning_rate: float | None, default: float, together: bool) -> float:
+    """Learning rate of values that are trained as they are; learning_rate, default: in their root mean square."""
+    size = float(values.float().square().mean().sqrt()) if values.numel() else 0.0
+    return (default if learning_rate is None else learning_rate) * size * (TOGETHER if together else 1)
 
 
 def _straight_through(value: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
