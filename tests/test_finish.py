@@ -10,7 +10,7 @@ import eval_config
 import export
 import families
 import finish
-from database.packing import unpack_bits, unpack_quantized, unpack_sparse
+from database.packing import pack_sparse, unpack_bits, unpack_quantized, unpack_sparse
 from database.store import Database
 from database.tuning import DenseWeight, HiddenStates, QuantizedWeight, SparseWeight
 from utils.configs import write_drop_config, write_level_config
@@ -330,6 +330,17 @@ def test_every_token_counts_alike_however_large_its_hidden_state_is(checkpoint):
     first, last = calibration.train(0, weights, None, targets, 10, 8 * 16, 0)
     assert first == pytest.approx(float(errors.mean()), rel=1e-4)
     assert errors.min() < 0.9 and last < first
+
+
+def test_values_of_wider_layers_are_trained_by_smaller_steps_unless_the_rate_is_given():
+    def rates(columns: int, *given: float) -> list[float]:
+        weight = torch.full((4, columns), -2.0)
+        sparse = pack_sparse(weight.half(), torch.ones_like(weight, dtype=torch.bool))
+        return DenseWeight(weight, *given).learning_rates + SparseWeight(sparse, weight.shape, *given).learning_rates
+
+    assert rates(64) == pytest.approx([2 * rate for rate in rates(256)])
+    assert rates(64, 0.03) == rates(256, 0.03) == pytest.approx([0.06, 0.06])
+    assert DenseWeight(torch.ones(4, 64), 0.03, together=True).learning_rates[0] < 0.03
 
 
 def test_a_block_that_has_nothing_to_make_up_for_is_left_as_it_is(checkpoint):
