@@ -106,13 +106,15 @@ def test_results_in_another_dtype_are_rows_of_their_own(tmp_path, monkeypatch):
     dtypes = []
     monkeypatch.setattr(search, "measure", lambda name, played, *rest: (
         dtypes.append(played.decoder.dtype), measure(name, played, *rest))[1])
+    load = search.load                                  # as many tokens as a step needs, no more
+    monkeypatch.setattr(search, "load", lambda model, device, _, dtype: load(model, device, 1024, dtype))
     for dtype in ("float32", "bfloat16"):
-        monkeypatch.setattr("sys.argv", [*"search.py --searches evo_drop --divide 128 --repeats 1 --whole".split(),
+        monkeypatch.setattr("sys.argv", [*"search.py --searches evo_drop --divide 1024 --repeats 1 --whole".split(),
                                          "--dtype", dtype, "--out", str(tmp_path)])
         search.main()
     assert dtypes == [torch.float32, torch.bfloat16]
     assert {file.name for file in tmp_path.iterdir()} == {"demo-cpu.json", "demo bfloat16-cpu.json"}
-    assert "| demo bfloat16, cpu, tokens / 128: evo_drop" in readme_table(tmp_path)
+    assert "| demo bfloat16, cpu, tokens / 1024: evo_drop" in readme_table(tmp_path)
 
 
 def test_parent_is_looked_up_where_earlier_generations_saw_the_document(tmp_path):

@@ -128,7 +128,8 @@ def test_calibration_is_exactly_what_was_asked_for(dataset, asked, sequence_leng
 
 
 def test_texts_are_mixed_in_equal_parts_and_shuffled(tokenizer, tmp_path, monkeypatch):
-    names = [str(write_rows(tmp_path / "rows.jsonl", sentences(150))), "stdlib",
+    names = [str(write_rows(tmp_path / "rows.jsonl", sentences(150))),
+             str(write_rows(tmp_path / "one.txt", sentences(200, seed=2))),
              f"wikitext2:{write_rows(tmp_path / 'wiki.jsonl', sentences(150, seed=1))}"]
     shares = [334, 334, 333]
     mixed = as_lists(calibration_documents("+".join(names), tokenizer, 1001, 32, seed=3))
@@ -143,11 +144,11 @@ def test_texts_are_mixed_in_equal_parts_and_shuffled(tokenizer, tmp_path, monkey
 
 
 def test_a_mixture_says_which_text_is_too_short_and_how_many_tokens_there_are(tokenizer, tmp_path):
-    short = str(write_rows(tmp_path / "rows.jsonl", sentences(40)))
-    with pytest.raises(ValueError, match=f"--calibration_tokens 100000: {short} holds only") as error:
-        calibration_documents(f"stdlib+{short}", tokenizer, 100_000, 64)
+    long, short = (str(write_rows(tmp_path / f"{count}.jsonl", sentences(count))) for count in (400, 40))
+    with pytest.raises(ValueError, match=f"--calibration_tokens 10000: {short} holds only") as error:
+        calibration_documents(f"{long}+{short}", tokenizer, 10_000, 64)
     most = int(str(error.value).split("at most ")[1].split(",")[0])
-    assert total(calibration_documents(f"stdlib+{short}", tokenizer, most, 64)) == most
+    assert total(calibration_documents(f"{long}+{short}", tokenizer, most, 64)) == most
 
 
 @pytest.mark.parametrize("convention", ["", "wikitext2:", "c4:", "fineweb_edu:"])

@@ -358,7 +358,7 @@ def processes():
     return context
 
 
-def test_killed_at_ten_random_moments_and_resumed_it_is_the_same_database(built, model, tmp_path, processes):
+def test_killed_at_five_random_moments_and_resumed_it_is_the_same_database(built, model, tmp_path, processes):
     def start(folder):
         begun = processes.Event()
         process = processes.Process(target=run_quietly, args=(built.name, model, folder, None, begun))
@@ -373,7 +373,7 @@ def test_killed_at_ten_random_moments_and_resumed_it_is_the_same_database(built,
         assert contents(tmp_path / "whole") == contents(built)
         shutil.rmtree(tmp_path / "whole")
     folder, generator, kills = tmp_path / "killed", random.Random(0), 0
-    while kills < 10:
+    while kills < 5:
         process, _ = start(folder)
         process.join(generator.uniform(0.1, 1.0) * seconds)
         kills += process.is_alive()

@@ -195,7 +195,7 @@ def test_end_to_end_steps_lower_the_divergence_further(finished, databases, chec
 
 @pytest.mark.parametrize("kind", ["quant", "drop"])
 def test_killed_while_all_are_trained_it_leaves_the_same_bytes(finished, tmp_path, monkeypatch, capsys, kind):
-    more = ["--end_to_end_steps", "4"]
+    more = ["--steps", "3", "--end_to_end_steps", "4"]
     whole = contents(finished(kind, tmp_path / "whole", *more))
     together, written = HiddenStates._backward_through, []
 
