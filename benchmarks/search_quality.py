@@ -51,7 +51,6 @@ SCREEN, REFINE, CONFIRM = ["--screen", 4], ["--refine", 2], ["--confirm_tokens",
 OWN = {"depth": [*SCREEN, *REFINE, *CONFIRM], "sparsity": [*SCREEN, "--refine", 4], "bits": SCREEN}
 VARIANTS = {PAPER: RANDOM,
             OURS: ["--init", "measured"],                                  # and OWN
-            f"{OURS}, confirming": ["--init", "measured", *CONFIRM],       # and OWN
             "measured start alone": ["--init", "measured"],
             "start and screening": ["--init", "measured", *SCREEN],
             "start and refining": ["--init", "measured", *REFINE],
@@ -164,7 +163,7 @@ def search(setting: Setting, variant: str, seed: int, args: argparse.Namespace) 
              "--output_dir", folder]
     if args.compile:
         flags += ["--compile"]
-    if variant.startswith(OURS):
+    if variant == OURS:
         flags += OWN[setting.task]
     if "measured" in VARIANTS[variant]:
         flags += ["--initial_tokens", args.measure_tokens[levels]]
