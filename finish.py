@@ -18,7 +18,7 @@ import torch
 
 from database.finished import FinishedCheckpoint, FinishedDatabase, header_of
 from database.levels import add_configuration_flags, check_configuration_flags, open_configuration
-from database.tuning import PARTS, HiddenStates
+from database.tuning import PARTS, HiddenStates, Passed
 from utils import distributed
 from utils.configs import read_drop_config
 from utils.data import check_dataset, sequence_length
@@ -84,7 +84,7 @@ def check_flags(args: argparse.Namespace, config) -> None:
 
 def finish_blocks(args: argparse.Namespace, decoder: Decoder, documents: list[torch.Tensor],
                   dropped: list[tuple[bool, bool]], result: FinishedDatabase | FinishedCheckpoint,
-                  device: torch.device, home: torch.device) -> tuple[HiddenStates, list | None, list[torch.Tensor]]:
+                  device: torch.device, home: torch.device) -> tuple[HiddenStates, list[Passed] | None, list[Passed]]:
     """Train the blocks that are left, one after the other; afterwards the model is the finished one. A block is on
     `device` while it is at work and at `home` before and after. Returns the calibration documents, what the first block
     is given of them, and what the uncompressed model's last one gives."""
@@ -122,7 +122,7 @@ def finish_blocks(args: argparse.Namespace, decoder: Decoder, documents: list[to
 
 
 def finish_together(args: argparse.Namespace, decoder: Decoder, result: FinishedDatabase | FinishedCheckpoint,
-                    calibration: HiddenStates, embedded: list | None, teacher: list[torch.Tensor]) -> None:
+                    calibration: HiddenStates, embedded: list[Passed] | None, teacher: list[Passed]) -> None:
     """Train all blocks of the finished model together."""
     weights = [result.weights(block, together=True) for block in decoder.blocks]
     losses, began, shown = [], time.time(), time.time()
@@ -159,9 +159,6 @@ def main(argv: list[str] | None = None) -> None:
         home = torch.device("cpu") if decoder.offloaded else device
         decoder.end_offloading()
         decoder.check_dropped(dropped)
-        if decoder.shares_notes:
-            raise ValueError(f"{type(decoder.model).__name__}: its blocks read keys and values of earlier ones, so "
-                             f"they are not trained one by one yet; export what the search has found as it is")
         header = header_of(args, config, decoder, documents, dropped)
         result = (FinishedDatabase(args, header, decoder, database, levels, dropped) if database else
                   FinishedCheckpoint(args, config, header, decoder, dropped))

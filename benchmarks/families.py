@@ -34,12 +34,14 @@ import evo_drop
 import evo_quant
 import evo_unstructured
 import export
+import finish
 from benchmarks.programs import write_readme
 from database import gptq, sparsegpt
 from database.levels import LevelSwitcher
 from database.store import Database
 from tests.families import scale_weights
 from utils.configs import read_level_config, write_drop_config
+from utils.data import calibration_documents
 from utils.decoder import Decoder
 from utils.files import write_atomic
 from utils.fitness import Fitness, assemble, microbatches
@@ -116,7 +118,7 @@ FAMILIES: dict[str, dict] = {
 TEXT = (ROOT / "benchmarks" / "README.md").read_text()
 DONE, FAILED = "✓", "✗"
 DROPPED = [(False, False), (True, False), (False, True), (True, True), (False, False), (False, False)]
-COLUMNS = ("walk", "drop", "cache", "sparse", "quantized", "search", "depth export", "packed export")
+COLUMNS = ("walk", "drop", "cache", "sparse", "quantized", "search", "depth export", "packed export", "finish")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -258,7 +260,7 @@ class Trial:
         self._reloads(folder, logits(decoder.model, self.tokens))
         return DONE
 
-    def packed_export(self) -> str:                  # the last column, since it changes the weights
+    def packed_export(self) -> str:                  # the last column of this decoder: it changes the weights
         if "gptq" in self.refused:
             raise self.refused["gptq"]
         folder, config = self.work / "packed_export", self.work / "bits" / "evo-kl-configuration-3.txt"
@@ -269,6 +271,40 @@ class Trial:
         for index, levels in enumerate(switcher.states(read_level_config(config))):
             switcher.set_block(index, levels)
         self._reloads(folder, logits(decoder.model, self.tokens))
+        return DONE
+
+    def finish(self) -> str:
+        """What was dropped, and what the search for bits has found."""
+        decoder = load_decoder(self.model, "float32", "cpu")
+        documents = torch.stack(calibration_documents(str(self.text), load_tokenizer(self.model), 256, 32, 0))
+        dense = logits(decoder.model, documents)
+
+        def finished(flags: list[str], folder: Path) -> Path:
+            finish.main([*self.flags, *self.calibration, *flags, "--steps", "10", "--end_to_end_steps", "2",
+                         "--batch_size", "2", "--save_dir", str(folder)])
+            return folder
+
+        drop, states = self.work / "drop.txt", self.states(decoder)
+        for block, state in zip(decoder.blocks, states):
+            block.drop(*state)
+        before = divergence(dense, logits(decoder.model, documents))
+        model = AutoModelForCausalLM.from_pretrained(finished(["--drop_config", str(drop)], self.work / "finished"),
+                                                     dtype=torch.float32)
+        lower(divergence(dense, logits(model, documents)), before)
+        if "gptq" in self.refused:
+            raise self.refused["gptq"]
+
+        config = self.work / "bits" / "evo-kl-configuration-3.txt"
+        flags = ["--quant_weights_path", str(self.work / "gptq"), "--quant_config_path", str(config)]
+        found = []
+        for block in decoder.blocks:
+            block.drop(False, False)
+        for folder in (self.work / "gptq", finished(flags, self.work / "finished-gptq")):
+            switcher = LevelSwitcher(decoder, Database.open(folder), 0)
+            for index, levels in enumerate(switcher.states(read_level_config(config))):
+                switcher.set_block(index, levels)
+            found.append(divergence(dense, logits(decoder.model, documents)))
+        lower(found[1], found[0])
         return DONE
 
     def _reloads(self, folder: Path, expected: torch.Tensor) -> None:
@@ -286,6 +322,16 @@ class Trial:
 def same(found: torch.Tensor, expected: torch.Tensor) -> None:
     apart = float((found - expected).abs().max() / expected.abs().max())
     assert apart < 1e-3, f"differs by {apart:.2g} of the largest"
+
+
+def lower(found: float, before: float) -> None:
+    assert found < before, f"diverges by {found:.3g}, no less than {before:.3g} before"
+
+
+def divergence(teacher: torch.Tensor, logits: torch.Tensor) -> float:
+    """Mean KL divergence, by definition."""
+    p, q = (values.double().log_softmax(-1) for values in (teacher, logits))
+    return float((p.exp() * (p - q)).sum(-1).mean())
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from database.tuning import (
     DenseWeight,
     ExpertsWeight,
     HiddenStates,
+    Passed,
     QuantizedWeight,
     SparseWeight,
     Weight,
@@ -88,7 +89,7 @@ class FinishedDatabase:
                 {name: source.error(name, levels[name]) for name in missing}))
             distributed.from_main(write_manifest)(self.path, self.manifest)
 
-    def embedded(self, calibration: HiddenStates) -> list[torch.Tensor] | None:
+    def embedded(self, calibration: HiddenStates) -> list[Passed] | None:
         """What the first block is given; None where the embedding is the model's own."""
         states = None
         for name in self._ends:
@@ -144,7 +145,8 @@ class FinishedDatabase:
             return BlockWeight(weight, packed, kind, keep_codes, **how)
         return QuantizedWeight(weight, packed, level, source.group_size(name, level), keep_codes, **how)
 
-    def save(self, block: Block, trained: Mapping[str, Weight], calibration: HiddenStates, states: list | None) -> None:
+    def save(self, block: Block, trained: Mapping[str, Weight], calibration: HiddenStates,
+             states: list[Passed] | None) -> None:
         """Write the block's layers. The block is still uncompressed; `states`: what it is given."""
         packed = self._packed(block, trained)
         packed = {name: packed.get(name) or self.source.packed(name, self.levels[name]) for name in self.names(block)}
@@ -231,7 +233,8 @@ class FinishedCheckpoint:
                 block.module.named_parameters() if id(parameter) not in gone and parameter.is_floating_point()}
 
     @distributed.from_main
-    def save(self, block: Block, trained: Mapping[str, Weight], calibration: HiddenStates, states: list | None) -> None:
+    def save(self, block: Block, trained: Mapping[str, Weight], calibration: HiddenStates,
+             states: list[Passed] | None) -> None:
         """Write the block's parameters."""
         write_atomic(self._file(block), save({name: weight.value().detach().to(self.decoder.dtype).cpu().contiguous()
                                               for name, weight in trained.items()}))

@@ -49,7 +49,7 @@ class Calibration:
         self.hidden_states = HiddenStates([sum(map(_tokens, chunk)) for chunk in self.chunks], storage, device,
                                           max(map(_tokens, batches)), activations_dir)
         self.position = 0
-        self._notes: dict[tuple, list[dict]] = {}    # row -> what its blocks so far have left for later ones
+        self._notes: dict[tuple, dict] = {}          # row -> what its blocks so far have left for later ones
 
     @torch.no_grad()
     def measure(self, layers: dict[str, Layer], advance: bool) -> dict[str, torch.Tensor | None]:
@@ -98,16 +98,14 @@ class Calibration:
             print(f"out of memory: from now on at most {self.microbatch_tokens} tokens at once instead of "
                   f"{_tokens(rows)}", flush=True)
 
-    def _notes_of(self, rows: list[Row]) -> list[dict]:
+    def _notes_of(self, rows: list[Row]) -> dict:
         """What the blocks so far have left for later ones, of a microbatch: each row's put together."""
-        kept = [self._notes.get(tuple(row), []) for row in rows]
-        return [{key: tuple(torch.stack(parts).to(self.device) for parts in zip(*(of_row[key] for of_row in notes)))
-                 for key in notes[0]} for notes in zip(*kept)]
+        kept = [self._notes[tuple(row)] for row in rows]
+        return {key: torch.stack([of_row[key] for of_row in kept]).to(self.device) for key in kept[0]}
 
-    def _keep_notes(self, rows: list[Row], notes: list) -> None:
+    def _keep_notes(self, rows: list[Row], notes: dict) -> None:
         for i, row in enumerate(rows):
-            self._notes[tuple(row)] = [{key: tuple(part[i].to(self.hidden_states.storage) for part in parts)
-                                        for key, parts in note.items()} for note in notes]
+            self._notes[tuple(row)] = {key: part[i].to(self.hidden_states.storage) for key, part in notes.items()}
 
     def _try_chunk(self, chunk: int, advance: bool, hessians: "InputHessians | None") -> tuple[int, str | None]:
         """Run the block over a chunk. Returns its microbatches that are done, and what was said where memory did not
@@ -118,7 +116,7 @@ class Calibration:
             for entering in self.hidden_states.arrivals(chunk, [(len(rows), _tokens(rows[:1])) for rows in batches]):
                 # masks and rotary embeddings are made anew for every block: kept, they could outweigh the hidden states
                 inputs = self.decoder.block_inputs(*assemble(self.documents, batches[done])[:2])
-                if self.decoder.shares_notes:
+                if self.decoder.shares_notes and self.position:
                     inputs.leave(self._notes_of(batches[done]))
                 output = self.decoder.run_block(self.position, inputs.hidden_states if entering is None else entering,
                                                 inputs)

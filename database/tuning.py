@@ -5,6 +5,8 @@ every code and every scale (as in AutoRound, arXiv 2309.05516), of K-quants the 
 values that are kept, of one that is neither all of it. Gradients pass through rounding unchanged.
 """
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -178,11 +180,26 @@ def _straight_through(value: torch.Tensor, rounded: torch.Tensor) -> torch.Tenso
 # ---- the hidden states it is trained on ------------------------------------------------------------------------------
 
 
+class Passed(NamedTuple):
+    """What blocks pass on to the next one, of a microbatch."""
+    hidden_states: torch.Tensor              # [rows, tokens, hidden]
+    notes: dict                              # see BlockInputs.notes; empty but in models whose blocks read them
+
+
+@dataclass
+class Pass:
+    """A microbatch's forward through all blocks, on which its backward is from the last to the first."""
+    given: BlockInputs
+    entering: list[Passed]                   # every block's
+    gradient: torch.Tensor                   # of the loss, by what the blocks gone through were given
+    of_notes: dict                           # the same of the notes among that, by their keys
+
+
 class HiddenStates:
     """The calibration documents at the input of one block after another, in microbatches of `tokens` at most.
 
-    Every process holds all of them and runs a share. states: of every microbatch [rows, tokens, hidden], None before
-    the first block.
+    Every process holds all of them and runs a share. states: what is passed of every microbatch, None before the first
+    block.
     """
 
     def __init__(self, decoder: Decoder, documents: Sequence[torch.Tensor], tokens: int, device: torch.device):
@@ -191,49 +208,65 @@ class HiddenStates:
                                  decoder.packed_rows)
         hidden_size = decoder.config.get_text_config(decoder=True).hidden_size
         needed = 3 * sum(map(len, documents)) * hidden_size * decoder.dtype.itemsize     # two streams, one being made
+        needed *= 1 + decoder.shares_notes
         self.storage = storage_for(needed, device, 1 / 4)
 
     def tokens(self, i: int) -> int:
         return sum(length for row in self.rows[i] for _, length in row)
 
     @torch.no_grad()
-    def embedded(self) -> list[torch.Tensor]:
+    def embedded(self) -> list[Passed]:
         """What the first block is given, of every microbatch."""
-        return [self.inputs(None, 0, i)[0].to(self.storage) for i in range(len(self.rows))]
+        return [Passed(self._given(i).hidden_states.to(self.storage), {}) for i in range(len(self.rows))]
 
     @torch.no_grad()
-    def inputs(self, states: list | None, index: int, i: int) -> tuple[torch.Tensor, tuple, dict]:
-        """(hidden states, other arguments, keywords) that block `index` is called with for microbatch `i`."""
-        given = self._given(i)
-        return (given.hidden_states if states is None else states[i].to(self.device), *given.calls[index])
-
-    def _given(self, i: int) -> BlockInputs:
-        """What the blocks are given for microbatch `i`."""
+    def _given(self, i: int, states: list[Passed] | None = None) -> BlockInputs:
+        """What the blocks are given for microbatch `i`, the next one of `states`."""
         input_ids, position_ids, _ = assemble(self.documents, self.rows[i])
-        return self.decoder.block_inputs(input_ids.to(self.device),
-                                         None if position_ids is None else position_ids.to(self.device))
+        given = self.decoder.block_inputs(input_ids.to(self.device),
+                                          None if position_ids is None else position_ids.to(self.device))
+        if states is not None:
+            given.hidden_states = states[i].hidden_states.to(self.device)
+            if states[i].notes:
+                given.leave({key: note.to(self.device) for key, note in states[i].notes.items()})
+        return given
 
     @torch.no_grad()
-    def run(self, states: list | None, index: int) -> list[torch.Tensor]:
-        """The output of block `index` as it is now, for every microbatch."""
-        leaving = []
-        for i in range(len(self.rows)):
-            owner, output = i % distributed.world_size(), None
-            if owner == distributed.rank():
-                output = self._output(index, *self.inputs(states, index, i)).to(self.storage)
-            leaving.append(distributed.broadcast(output, owner, self.storage))
-        return leaving
+    def run(self, states: list[Passed] | None, index: int) -> list[Passed]:
+        """What block `index` as it is now passes on, of every microbatch."""
+        return [self._share(i, self._run(states, index, i)) for i in range(len(self.rows))]
 
-    def _output(self, index: int, hidden_states: torch.Tensor, args: tuple, kwargs: dict,
+    def _run(self, states: list[Passed] | None, index: int, i: int) -> Passed | None:
+        """Of microbatch `i`, where that is this process's."""
+        if i % distributed.world_size() != distributed.rank():
+            return None
+        given = self._given(i, states)
+        output = self._output(index, given.hidden_states, given)
+        return Passed(output, self._notes(given))
+
+    def _notes(self, given: BlockInputs) -> dict:
+        return given.notes if self.decoder.shares_notes else {}
+
+    def _share(self, i: int, passed: Passed | None) -> Passed:
+        """What the process of microbatch `i` has, in every process and where it is kept."""
+        def share(tensor: torch.Tensor | None) -> torch.Tensor:
+            return distributed.broadcast(None if tensor is None else tensor.to(self.storage), owner, self.storage)
+
+        owner, notes = i % distributed.world_size(), passed.notes if passed else {}
+        keys = distributed.gather(list(notes))[owner] if self.decoder.shares_notes else ()
+        return Passed(share(passed and passed.hidden_states), {key: share(notes.get(key)) for key in keys})
+
+    def _output(self, index: int, hidden_states: torch.Tensor, given: BlockInputs,
                 values: Mapping[str, torch.Tensor] | None = None) -> torch.Tensor:
         """Of a block whose parameters, by name within it, are `values`, or its own."""
+        args, kwargs = given.calls[index]
         output = functional_call(self.decoder.blocks[index].module, dict(values or {}),
                                  (self.decoder.parted(hidden_states), *args), kwargs)
         return self.decoder.joined(output if isinstance(output, torch.Tensor) else output[0])
 
     # ---- training ----------------------------------------------------------------------------------------------------
 
-    def train(self, index: int, weights: Mapping[str, Weight], states: list | None, targets: list[torch.Tensor],
+    def train(self, index: int, weights: Mapping[str, Weight], states: list[Passed] | None, targets: list[Passed],
               steps: int, batch_tokens: int, seed: int) -> tuple[float, float]:
         """Train `weights`, by their names within block `index`, until its outputs for `states` are near `targets`.
 
@@ -275,7 +308,7 @@ class HiddenStates:
                     yield batch
                     batch, size = [], 0
 
-    def _backward(self, index: int, weights: Mapping[str, Weight], states: list | None, targets: list[torch.Tensor],
+    def _backward(self, index: int, weights: Mapping[str, Weight], states: list[Passed] | None, targets: list[Passed],
                   batch: list[int]) -> float:
         """Leave a batch's gradients in what is trained; returns its loss."""
         with torch.enable_grad():
@@ -283,9 +316,10 @@ class HiddenStates:
         leaves = {name: value.detach().to(self.decoder.dtype).requires_grad_() for name, value in zip(weights, values)}
         shares = {}                              # of this process: microbatch's place -> (loss, gradients)
         for place in range(distributed.rank(), len(batch), distributed.world_size()):
-            target = targets[batch[place]].to(self.device).float()
+            target = targets[batch[place]].hidden_states.to(self.device).float()
+            given = self._given(batch[place], states)
             with torch.enable_grad():
-                output = self._output(index, *self.inputs(states, index, batch[place]), leaves)
+                output = self._output(index, given.hidden_states, given, leaves)
                 squares = (output.float() - target).square().sum(-1)
                 # not yet divided by the number of numbers: half precision would underflow
                 loss = (squares / target.square().mean(-1).clamp(min=SMALLEST_SQUARE)).sum()
@@ -304,8 +338,8 @@ class HiddenStates:
 
     # ---- training all blocks together --------------------------------------------------------------------------------
 
-    def train_together(self, weights: Sequence[Mapping[str, Weight]], states: list | None, teacher: list[torch.Tensor],
-                       steps: int, batch_tokens: int, seed: int) -> Iterator[float]:
+    def train_together(self, weights: Sequence[Mapping[str, Weight]], states: list[Passed] | None,
+                       teacher: list[Passed], steps: int, batch_tokens: int, seed: int) -> Iterator[float]:
         """Train the weights of all blocks, by their names within each, until the model predicts what the uncompressed
         one does, whose last block's output is `teacher`; yields every step's loss, the KL divergence in nats a token.
 
@@ -327,36 +361,30 @@ class HiddenStates:
                     with torch.no_grad():
                         parameters[name].data.copy_(weight.value())
 
-    def _backward_through(self, weights: Sequence[Mapping[str, Weight]], states: list | None,
-                          teacher: list[torch.Tensor], batch: list[int]) -> float:
+    def _backward_through(self, weights: Sequence[Mapping[str, Weight]], states: list[Passed] | None,
+                          teacher: list[Passed], batch: list[int]) -> float:
         """Leave a batch's gradients in what is trained; returns its loss."""
         blocks = range(len(self.decoder.blocks))
-        passes = {}                              # of this process: place -> (blocks' inputs, their calls, gradient)
+        passes: dict[int, Pass] = {}             # of this process, by place
         losses = torch.zeros(len(batch), dtype=torch.float64)
         for place in range(distributed.rank(), len(batch), distributed.world_size()):
-            i = batch[place]
-            given = self._given(i)
-            hidden_states, entering = given.hidden_states if states is None else states[i].to(self.device), []
+            given = self._given(batch[place], states)
+            hidden_states, entering = given.hidden_states, []
             with torch.no_grad():
                 for index in blocks:
-                    entering.append(hidden_states)
-                    args, kwargs = given.calls[index]
-                    hidden_states = self._output(index, hidden_states, args, kwargs)
-            losses[place], gradient = self._divergence(i, hidden_states, teacher[i].to(self.device))
-            passes[place] = entering, given.calls, gradient
+                    entering.append(Passed(hidden_states, self._notes(given)))
+                    hidden_states = self._output(index, hidden_states, given)
+            losses[place], gradient = self._divergence(batch[place], hidden_states,
+                                                       teacher[batch[place]].hidden_states.to(self.device))
+            passes[place] = Pass(given, entering, gradient, {})
         for index in reversed(blocks):
             with torch.enable_grad():
                 values = [weight.value() for weight in weights[index].values()]
             shares = {}
-            for place, (entering, calls, gradient) in passes.items():
+            for place, one in passes.items():
                 leaves = {name: value.detach().to(self.decoder.dtype).requires_grad_()
                           for name, value in zip(weights[index], values)}
-                hidden_states, (args, kwargs) = entering.pop().requires_grad_(), calls[index]
-                with torch.enable_grad():
-                    output = self._output(index, hidden_states, args, kwargs, leaves)
-                before, *gradients = torch.autograd.grad(output, [hidden_states, *leaves.values()], gradient,
-                                                         allow_unused=True)
-                passes[place] = entering, calls, before
+                gradients = self._backward_block(index, one, leaves)
                 shares[place] = torch.cat([torch.zeros(1, device=self.device), *(
                     torch.zeros_like(value).flatten() if gradient is None else gradient.float().flatten()
                     for value, gradient in zip(values, gradients))])
@@ -367,6 +395,28 @@ class HiddenStates:
             parts = (summed[1:] / self._predicted(batch)).split([value.numel() for value in values])
             torch.autograd.backward(values, [part.view_as(value) for part, value in zip(parts, values)])
         return float(distributed.merge_(losses).sum()) / self._predicted(batch)
+
+    def _backward_block(self, index: int, one: Pass, leaves: Mapping[str, torch.Tensor]) -> list[torch.Tensor | None]:
+        """Run a block's forward again and its backward. Returns the gradients of its parameters `leaves`; `one` then
+        has those of what it was given, notes of earlier blocks included."""
+        hidden_states, notes = one.entering.pop()
+        hidden_states.requires_grad_()
+        notes = {key: note.detach().requires_grad_() for key, note in notes.items()}
+        if self.decoder.shares_notes:
+            one.given.leave(notes)
+        with torch.enable_grad():
+            output = self._output(index, hidden_states, one.given, leaves)
+        outputs, gradients = [output], [one.gradient]
+        for key, note in self._notes(one.given).items():
+            if note is not notes.get(key) and key in one.of_notes:       # this block has left it
+                outputs.append(note)
+                gradients.append(one.of_notes.pop(key))
+        one.gradient, *found = torch.autograd.grad(outputs, [hidden_states, *leaves.values(), *notes.values()],
+                                                   gradients, allow_unused=True)
+        for (key, note), gradient in zip(notes.items(), found[len(leaves):]):
+            if gradient is not None:
+                one.of_notes[key] = one.of_notes.get(key, 0) + gradient
+        return found[:len(leaves)]
 
     def _divergence(self, i: int, hidden_states: torch.Tensor, teacher: torch.Tensor) -> tuple[float, torch.Tensor]:
         """(sum of the KL divergence over a microbatch's predicted tokens, its gradient [rows, tokens, hidden])."""
@@ -387,7 +437,7 @@ class HiddenStates:
         return sum(length - 1 for i in batch for row in self.rows[i] for _, length in row)
 
     @torch.no_grad()
-    def relative_errors(self, index: int, states: list | None, alternatives: Mapping[str, torch.Tensor]
+    def relative_errors(self, index: int, states: list[Passed] | None, alternatives: Mapping[str, torch.Tensor]
                         ) -> dict[str, float]:
         """Relative output error ‖(W−Ŵ)X‖² / ‖WX‖² of an alternative Ŵ [out, in] for some of the block's layers, by name
         within it; X: their inputs in the block as it is, in the first microbatches."""
@@ -405,7 +455,8 @@ class HiddenStates:
                  for name, layer in layers.items() if isinstance(layer, nn.Module)]
         with eager(self.decoder.model), inputs_seen(layers, add):
             for i in range(min(len(self.rows), ERROR_MICROBATCHES)):
-                self._output(index, *self.inputs(states, index, i))
+                given = self._given(i, states)
+                self._output(index, given.hidden_states, given)
         for registered in hooks:
             registered.remove()
         return {name: float(error / whole) if whole else 0.0 for name, (error, whole) in energies.items()}

@@ -11,8 +11,10 @@ import torch
 
 import families
 import processes
+from benchmarks.families import NUM_BLOCKS, save_family
 from conftest import ROOT
 from utils import distributed
+from utils.configs import write_drop_config
 from utils.decoder import Decoder
 from utils.fitness import Fitness, microbatches
 
@@ -53,7 +55,9 @@ def inputs(checkpoint, text) -> list[str]:
 
 
 def finish_commands(inputs: list[str], databases, folder) -> list[list[str]]:
-    own = {"finish-sparsegpt": ["--sparse_weights_path", str(databases / "sparsegpt"), "--sparse_config_path", "0"],
+    own = {"finish-shared": ["--model_name_or_path", str(databases / "sharing"),      # keys and values among blocks
+                             "--drop_config", str(databases / "drop.txt")],
+           "finish-sparsegpt": ["--sparse_weights_path", str(databases / "sparsegpt"), "--sparse_config_path", "0"],
            "finish-gptq": ["--quant_weights_path", str(databases / "gptq"), "--quant_config_path", "2"]}
     return [["finish", *inputs, "--calibration_tokens", "512", "--batch_size", "4", "--steps", "3",
              "--end_to_end_steps", "2", *flags, "--save_dir", str(folder / name)] for name, flags in own.items()]
@@ -65,6 +69,8 @@ def runs(inputs, tmp_path_factory):
     folders = {name: tmp_path_factory.mktemp(name) for name in ("one", "two")}
     for command in build_commands(inputs, folders["one"]):
         processes.run(command)
+    save_family("gemma4_text", folders["one"] / "sharing")
+    write_drop_config(folders["one"] / "drop.txt", [(True, False), *[(False, False)] * (NUM_BLOCKS - 1)])
     resumed = search_commands(inputs, folders["one"], folders["two"], 1)[2]
     processes.run(resumed)                                              # by one process; two go on
     processes.run(["hessians", str(folders["one"] / "hessians.json")])
@@ -98,6 +104,11 @@ def test_two_processes_build_the_database_that_one_builds(runs, method):
     assert len(one) == 43 and one == two
 
 
+def test_two_processes_finish_blocks_that_share_keys_and_values_as_one_does(runs):
+    one, two = ((runs[name] / "finish-shared" / "model.safetensors").read_bytes() for name in ("one", "two"))
+    assert one == two
+
+
 def test_layers_that_only_one_process_sees_have_their_hessian(runs):
     one, two = ((runs[name] / "hessians.json").read_text() for name in ("one", "two"))
     assert one == two
@@ -107,7 +118,7 @@ def test_layers_that_only_one_process_sees_have_their_hessian(runs):
 
 def test_one_process_prints_and_says_how_long_they_waited(runs):
     assert runs["printed"].count("generation 3/3") == 3
-    assert runs["printed"].count("2 processes, idle ") == 7
+    assert runs["printed"].count("2 processes, idle ") == 8
 
 
 def test_one_process_goes_on_where_two_left_off(runs, inputs, tmp_path):

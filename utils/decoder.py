@@ -99,17 +99,27 @@ class BlockInputs:
     calls: list[tuple[tuple, dict]]          # a block: its other positional arguments, its keywords
 
     @property
-    def notes(self) -> list[MutableMapping]:
-        """Arguments in which blocks leave something for later ones, as keys and values that these share."""
-        found = {id(value): value for args, kwargs in self.calls for value in (*args, *kwargs.values())
-                 if isinstance(value, MutableMapping)}
-        return list(found.values())
+    def notes(self) -> dict[tuple, object]:
+        """What blocks have left in mappings they are given, for later ones, as keys and values that these share: by the
+        mapping's number, the key, and the place in the tuple that is there, None where it is none."""
+        found = {}
+        for number, mapping in enumerate(self._mappings()):
+            for key, value in mapping.items():
+                parts = enumerate(value) if isinstance(value, tuple) else [(None, value)]
+                found |= {(number, key, place): part for place, part in parts}
+        return found
 
-    def leave(self, notes: Sequence[Mapping]) -> None:
-        """Have the next block find what an earlier block's `notes` were copied to."""
-        for own, given in zip(self.notes, notes):
-            own.clear()
-            own.update(given)
+    def leave(self, notes: Mapping[tuple, object]) -> None:
+        """Have the next block find these instead."""
+        mappings = self._mappings()
+        for mapping in mappings:
+            mapping.clear()
+        for (number, key, place), part in notes.items():
+            mappings[number][key] = part if place is None else (*mappings[number].get(key, ()), part)
+
+    def _mappings(self) -> list[MutableMapping]:
+        return [*{id(value): value for args, kwargs in self.calls for value in (*args, *kwargs.values())
+                  if isinstance(value, MutableMapping)}.values()]
 
 
 class Decoder:

@@ -126,6 +126,8 @@ def broadcast(tensor: torch.Tensor | None, source: int, device: torch.device) ->
     """The tensor of process `source`, where it is on `device`; the others' `tensor` is not looked at."""
     if world_size() == 1:
         return tensor
+    if rank() == source:
+        tensor = tensor.contiguous()                     # what is not is sent in another order, without an error
     form = [(tensor.shape, tensor.dtype) if rank() == source else None]
     _timed(dist.broadcast_object_list, form, source, device=torch.device("cpu"))
     if rank() != source:

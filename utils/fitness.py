@@ -283,7 +283,7 @@ class Fitness:
         """The same where blocks are offloaded: each comes to the device once and is put into each of its states once,
         for all candidates; in memory is an input for every distinct prefix."""
         # input of the block, what the blocks before it have left for it, candidates that share it
-        prefixes = [(inputs.hidden_states, [], list(range(len(candidates))))]
+        prefixes = [(inputs.hidden_states, inputs.notes, list(range(len(candidates))))]
         for i in range(len(self.decoder.blocks)):
             # state of the block -> prefix -> candidates
             longer: dict[Hashable, dict[int, list[int]]] = {}
@@ -296,7 +296,7 @@ class Fitness:
                     hidden_states, notes, _ = before[prefix]
                     inputs.leave(notes)
                     output = self._run_block(i, state, hidden_states, inputs)
-                    prefixes.append((output, [dict(note) for note in inputs.notes], members))
+                    prefixes.append((output, inputs.notes, members))
         for hidden_states, _, members in prefixes:
             for member in members:
                 yield member, hidden_states
