@@ -9,6 +9,7 @@ Without a configuration only the dense model is evaluated. Prints tables and, wi
 """
 import argparse
 import json
+from pathlib import Path
 
 from database.levels import (
     add_configuration_flags,
@@ -18,6 +19,7 @@ from database.levels import (
     load_configuration,
     open_configuration,
 )
+from database.store import MANIFEST
 from utils.data import check_dataset, sequence_length
 from utils.errors import RunError, user_errors
 from utils.evaluation import Evaluation, load_evaluation_documents
@@ -54,6 +56,9 @@ def main(argv: list[str] | None = None) -> dict:
         if args.checkpoint and (args.drop_config or args.sparse_config_path or args.quant_config_path or args.tasks):
             raise ValueError(f"--checkpoint {args.checkpoint}: is compared with the uncompressed model; leave "
                              f"configurations out, and run --tasks with it as --model_name_or_path")
+        if args.checkpoint and Path(args.checkpoint, MANIFEST).is_file():
+            raise ValueError(f"--checkpoint {args.checkpoint}: is a database; give it as --quant_weights_path or "
+                             f"--sparse_weights_path, with its configuration")
         if args.tasks and args.cpu_offload_modules:
             raise ValueError("--cpu_offload_modules: --tasks run the whole model at once; leave one of them out, or "
                              "run the tasks on what export.py saves, in a runtime that spreads it over devices")
@@ -72,7 +77,8 @@ def main(argv: list[str] | None = None) -> dict:
         decoder = decoder_of(args)
         set_block, candidate = load_configuration(args, decoder)
         checkpoint = load_decoder(args.checkpoint, args.dtype, args.device, args.attn_implementation,
-                                  args.trust_remote_code) if args.checkpoint else None
+                                  args.trust_remote_code, args.cpu_offload_modules,
+                                  flag="--checkpoint") if args.checkpoint else None
 
     compressed = bool(args.drop_config or args.sparse_config_path or args.quant_config_path)
     if opened := open_configuration(args):

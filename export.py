@@ -196,8 +196,9 @@ def read_evaluation(args: argparse.Namespace) -> dict | None:
     if args.evaluation:
         try:
             evaluation = json.loads(Path(args.evaluation).read_text(encoding="utf-8"))
+            evaluation = {who: evaluation[who] for who in ("dense", "compressed") if who in evaluation}
             if not evaluation:
-                raise ValueError("it is empty")
+                raise ValueError("there is neither dense nor compressed in it")
             evaluation_rows(evaluation)
         except (OSError, ValueError, AttributeError, TypeError) as error:
             raise ValueError(f"--evaluation {args.evaluation}: not the JSON that eval_config.py --output writes "

@@ -37,13 +37,14 @@ SEQUENCE_LENGTH = 2048           # of calibration documents by default: gradient
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_flags(parser, offload=True)
-    add_calibration_flags(parser, tokens=262144)
+    add_calibration_flags(parser, tokens=262144, longest=SEQUENCE_LENGTH)
     add_configuration_flags(parser)
     group = parser.add_argument_group("training")
     group.add_argument("--steps", type=int, default=200, help="of the optimizer, a block (default: 200)")
     group.add_argument("--end_to_end_steps", type=int, default=0, metavar="STEPS",
                        help="afterwards, of all blocks together, to the least KL divergence: of quantized layers the "
-                            "scales alone, in 3 bytes a weight of memory; all else needs 14 (default: 0)")
+                            "scales alone, in 3 bytes a weight of memory; all else, K-quants' codes among it, needs 15 "
+                            "(default: 0)")
     group.add_argument("--batch_size", type=int, default=8, metavar="DOCUMENTS",
                        help="a step, each of --calibration_sequence_length tokens (default: 8)")
     group.add_argument("--learning_rate", type=float, metavar="RATE",
@@ -91,7 +92,7 @@ def finish_blocks(args: argparse.Namespace, decoder: Decoder, documents: list[to
     decoder.blocks[0].module.to(device)
     batch_tokens = args.batch_size * args.calibration_sequence_length
     tokens = args.microbatch_tokens or min(default_microbatch_tokens(decoder), -(-batch_tokens // PARTS))
-    calibration = HiddenStates(decoder, documents, tokens, device)
+    calibration = HiddenStates(decoder, documents, tokens, device, result.own_ends)
 
     began, trained = time.time(), 0
     embedded = result.embedded(calibration)
@@ -174,8 +175,7 @@ def main(argv: list[str] | None = None) -> None:
         if not out_of_memory(error):
             raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        remedy = ("without --end_to_end_steps into another folder" if args.end_to_end_steps else
-                  "with --cpu_offload_modules")
+        remedy = f"{'without --end_to_end_steps' if args.end_to_end_steps else 'with --cpu_offload_modules'}"
         raise RunError(f"{reason}; to go on, run the same command with a smaller --microbatch_tokens, or "
                        f"{remedy}") from error
     result.end(tokenizer)

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -52,6 +53,13 @@ def header_of(args: argparse.Namespace, config, decoder: Decoder, documents: Seq
             "flags": {**flags, "dropped": "".join("01"[half] for halves in dropped for half in halves)}}
 
 
+def _allow_together(found: dict, header: dict) -> None:
+    """Blocks that were trained one by one are the same with and without --end_to_end_steps after that."""
+    earlier = {key: value for key, value in found["flags"].items() if key != "end_to_end_steps"}
+    found["flags"] = {key: value if key == "end_to_end_steps" else earlier.get(key)
+                      for key, value in header["flags"].items()} | earlier
+
+
 def _within(block: Block, name: str) -> str:
     """A layer's name within its block."""
     return name.removeprefix(f"{block.name}.")
@@ -78,11 +86,14 @@ class FinishedDatabase:
                   "flags": {**source.manifest["flags"], **header["flags"], SOURCE: source.sha256,
                             "levels": checksum}}
         manifest = find_manifest(self.path)
+        if manifest and not manifest.get(TOGETHER):
+            _allow_together(manifest, header)
         check_same(manifest, header, self.path)
         self.manifest = (forget_damaged(self.path, manifest) if manifest else
                          {**header, "layers": dict.fromkeys(source.layers)})
         start_writing(self.path, self.manifest)
         self._ends = [name for name in source.layers if source.is_end(name)]     # which are not trained
+        self._own_ends: dict[str, torch.Tensor] = {}
         if missing := [name for name in self._ends if self.manifest["layers"][name] is None]:
             self.manifest["layers"].update(self._write(
                 {name: source.packed(name, levels[name]) for name in missing},
@@ -91,15 +102,24 @@ class FinishedDatabase:
 
     def embedded(self, calibration: HiddenStates) -> list[Passed] | None:
         """What the first block is given; None where the embedding is the model's own."""
-        states = None
-        for name in self._ends:
-            end = self.decoder.ends[name]
-            own = end.weight.data
-            if end is self.decoder.model.get_input_embeddings():
-                end.weight.data = self.source.weight(name, self.levels[name], own.device, own.dtype)
-                states = calibration.embedded()
-                end.weight.data = own
-        return states
+        with self.own_ends():
+            return calibration.embedded() if self._ends else None
+
+    @contextmanager
+    def own_ends(self):
+        """Have the embedding and the head that the database has, where there are any."""
+        ends = {name: self.decoder.ends[name].weight for name in self._ends}
+        kept = {name: weight.data for name, weight in ends.items()}
+        if ends and not self._own_ends:
+            self._own_ends = {name: self.source.weight(name, self.levels[name], weight.device, weight.dtype)
+                              for name, weight in kept.items()}
+        try:
+            for name, weight in ends.items():
+                weight.data = self._own_ends[name]
+            yield
+        finally:
+            for name, weight in ends.items():
+                weight.data = kept[name]
 
     def names(self, block: Block) -> list[str]:
         """Full names of the block's layers that the database has."""
@@ -179,6 +199,9 @@ class FinishedDatabase:
         for name, parts in packed.items():
             level = self.levels[name]
             entry = {**self.source.manifest["layers"][name]["levels"][str(level)], "error": errors[name]}
+            if "scales" in parts:                # which are in half precision now, and may not have been before
+                before = self.source.packed(name, level)["scales"]
+                entry["overhead_bits"] += 8 * (parts["scales"].nbytes - before.nbytes)
             entries[name] = write_layer(self.path, name, self.source.shape(name), {level: (parts, entry)})
         return entries
 
@@ -202,6 +225,7 @@ class FinishedCheckpoint:
         self.path, self.decoder, self.dropped = args.save_dir, decoder, dropped
         self.model, self.config = args.model_name_or_path, config
         self.learning_rate = {} if args.learning_rate is None else {"learning_rate": args.learning_rate}
+        self.dtype = (config.dtype if args.dtype == "auto" else None) or decoder.dtype      # to be saved in
         self._begin(json.loads(json.dumps(header, default=str)))
 
     @distributed.from_main
@@ -210,8 +234,10 @@ class FinishedCheckpoint:
         found = read_sealed(mark) if mark.is_file() else None
         if found is None and any(self.path.iterdir()):
             raise ValueError(f"--save_dir {self.path}: is not empty, and not from finish.py; name another folder")
+        if found and not self.complete:
+            _allow_together(found, header)
         check_same(found and {**found, "method": None}, {**header, "method": None}, self.path)
-        if found is None:
+        if not self.complete:
             write_atomic(mark, seal(header))
 
     @property
@@ -220,6 +246,8 @@ class FinishedCheckpoint:
 
     def embedded(self, calibration: HiddenStates) -> None:
         """The embedding is the model's own."""
+
+    own_ends = nullcontext
 
     def has(self, block: Block) -> bool:
         return all(self.dropped[block.index]) or self._file(block).is_file()
@@ -254,8 +282,10 @@ class FinishedCheckpoint:
         """Write the checkpoint: the kept halves regrouped into as few blocks as give the same function."""
         partial = self.path / f".model{PARTIAL}"
         shutil.rmtree(partial, ignore_errors=True)
-        save_pretrained(with_tower(regroup(self.decoder, self.dropped), self.model, self.config).model, tokenizer,
-                        partial)
+        blocks = next(self.decoder.blocks[0].module.parameters())
+        self.decoder.move_surroundings(blocks.device)            # which is the host's with --cpu_offload_modules
+        model = with_tower(regroup(self.decoder, self.dropped), self.model, self.config).model
+        save_pretrained(model.to(self.dtype), tokenizer, partial)
         for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):      # last
             os.replace(file, self.path / file.name)
         partial.rmdir()

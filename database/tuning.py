@@ -4,7 +4,8 @@ What is trained depends on how a weight is compressed, and never changes its siz
 every code and every scale (as in AutoRound, arXiv 2309.05516), of K-quants the rounding alone, of a sparse one the
 values that are kept, of one that is neither all of it. Gradients pass through rounding unchanged.
 """
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from database.packing import Packed, pack_quantized, pack_sparse, unpack_bits
 from formats.kquants import TYPES, decode, encode, grids
 from utils import distributed
 from utils.decoder import BlockInputs, Decoder
+from utils.errors import RunError
 from utils.experts import ExpertLayer, eager, inputs_seen
 from utils.fitness import assemble, microbatches, storage_for
 from utils.losses import log_probabilities, plain_kl
@@ -47,7 +49,8 @@ class QuantizedWeight:
         scales alone are trained, which takes little memory for all blocks."""
         self.bits, self.group_size, self.columns = bits, group_size, weight.shape[1]
         self.zeros, self.scales = packed["zeros"].float(), packed["scales"].float()
-        unrounded = weight.float() / self._spread(self.scales)
+        spread = self._spread(self.scales)
+        unrounded = torch.where(spread == 0, 0, weight.float() / spread)
         if keep_codes:
             steps = unpack_bits(packed["codes"], bits, weight.numel()).view(weight.shape) - self._spread(self.zeros)
             unrounded = unrounded.clamp(steps - CODE_EDGE, steps + CODE_EDGE)
@@ -74,8 +77,8 @@ class QuantizedWeight:
         return (_straight_through(steps, steps.round()) + self._spread(self.zeros)).clamp(0, 2**self.bits - 1)
 
     def _scales(self) -> torch.Tensor:
-        scales = self.scales * (1 + self.growth)
-        return _straight_through(scales, scales.half().float().clamp(min=SMALLEST_SCALE))
+        scales, signs = self.scales * (1 + self.growth), self.scales.sign()     # imported ones may be below zero
+        return _straight_through(scales, (signs * scales.half().float()).clamp(min=SMALLEST_SCALE) * signs)
 
     def _spread(self, grids: torch.Tensor) -> torch.Tensor:
         """[out or 1, groups] to [out or 1, in or 1]."""
@@ -88,8 +91,8 @@ class BlockWeight:
                  together: bool = False):
         """As for QuantizedWeight; kind: of the blocks, whose codes are trained `together`, too."""
         self.kind, self.parts = kind, decode(kind, packed["blocks"])
-        self.scale, self.minimum = (grid.repeat_interleave(TYPES[kind].group, 1) for grid in grids(kind, self.parts))
-        unrounded = torch.where(self.scale == 0, 0, (weight.float() + self.minimum) / self.scale)
+        scale, minimum = self._grids()
+        unrounded = torch.where(scale == 0, 0, (weight.float() + minimum) / scale)
         if keep_codes:
             unrounded = unrounded.clamp(self.parts.codes - CODE_EDGE, self.parts.codes + CODE_EDGE)
         self.trained = [unrounded.requires_grad_()]
@@ -97,7 +100,13 @@ class BlockWeight:
 
     def value(self) -> torch.Tensor:
         """float32 [out, in], of which gradients pass to what is trained."""
-        return self.scale * self._codes() - self.minimum
+        scale, minimum = self._grids()
+        return scale * self._codes() - minimum
+
+    def _grids(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(Scale, minimum) of every weight."""
+        scale, minimum = grids(self.kind, self.parts)
+        return tuple(grid.repeat_interleave(TYPES[self.kind].group, 1) for grid in (scale, minimum))
 
     @torch.no_grad()
     def packed(self) -> Packed:
@@ -173,6 +182,12 @@ def _value_rate(values: torch.Tensor, learning_rate: float | None, default: floa
     return (default if learning_rate is None else learning_rate) * size * (TOGETHER if together else 1)
 
 
+def _flat(gradients: Sequence[torch.Tensor | None], values: Sequence[torch.Tensor], scale: float) -> list[torch.Tensor]:
+    """Gradients of `values` that were multiplied by `scale`, as they are, float32."""
+    return [torch.zeros_like(value).flatten() if gradient is None else gradient.float().flatten() / scale
+            for value, gradient in zip(values, gradients)]
+
+
 def _straight_through(value: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
     return value + (rounded - value).detach()
 
@@ -202,7 +217,10 @@ class HiddenStates:
     block.
     """
 
-    def __init__(self, decoder: Decoder, documents: Sequence[torch.Tensor], tokens: int, device: torch.device):
+    def __init__(self, decoder: Decoder, documents: Sequence[torch.Tensor], tokens: int, device: torch.device,
+                 own_ends: Callable = nullcontext):
+        """own_ends(): a context in which embedding and head are those of what is trained, not of its teacher."""
+        self.own_ends = own_ends
         self.decoder, self.documents, self.device = decoder, documents, device
         self.rows = microbatches([(i, len(document)) for i, document in enumerate(documents)], tokens,
                                  decoder.packed_rows)
@@ -314,8 +332,9 @@ class HiddenStates:
         with torch.enable_grad():
             values = [weight.value() for weight in weights.values()]
         leaves = {name: value.detach().to(self.decoder.dtype).requires_grad_() for name, value in zip(weights, values)}
-        shares = {}                              # of this process: microbatch's place -> (loss, gradients)
-        for place in range(distributed.rank(), len(batch), distributed.world_size()):
+        scale = self._scale(batch)
+
+        def share(place: int) -> torch.Tensor:
             target = targets[batch[place]].hidden_states.to(self.device).float()
             given = self._given(batch[place], states)
             with torch.enable_grad():
@@ -323,18 +342,34 @@ class HiddenStates:
                 squares = (output.float() - target).square().sum(-1)
                 # not yet divided by the number of numbers: half precision would underflow
                 loss = (squares / target.square().mean(-1).clamp(min=SMALLEST_SQUARE)).sum()
-                gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-            shares[place] = torch.cat([loss.detach()[None], loss.new_tensor([target.numel()]), *(
-                torch.zeros_like(value).flatten() if gradient is None else gradient.float().flatten()
-                for value, gradient in zip(values, gradients))])
-        summed = 0.0
-        for place in range(len(batch)):
-            owner = place % distributed.world_size()
-            summed = summed + distributed.broadcast(shares.get(place), owner, self.device)
+                gradients = torch.autograd.grad(scale * loss, list(leaves.values()), allow_unused=True)
+            return torch.cat([loss.detach()[None], loss.new_tensor([target.numel()]),
+                              *_flat(gradients, values, scale)])
+
+        summed = self._sum(len(batch), share)
         loss, size = summed[:2]
         gradients = (summed[2:] / size).split([value.numel() for value in values])
         torch.autograd.backward(values, [gradient.view_as(value) for value, gradient in zip(values, gradients)])
         return float(loss / size)
+
+    def _sum(self, count: int, share: Callable[[int], torch.Tensor]) -> torch.Tensor:
+        """The sum of `share` of a batch's microbatches, by their places, each computed by the process whose turn it is
+        and added in order: the same from any number of processes. Raises RunError where it is not finite."""
+        total, world = None, distributed.world_size()
+        for first in range(0, count, world):
+            own = share(first + distributed.rank()) if first + distributed.rank() < count else None
+            for source in range(min(world, count - first)):
+                part = distributed.broadcast(own, source, self.device)
+                total = part if total is None else total.add_(part)
+        if not total.isfinite().all():
+            raise RunError(f"a gradient is beyond what {self.decoder.dtype} holds; use --dtype bfloat16 or float32, or "
+                           f"a lower --learning_rate, in another --save_dir")
+        return total
+
+    def _scale(self, batch: list[int]) -> float:
+        """What losses are multiplied by for their gradients, which add up over a microbatch's tokens, to be within half
+        precision: a power of two, which changes no digit."""
+        return 2.0 ** -(max(map(self.tokens, batch)).bit_length() // 2)
 
     # ---- training all blocks together --------------------------------------------------------------------------------
 
@@ -346,24 +381,30 @@ class HiddenStates:
         In memory are an input for every block and one block's gradients, since a block's forward is run again for its
         backward (gradient checkpointing). Steps and processes are as in `train`; the model has the trained weights.
         """
-        adam = self._adam([weight for of_block in weights for weight in of_block.values()])
-        rates = [group["lr"] for group in adam.param_groups]
+        adams = [self._adam(of_block.values()) if of_block else None for of_block in weights]
+        rates = [[group["lr"] for group in adam.param_groups] if adam else [] for adam in adams]
         batches = self._batches(batch_tokens, torch.Generator().manual_seed(seed))
+
+        @torch.no_grad()
+        def update(index: int) -> None:
+            if adams[index]:
+                for group, rate in zip(adams[index].param_groups, rates[index]):
+                    group["lr"] = (1 - step / steps) * rate
+                adams[index].step()
+                adams[index].zero_grad()
+                parameters = dict(self.decoder.blocks[index].module.named_parameters())
+                for name, weight in weights[index].items():
+                    parameters[name].data.copy_(weight.value())
+
         for step in range(steps):
-            for group, rate in zip(adam.param_groups, rates):
-                group["lr"] = (1 - step / steps) * rate
-            yield self._backward_through(weights, states, teacher, next(batches))
-            adam.step()
-            adam.zero_grad()
-            for block, of_block in zip(self.decoder.blocks, weights):
-                parameters = dict(block.module.named_parameters())
-                for name, weight in of_block.items():
-                    with torch.no_grad():
-                        parameters[name].data.copy_(weight.value())
+            yield self._backward_through(weights, states, teacher, next(batches), update)
 
     def _backward_through(self, weights: Sequence[Mapping[str, Weight]], states: list[Passed] | None,
-                          teacher: list[Passed], batch: list[int]) -> float:
-        """Leave a batch's gradients in what is trained; returns its loss."""
+                          teacher: list[Passed], batch: list[int],
+                          ended: Callable[[int], None] = lambda index: None) -> float:
+        """Leave a batch's gradients in what is trained; returns its loss. `ended` is called with the index of every
+        block that has its own, from the last to the first."""
+        scale = self._scale(batch)
         blocks = range(len(self.decoder.blocks))
         passes: dict[int, Pass] = {}             # of this process, by place
         losses = torch.zeros(len(batch), dtype=torch.float64)
@@ -375,25 +416,22 @@ class HiddenStates:
                     entering.append(Passed(hidden_states, self._notes(given)))
                     hidden_states = self._output(index, hidden_states, given)
             losses[place], gradient = self._divergence(batch[place], hidden_states,
-                                                       teacher[batch[place]].hidden_states.to(self.device))
+                                                       teacher[batch[place]].hidden_states.to(self.device), scale)
             passes[place] = Pass(given, entering, gradient, {})
         for index in reversed(blocks):
             with torch.enable_grad():
                 values = [weight.value() for weight in weights[index].values()]
-            shares = {}
-            for place, one in passes.items():
-                leaves = {name: value.detach().to(self.decoder.dtype).requires_grad_()
-                          for name, value in zip(weights[index], values)}
-                gradients = self._backward_block(index, one, leaves)
-                shares[place] = torch.cat([torch.zeros(1, device=self.device), *(
-                    torch.zeros_like(value).flatten() if gradient is None else gradient.float().flatten()
-                    for value, gradient in zip(values, gradients))])
-            summed = 0.0
-            for place in range(len(batch)):
-                summed = summed + distributed.broadcast(shares.get(place), place % distributed.world_size(),
-                                                        self.device)
+            leaves = {name: value.detach().to(self.decoder.dtype).requires_grad_()
+                      for name, value in zip(weights[index], values)}
+
+            def share(place: int, index: int = index, leaves: dict = leaves, values: list = values) -> torch.Tensor:
+                gradients = self._backward_block(index, passes[place], leaves)
+                return torch.cat([torch.zeros(1, device=self.device), *_flat(gradients, values, scale)])
+
+            summed = self._sum(len(batch), share)
             parts = (summed[1:] / self._predicted(batch)).split([value.numel() for value in values])
             torch.autograd.backward(values, [part.view_as(value) for part, value in zip(parts, values)])
+            ended(index)
         return float(distributed.merge_(losses).sum()) / self._predicted(batch)
 
     def _backward_block(self, index: int, one: Pass, leaves: Mapping[str, torch.Tensor]) -> list[torch.Tensor | None]:
@@ -418,18 +456,20 @@ class HiddenStates:
                 one.of_notes[key] = one.of_notes.get(key, 0) + gradient
         return found[:len(leaves)]
 
-    def _divergence(self, i: int, hidden_states: torch.Tensor, teacher: torch.Tensor) -> tuple[float, torch.Tensor]:
-        """(sum of the KL divergence over a microbatch's predicted tokens, its gradient [rows, tokens, hidden])."""
+    def _divergence(self, i: int, hidden_states: torch.Tensor, teacher: torch.Tensor, scale: float
+                    ) -> tuple[float, torch.Tensor]:
+        """(sum of the KL divergence over a microbatch's predicted tokens, its gradient [rows, tokens, hidden], times
+        `scale`)."""
         *_, predicting = assemble(self.documents, self.rows[i])
         total, gradient = 0.0, torch.zeros_like(hidden_states).flatten(0, 1)
         for chunk in predicting.to(self.device).split(CHUNK):
             own, others = (states.flatten(0, 1)[chunk] for states in (hidden_states, teacher))
             log_p = log_probabilities(self.decoder.logits(others[None])[0])
             own.requires_grad_()
-            with torch.enable_grad():
+            with self.own_ends(), torch.enable_grad():
                 log_q = log_probabilities(self.decoder.logits(own[None])[0])
                 loss = plain_kl(log_p, log_p.exp(), log_q).sum()
-            gradient[chunk] = torch.autograd.grad(loss, own)[0]
+                gradient[chunk] = torch.autograd.grad(scale * loss, own)[0]
             total += float(loss.detach())
         return total, gradient.view_as(hidden_states)
 

@@ -209,7 +209,7 @@ def test_finishing_trains_on_the_quantized_embedding_and_keeps_it(quantized, tex
     model, database = quantized
     write_level_config(tmp_path / "levels.txt", mixed(database))
     firsts = []
-    train = finish.HiddenStates.train
+    train, through, divergences = finish.HiddenStates.train, finish.HiddenStates._backward_through, []
 
     def seen(self, index, weights, states, *rest):
         if index == 0:
@@ -217,16 +217,32 @@ def test_finishing_trains_on_the_quantized_embedding_and_keeps_it(quantized, tex
             firsts.append(self)
         return train(self, index, weights, states, *rest)
 
+    def checked(self, weights, states, teacher, batch, *rest):
+        """The loss that is trained is that of the model whose embedding and head are quantized, too."""
+        dense, plain = (AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32) for _ in range(2))
+        plain.load_state_dict(self.decoder.model.state_dict())
+        for name in filter(database.is_end, database.layers):
+            plain.get_submodule(name).weight.data.copy_(database.weight(name, mixed(database)[name]))
+        loss = through(self, weights, states, teacher, batch, *rest)
+        with torch.no_grad():
+            p, q = (torch.cat([one(self.documents[i][None]).logits[0, :-1].log_softmax(-1) for number in batch
+                               for row in self.rows[number] for i, _ in row]) for one in (dense, plain))
+        divergences.append((loss, float((p.exp() * (p - q)).sum(-1).mean())))
+        return loss
+
     monkeypatch.setattr(finish.HiddenStates, "train", seen)
+    monkeypatch.setattr(finish.HiddenStates, "_backward_through", checked)
     finish.main(["--model_name_or_path", model, "--calibration_data", text, "--calibration_tokens", "128",
-                 "--calibration_sequence_length", "32", "--batch_size", "2", "--steps", "2", "--quant_weights_path",
+                 "--calibration_sequence_length", "32", "--batch_size", "2", "--steps", "2",
+                 "--end_to_end_steps", "2", "--quant_weights_path",
                  str(database.path), "--quant_config_path", str(tmp_path / "levels.txt"), "--save_dir",
                  str(tmp_path / "finished")])
+    assert len(divergences) == 2 and all(loss == pytest.approx(plain, rel=1e-4) for loss, plain in divergences)
     states, calibration = firsts
     embedded = database.weight(EMBEDDING, 4)
     for rows, given in zip(calibration.rows, states, strict=True):
         tokens = torch.stack([torch.cat([calibration.documents[i][:length] for i, length in row]) for row in rows])
-        assert torch.equal(given, embedded[tokens])
+        assert torch.equal(given.hidden_states, embedded[tokens])
     finished = Database.open(tmp_path / "finished")
     assert finished.layers == database.layers and (tmp_path / "finished" / MANIFEST).is_file()
     changed = 0

@@ -209,6 +209,14 @@ def test_skipped_attentions_generate_with_a_cache_as_zeroed_ones_do(family, stat
     assert torch.allclose(torch.stack(generated.logits), torch.stack(expected.logits), atol=1e-4)
 
 
+def test_what_is_no_checkpoint_is_refused_by_its_flag(checkpoint, text, databases, tmp_path):
+    model = ["--model_name_or_path", str(checkpoint), "--eval_datasets", text]
+    with pytest.raises(SystemExit, match="--checkpoint .*: is a database; give it as --quant_weights_path or"):
+        eval_config.main([*model, "--checkpoint", str(databases["quant"])])
+    with pytest.raises(SystemExit, match="error: --checkpoint .*none: cannot be loaded"):
+        eval_config.main([*model, "--checkpoint", str(tmp_path / "none")])
+
+
 def test_a_checkpoint_is_measured_as_the_configuration_it_was_exported_from(checkpoint, text, tmp_path):
     write_drop_config(tmp_path / "drop.txt", DROPPED)
     model = ["--model_name_or_path", str(checkpoint)]

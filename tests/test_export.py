@@ -153,7 +153,8 @@ def test_card_takes_the_searchs_own_measurements_and_no_other(tmp_path, checkpoi
 
 
 def test_card_takes_what_eval_config_wrote(tmp_path, checkpoint):
-    (tmp_path / "e.json").write_text('{"dense": {"text": {"ppl": 17.5, "kl": 0.0}}}')
+    (tmp_path / "e.json").write_text('{"dense": {"text": {"ppl": 17.5, "kl": 0.0}}, "average_accuracy": 31.25, '
+                                     '"tasks": {"arc_easy": {"acc,none": 0.3125}}}')
     out = export_dropped(tmp_path, checkpoint, DROPPED, "--evaluation", str(tmp_path / "e.json"))
     assert "17.50" in (out / "README.md").read_text()
 

@@ -4,6 +4,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import eval_config
@@ -11,11 +12,13 @@ import export
 import families
 import finish
 from benchmarks.families import FAMILIES
-from database.packing import pack_sparse, unpack_bits, unpack_quantized, unpack_sparse
+from database.packing import pack_quantized, pack_sparse, unpack_bits, unpack_quantized, unpack_sparse
 from database.store import Database
 from database.tuning import DenseWeight, HiddenStates, QuantizedWeight, SparseWeight
 from utils.configs import write_drop_config, write_level_config
 from utils.decoder import Decoder
+from utils.errors import RunError
+from utils.model import save_pretrained
 
 DROPPED = [(False, False), (True, False), (False, True), (True, True), (False, False), (False, False)]
 
@@ -88,6 +91,17 @@ def test_a_finished_depth_checkpoint_has_fewer_blocks_and_diverges_less(finished
     after = divergence(checkpoint, text, "--checkpoint", finished.once("drop"))
     assert 0 < after < 0.9 * divergence(checkpoint, text, *finished.flags("drop"))
     assert not list(finished.once("drop").glob("block-*"))
+
+
+def test_a_finished_depth_checkpoint_is_of_the_dtype_of_its_model(checkpoint, tokenizer, finished, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
+    save_pretrained(model, tokenizer, tmp_path / "model")
+    for flags, dtype in (([], torch.bfloat16), (["--dtype", "float32"], torch.float32)):
+        folder = finished("drop", tmp_path / str(dtype), "--model_name_or_path", str(tmp_path / "model"), "--steps",
+                          "1", *flags)
+        assert {value.dtype for value in load_file(folder / "model.safetensors").values()} == {dtype}
+        assert AutoModelForCausalLM.from_pretrained(folder).dtype == dtype
+        assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o644}
 
 
 def test_codes_stay_in_range_and_nothing_that_costs_bits_changes(finished, databases, configurations):
@@ -211,6 +225,8 @@ def test_killed_while_all_are_trained_it_leaves_the_same_bytes(finished, tmp_pat
         written.append(None)
         return together(self, *args)
 
+    if kind == "quant":                                  # for which blocks may have been finished alone
+        finished(kind, tmp_path / "killed", *more[:2])
     monkeypatch.setattr(HiddenStates, "_backward_through", dying)
     with pytest.raises(KeyboardInterrupt):
         finished(kind, tmp_path / "killed", *more)
@@ -286,6 +302,19 @@ def test_a_quantized_weight_is_trained_as_what_is_stored(databases, checkpoint, 
                                   atol=0)
 
 
+@pytest.mark.parametrize("keep_codes", [True, False])
+def test_imported_scales_below_zero_or_zero_are_trained_as_they_are(keep_codes):
+    """As llama.cpp writes them for its types without a minimum, and for groups of zeros."""
+    scales = torch.tensor([[0.5, -0.25], [-0.125, 0.0]])
+    codes = torch.randint(0, 16, (2, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    packed = pack_quantized(codes, scales.half(), torch.full((2, 2), 8, dtype=torch.uint8), 4)
+    stored = unpack_quantized(packed, (2, 32), 4, 16)
+    weight = QuantizedWeight(stored + 0.001, packed, 4, 16, keep_codes)
+    assert torch.allclose(weight.value(), stored) and torch.equal(weight.packed()["scales"], scales.half())
+    weight.value().square().sum().backward()
+    assert all(tensor.grad.isfinite().all() for tensor in weight.trained)
+
+
 def test_together_with_others_a_quantized_weight_trains_its_scales_alone_and_keeps_codes_in_a_byte(databases):
     database = Database.open(databases["quant"])
     name = database.layers[0]
@@ -337,6 +366,29 @@ def test_every_token_counts_alike_however_large_its_hidden_state_is(checkpoint):
     first, last = calibration.train(0, weights, None, targets, 10, 8 * 16, 0)
     assert first == pytest.approx(float(errors.mean()), rel=1e-4)
     assert errors.min() < 0.9 and last < first
+
+
+def test_gradients_of_many_tokens_are_within_half_precision(checkpoint):
+    """They add up over a microbatch: of these without a scale to twice what float16 holds."""
+    losses = []
+    for dtype in (torch.float32, torch.float16):
+        decoder = Decoder(AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype))
+        documents = list(torch.randint(3, 99, (256, 32), generator=torch.Generator().manual_seed(0)))
+        calibration = HiddenStates(decoder, documents, 8192, torch.device("cpu"))
+        targets, block = calibration.run(None, 0), decoder.blocks[0]
+        weights = {name: DenseWeight(0.01 * value) for name, value in block.module.named_parameters()}
+        losses.append(calibration.train(0, weights, None, targets, 4, 8192, 0))
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+def test_a_gradient_that_is_not_finite_ends_training_in_a_sentence(checkpoint):
+    decoder = Decoder(AutoModelForCausalLM.from_pretrained(checkpoint))
+    calibration = HiddenStates(decoder, [torch.arange(3, 19)] * 4, 32, torch.device("cpu"))
+    targets = calibration.run(None, 0)
+    targets[0].hidden_states[0, 3] = torch.inf
+    weights = {name: DenseWeight(value) for name, value in decoder.blocks[0].module.named_parameters()}
+    with pytest.raises(RunError, match="a gradient is beyond what torch.float32 holds; use --dtype bfloat16"):
+        calibration.train(0, weights, None, targets, 2, 64, 0)
 
 
 def test_values_of_wider_layers_are_trained_by_smaller_steps_unless_the_rate_is_given():
@@ -410,12 +462,14 @@ def test_killed_and_resumed_it_leaves_the_same_bytes(finished, tmp_path, monkeyp
     assert capsys.readouterr().out.strip().endswith("finished") and len(calls) == 6 + 2 - (kind == "drop")
 
 
-def test_a_model_larger_than_the_device_is_probed_there_block_by_block(finished, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["quant", "drop"])
+def test_a_model_larger_than_the_device_is_probed_there_block_by_block(finished, tmp_path, monkeypatch, kind):
     run_block, offloaded = Decoder.run_block, []
     monkeypatch.setattr(Decoder, "run_block", lambda self, *arguments: (
         offloaded.append(self.offloaded is not None), run_block(self, *arguments))[1])
-    folder = finished("quant", tmp_path / "offloaded", "--cpu_offload_modules")
-    assert {*offloaded} == {True} and contents(folder) == contents(finished.once("quant"))
+    folder = finished(kind, tmp_path / "offloaded", "--cpu_offload_modules")
+    assert kind == "drop" or {*offloaded} == {True}      # what is saved of depth is probed once more
+    assert contents(folder) == contents(finished.once(kind))
 
 
 def test_a_folder_of_another_run_is_refused(finished, tmp_path):

@@ -37,7 +37,7 @@ def add_model_flags(parser: argparse.ArgumentParser, offload: bool = False, comp
                                 "rounding; needs a C++ compiler")
 
 
-def add_calibration_flags(parser: argparse.ArgumentParser, tokens: int) -> None:
+def add_calibration_flags(parser: argparse.ArgumentParser, tokens: int, longest: int = 8192) -> None:
     group = parser.add_argument_group("calibration")
     group.add_argument("--calibration_data", default="fineweb_edu", metavar="DATA",
                        help="fineweb_edu, c4, wikitext2, stdlib, a .txt/.jsonl/.parquet file or folder, or several in "
@@ -45,7 +45,7 @@ def add_calibration_flags(parser: argparse.ArgumentParser, tokens: int) -> None:
     group.add_argument("--calibration_tokens", type=int, default=tokens, metavar="TOKENS",
                        help=f"exactly this many, or the run is refused (default: {tokens})")
     group.add_argument("--calibration_sequence_length", type=int, metavar="TOKENS",
-                       help="longest document, in tokens, e.g. 4096 (default: min(context length, 8192))")
+                       help=f"longest document, in tokens, e.g. 4096 (default: min(context length, {longest}))")
     add_text_flag(group)
 
 

@@ -115,12 +115,12 @@ def tune_process(device: torch.device) -> None:
 
 def load_decoder(name: str, dtype: str = "auto", device: str | torch.device | None = None,
                  attn_implementation: str | None = None, trust_remote_code: bool = False, offload_blocks: bool = False,
-                 compile_blocks: bool = False) -> Decoder:
+                 compile_blocks: bool = False, flag: str = "--model_name_or_path") -> Decoder:
     """Load a causal language model for inference, with `offload_blocks` its blocks into host memory. The process is
     as `tune_process` has it from then on.
 
     `dtype` "auto" is the checkpoint's own on a GPU and float32 on a CPU, of which only some are fast in bfloat16.
-    Raises ValueError naming the flag for an unreadable checkpoint, or one in which no decoder blocks are recognised.
+    Raises ValueError naming `flag` for an unreadable checkpoint, or one in which no decoder blocks are recognised.
     """
     device = default_device(device) if device is None or isinstance(device, str) else device
     tune_process(device)
@@ -130,7 +130,7 @@ def load_decoder(name: str, dtype: str = "auto", device: str | torch.device | No
         raise ValueError("--attn_implementation flash_attention_2: runs on a GPU only, and the model is loaded into "
                          "the host's memory; use sdpa, or leave out --device cpu and --cpu_offload_modules")
     torch_dtype = DTYPES.get(dtype) or ("auto" if device.type != "cpu" else torch.float32)
-    with _naming_the_flag("--model_name_or_path", name):
+    with _naming_the_flag(flag, name):
         # unpickling can run code, too; and transformers draws weights that a checkpoint lacks at random
         model, found = AutoModelForCausalLM.from_pretrained(
             name, dtype=torch_dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code,
@@ -144,7 +144,7 @@ def load_decoder(name: str, dtype: str = "auto", device: str | torch.device | No
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        raise ValueError(f"--model_name_or_path {name}: too large for the device; add --cpu_offload_modules, or use "
+        raise ValueError(f"{flag} {name}: too large for the device; add --cpu_offload_modules, or use "
                          f"--dtype bfloat16") from error
     if compile_blocks:
         decoder.compile_blocks()
@@ -184,6 +184,8 @@ def save_pretrained(model: nn.Module, tokenizer, folder: str | Path, **options) 
     with naming(folder):
         tokenizer.save_pretrained(folder)
         model.save_pretrained(folder, **options)
+        for file in Path(folder).glob("*.safetensors"):
+            file.chmod(0o644)            # as all others: it is written for its owner alone
 
 
 @distributed.main_only
