@@ -8,6 +8,7 @@ budget holds exactly. Offspring are selected in steps, on more tokens each time,
 uncompressed model. The result is layer_drop_config.txt: one of none/attn/mlp/attn+mlp a block.
 """
 import argparse
+import hashlib
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -32,6 +33,7 @@ Candidate = tuple[bool, ...]     # of every unit: dropped?
 LAZY_BATCH = 4                   # units that a measured start measures again at once
 REFINE_TOKENS = 2                # to measure around a candidate on, in --initial_tokens: changes are smaller there
 RECOMMENDED = ["--init", "measured", "--refine", "2", "--screen", "4"]
+CONFIGURATION = "layer_drop_config.txt"
 RESTARTS = 16                    # of the search by the model, which spends no tokens
 FAILED_DRAWS = 200               # draws without a new candidate after which a generation makes do with fewer offspring
 
@@ -156,6 +158,9 @@ def build_space(args: argparse.Namespace, sizes: list[tuple[int, int]],
         total = sum(map(sum, sizes))
         return Space(tuple(units), None, math.ceil(args.drop_params * total - 1e-6), min(unit.size for unit in units))
     counts = {}
+    if args.sparsity is not None and args.sparsity * len(groups) < 1 - 1e-9:
+        raise ValueError(f"--sparsity {args.sparsity}: of {len(groups)} drops none; give at least "
+                         f"{1 / len(groups):.3g}")
     for kind in kinds:
         if args.sparsity is not None:
             counts[kind] = math.floor(args.sparsity * len(groups) + 1e-9)   # 0.29 * 100 is 28.999...
@@ -338,8 +343,7 @@ def select(offspring: list[Candidate], parents: list[Candidate], steps: list[tup
 # ---- the search ------------------------------------------------------------------------------------------------------
 
 
-def check_flags(args: argparse.Namespace) -> None:
-    flags.check_search_flags(args)
+def check_budget(args: argparse.Namespace) -> None:
     budgets = [args.sparsity is not None, args.drop_attn is not None or args.drop_mlp is not None,
                args.drop_params is not None]
     if sum(budgets) != 1:
@@ -354,6 +358,11 @@ def check_flags(args: argparse.Namespace) -> None:
             raise ValueError(f"--{flag} {getattr(args, flag)}: must be 0 or more")
     if args.drop_entire_block and budgets[1]:
         raise ValueError("--drop_entire_block: drops attentions and MLPs together; use --sparsity or --drop_params")
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    flags.check_search_flags(args)
+    check_budget(args)
     if args.legal_to_drop_path:
         read_drop_config(args.legal_to_drop_path)
     if args.refine and (args.invert_fitness or args.fitness_fn != "kl"):
@@ -373,8 +382,7 @@ def default_generations(space: Space, start: Candidate, num_blocks: int) -> int:
     return math.ceil(dropped * (num_blocks - dropped) / 1.5)
 
 
-def measure_pairs(args: argparse.Namespace, search: Search, space: Space, predictor: AdditiveModel,
-                  center: Candidate, num_tokens: int) -> None:
+def measure_pairs(search: Search, space: Space, predictor: AdditiveModel, center: Candidate, num_tokens: int) -> None:
     """Run the center with each unit dropped or restored: `predictor` learns what that does alone, and what every two
     do beyond it."""
     units = [i for i, unit in enumerate(space.units) if unit.legal]
@@ -391,7 +399,7 @@ def refined_candidates(args: argparse.Namespace, search: Search, space: Space, p
                        ) -> list[Candidate]:
     """As many as the first selection step leaves, of those that are best by pairs measured around the best parent."""
     num_tokens = min(args.calibration_tokens, REFINE_TOKENS * args.initial_tokens)
-    measure_pairs(args, search, space, predictor, search.parents[0], num_tokens)
+    measure_pairs(search, space, predictor, search.parents[0], num_tokens)
     best = best_predicted(space, predictor, search.rng)
     near = draw_distinct(lambda: switch(space, best[0], search.rng), 4 * args.offspring, {*best})
     ranked = sorted(zip(predictor.predict([*best, *near]), [*best, *near]))
@@ -444,17 +452,29 @@ def first_candidates(args: argparse.Namespace, search: Search, space: Space, mea
     return initial
 
 
-def results_of(args: argparse.Namespace) -> list[tuple[str, Path]]:
-    """(Flag, file that says it is done) of results that are written elsewhere, too."""
-    files = (("drop_config_dir", "layer_drop_config.txt"), ("save_dir", "config.json"))
-    return [(f"--{flag}", Path(folder, file)) for flag, file in files if (folder := getattr(args, flag))]
+def copies_of(args: argparse.Namespace) -> dict[str, Path]:
+    """Flag -> copy of the configuration, where more is written elsewhere: the last file there."""
+    return {flag: Path(folder, CONFIGURATION) for flag in ("drop_config_dir", "save_dir")
+            if (folder := getattr(args, flag))}
+
+
+def check_save_dir(args: argparse.Namespace) -> None:
+    """Raise ValueError where what is saved would take the place of anything but an earlier result."""
+    folder = Path(args.save_dir)
+    if folder.resolve() == Path(args.model_name_or_path).resolve():
+        raise ValueError(f"--save_dir {folder}: is the model that is searched; name another folder")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIGURATION).is_file():
+        raise ValueError(f"--save_dir {folder}: is not empty, and not from evo_drop.py; name another folder")
 
 
 def open_search(args: argparse.Namespace, argv: list[str] | None) -> tuple[argparse.Namespace, Search]:
     """(The flags with what --search_tokens makes of them, the run): all that can be refused before text and model are
     loaded is. Raises ValueError and RunError."""
+    check_budget(args)
     if args.search_tokens is None:                           # else once that has set the others
         check_flags(args)
+    if args.save_dir:
+        check_save_dir(args)
     config = load_config(args.model_name_or_path, args.trust_remote_code)
     num_blocks = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
     if num_blocks:
@@ -474,11 +494,15 @@ def main(argv: list[str] | None = None) -> dict:
     args = parse_arguments(argv)
     with user_errors():
         args, search = open_search(args, argv)
-        if search.run.finished and all(file.exists() for _, file in results_of(args)):
-            return search.earlier_summary()
-        for flag, file in results_of(args):
-            check_writable(file.parent, flag)
-        search.load()
+        legal = {flag: hashlib.sha256(Path(file).read_bytes()).hexdigest() for flag in ("legal_to_drop_path",)
+                 if (file := getattr(args, flag))}
+        own, copies = search.run.folder / CONFIGURATION, copies_of(args)
+        if search.run.finished and all(file.is_file() and file.read_bytes() == own.read_bytes()
+                                       for file in copies.values()):
+            return search.earlier_summary(**legal)
+        for flag, file in copies.items():
+            check_writable(file.parent, f"--{flag}")
+        search.load(**legal)
         blocks = search.decoder.blocks
         held = [(block.attn.held, block.mlp.held) for block in blocks]
         if any(map(any, held)):
@@ -518,16 +542,18 @@ def main(argv: list[str] | None = None) -> dict:
         search.record(search.confirm(survivors), **state())
 
     winner = space.states(search.parents[0], len(blocks))
-    files = [Path(folder, "layer_drop_config.txt") for folder in (search.run.folder, args.drop_config_dir) if folder]
+    files = [own, *(file for flag, file in copies.items() if flag != "save_dir")]
     for file in files:
         write_drop_config(file, winner)
     search.evaluate("measured start" if args.init == "measured" else "best random start")
     if args.save_dir:
+        write_drop_config(copies["save_dir"], [])            # the winner, once all that is saved is there
         for index, state in enumerate(winner):
             set_block(index, state)
         dtype = search.config.dtype if args.dtype == "auto" else None
         save_dropped(search.decoder, search.tokenizer, args.save_dir, dtype,
                      lambda decoder: with_tower(whole(decoder), args.model_name_or_path, search.config).model)
+        write_drop_config(copies["save_dir"], winner)
     return search.finish(describe(space, search.parents[0], blocks),
                          [[state[half] for state in winner] for half in (0, 1)], ["attention", "MLP"], "dropped", files,
                          dropped=" ".join(drop_words(winner)))

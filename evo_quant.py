@@ -29,7 +29,7 @@ from utils.files import check_writable
 from utils.model import load_config
 from utils.screening import AdditiveModel
 from utils.search import Search
-from utils.units import Unit, add_unit_flags, build_units, check_unit_flags, count_units, level_map
+from utils.units import Unit, add_unit_flags, build_units, check_unit_flags, level_map, units_of
 
 Candidate = tuple[float, ...]      # the bitwidth of every unit
 RECOMMENDED = ["--init", "measured", "--screen", "4"]
@@ -334,11 +334,14 @@ def main(argv: list[str] | None = None) -> dict:
             check_flags(args)
         config = load_config(args.model_name_or_path, args.trust_remote_code)
         database = open_database(args, "quant", config)
-        units = count_units({name: database.levels(name) for name in database.layers}, args)
-        args = flags.spread_search_tokens(args, argv, make_parser(), check_flags, RECOMMENDED, 2 * units + 1)
+        levels = exportable_levels(database, args.for_format)
+        units = units_of(levels, args)
+        args = flags.spread_search_tokens(args, argv, make_parser(), check_flags, RECOMMENDED, 2 * len(units) + 1)
+        if not whole_file(args):                             # else the model is needed to know what there may be
+            build_space(args, database, units)
         search = Search("evo_quant", args, config, flags.flag_defaults(make_parser()))
         if search.run.finished:
-            return search.earlier_summary()
+            return search.earlier_summary(quant_weights_path=database.sha256)
         check_writable(args.quant_weights_path, "--quant_weights_path")     # a copy of the result goes there
         search.load(quant_weights_path=database.sha256)      # a run goes on only with the levels it was begun on
         switcher = LevelSwitcher(search.decoder, database, args.level_cache_gb)
@@ -346,7 +349,6 @@ def main(argv: list[str] | None = None) -> dict:
             raise ValueError("--count_everything, --budget_file_gb: a file has all of a mixture's experts in the width "
                              "of the widest, which cannot be counted layer by layer; give --target_bitwidth alone")
         announce_packed(search.decoder, database, args.for_format)
-        levels = exportable_levels(database, args.for_format)
         space = build_space(args, database, build_units(switcher.names, levels, args), search)
     search.prepare(switcher.set_block, lambda candidate: switcher.states(space.levels(candidate)),
                    logged=lambda candidate: {"levels": candidate}, divergences=args.init == "measured")
@@ -367,26 +369,25 @@ def main(argv: list[str] | None = None) -> dict:
         search.begin(measure(initial, args.initial_tokens), **state())
     elif args.screen > 1:
         predictor.restore(search.saved["model"])
-    parents = search.parents
-    print(f"budget: {describe(space, parents[0], database)}")
+    print(f"budget: {describe(space, search.parents[0], database)}")
 
     steps = list(zip(args.survivors_per_selection, args.tokens_per_selection))
     # Algorithm 1: make offspring, keep the best of them in steps, each of fewer candidates on more tokens; they are the
     # next parents
     for _ in search.generations():
-        offspring = draw_distinct(lambda: mutate(space, parents, args.max_mutations, search.rng, args.fixed_mutations),
-                                  args.offspring * args.screen, set(parents))
+        offspring = draw_distinct(
+            lambda: mutate(space, search.parents, args.max_mutations, search.rng, args.fixed_mutations),
+            args.offspring * args.screen, set(search.parents))
         if not offspring:
             print("no other candidate meets the budget: nothing to search")
             break
         if args.screen > 1:
             offspring = predictor.screen(offspring, args.offspring, search.rng)
-        survivors = search.confirm(select(offspring, parents, steps, measure, args.strategy))
-        parents = [candidate for _, candidate in survivors]
-        search.record(survivors, **state())
+        survivors = select(offspring, search.parents, steps, measure, args.strategy)
+        search.record(search.confirm(survivors), **state())
 
     # in the model's order of layers
-    winner = {name: space.levels(parents[0])[name] for names in switcher.names for name in names}
+    winner = {name: space.levels(search.parents[0])[name] for names in switcher.names for name in names}
     files = [folder / args.configuration_name for folder in (search.run.folder, database.path)]
     for file in files:
         write_level_config(file, winner)
@@ -394,8 +395,8 @@ def main(argv: list[str] | None = None) -> dict:
     print(f"whole model: {whole}")
     search.evaluate("uniform" if search.start == uniform_candidate(space, space.target) else "measured start"
                     if args.init == "measured" else f"best of {args.initially_generated} random")
-    return search.finish(describe(space, parents[0], database), *level_map(switcher.names, winner), "bits", files,
-                         database=str(database.path), levels=winner, whole_model=whole)
+    return search.finish(describe(space, search.parents[0], database), *level_map(switcher.names, winner), "bits",
+                         files, database=str(database.path), levels=winner, whole_model=whole)
 
 
 def describe(space: Space, candidate: Candidate, database: Database) -> str:

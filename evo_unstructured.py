@@ -26,7 +26,7 @@ from utils.files import check_writable
 from utils.model import load_config
 from utils.screening import AdditiveModel
 from utils.search import Search
-from utils.units import Unit, add_unit_flags, build_units, check_unit_flags, count_units, level_map
+from utils.units import Unit, add_unit_flags, build_units, check_unit_flags, level_map, units_of
 
 Candidate = tuple[int, ...]      # the level of every unit
 RECOMMENDED = ["--init", "measured", "--screen", "4", "--refine", "4"]
@@ -259,12 +259,12 @@ def main(argv: list[str] | None = None) -> dict:
             check_flags(args)
         config = load_config(args.model_name_or_path, args.trust_remote_code)
         database = open_database(args, "sparse", config)
-        units = count_units({name: database.levels(name) for name in database.layers}, args)
+        units = len(units_of({name: database.levels(name) for name in database.layers}, args))
         args = flags.spread_search_tokens(args, argv, make_parser(), check_flags, RECOMMENDED, 2 * units + 2,
                                           4 * REFINE_TOKENS * (units + 1))
         search = Search("evo_unstructured", args, config, flags.flag_defaults(make_parser()))
         if search.run.finished:
-            return search.earlier_summary()
+            return search.earlier_summary(sparse_weights_path=database.sha256)
         check_writable(args.sparse_weights_path, "--sparse_weights_path")     # a copy of the result goes there
         search.load(sparse_weights_path=database.sha256)      # a run goes on only with the levels it was begun on
         switcher = LevelSwitcher(search.decoder, database, args.level_cache_gb)
@@ -291,8 +291,7 @@ def main(argv: list[str] | None = None) -> dict:
         search.begin(measure(initial, args.initial_tokens), **state())
     elif args.screen > 1:
         predictor.restore(search.saved["model"])
-    parents = search.parents
-    print(f"budget: {describe(space, parents[0], database)}")
+    print(f"budget: {describe(space, search.parents[0], database)}")
 
     steps = list(zip(args.survivors_per_selection, args.tokens_per_selection))
     # Algorithm 1: offspring of the parents, selected in steps of fewer on more tokens each; survivors are parents next
@@ -300,19 +299,18 @@ def main(argv: list[str] | None = None) -> dict:
         offspring = generation <= args.refine and refined_candidates(args, search, space, switcher, database, predictor)
         if not offspring:
             offspring = draw_distinct(
-                lambda: mutate(space, parents, args.max_mutations, search.rng, args.fixed_mutations),
-                args.offspring * args.screen, set(parents))
+                lambda: mutate(space, search.parents, args.max_mutations, search.rng, args.fixed_mutations),
+                args.offspring * args.screen, set(search.parents))
             if args.screen > 1 and offspring:
                 offspring = predictor.screen(offspring, args.offspring, search.rng)
         if not offspring:
             print("no other candidate meets the budget: nothing to search")
             break
-        survivors = search.confirm(select(offspring, parents, steps, measure, args.strategy))
-        parents = [candidate for _, candidate in survivors]
-        search.record(survivors, **state())
+        survivors = select(offspring, search.parents, steps, measure, args.strategy)
+        search.record(search.confirm(survivors), **state())
 
     # in the model's order of layers
-    winner = {name: space.levels(parents[0])[name] for names in switcher.names for name in names}
+    winner = {name: space.levels(search.parents[0])[name] for names in switcher.names for name in names}
     files = [folder / args.configuration_name for folder in (search.run.folder, database.path)]
     for file in files:
         write_level_config(file, winner)
@@ -322,8 +320,8 @@ def main(argv: list[str] | None = None) -> dict:
                     else f"best of {args.initially_generated} random")
     sparsity = {name: 1 - database.kept(name, level) / math.prod(database.shape(name))
                 for name, level in winner.items()}
-    return search.finish(describe(space, parents[0], database), *level_map(switcher.names, sparsity), "sparsity", files,
-                         database=str(database.path), levels=winner, whole_model=whole)
+    return search.finish(describe(space, search.parents[0], database), *level_map(switcher.names, sparsity), "sparsity",
+                         files, database=str(database.path), levels=winner, whole_model=whole)
 
 
 def describe(space: Space, candidate: Candidate, database: Database) -> str:

@@ -24,7 +24,7 @@ from utils.configs import read_drop_config
 from utils.data import check_dataset, sequence_length
 from utils.decoder import Decoder
 from utils.errors import RunError, user_errors
-from utils.files import check_writable
+from utils.files import check_writable, lock
 from utils.fitness import default_microbatch_tokens, out_of_memory
 from utils.flags import add_calibration_flags, add_model_flags
 from utils.inputs import decoder_of, documents_of, tokenizer_of
@@ -81,6 +81,7 @@ def check_flags(args: argparse.Namespace, config) -> None:
                          f"{args.calibration_sequence_length} tokens, more than --calibration_tokens "
                          f"{args.calibration_tokens}; raise those or lower it")
     check_writable(args.save_dir, "--save_dir")
+    lock(args.save_dir, "--save_dir")
 
 
 def finish_blocks(args: argparse.Namespace, decoder: Decoder, documents: list[torch.Tensor],

@@ -133,9 +133,13 @@ def main(argv: list[str] | None = None) -> dict:
 
     layers = {name: decoder.layers[name] for name in database.layers}
     tokens = args.microbatch_tokens or default_microbatch_tokens(decoder)    # which may try the model out
-    with input_norms(decoder.model, layers) as norms:       # the uncompressed model's pass over all documents
-        fitness = Fitness(decoder, documents, switcher.set_block, microbatch_tokens=tokens,
-                          progress="uncompressed model on calibration data")
+    while True:
+        with input_norms(decoder.model, layers) as norms:       # the uncompressed model's pass over all documents
+            fitness = Fitness(decoder, documents, switcher.set_block, microbatch_tokens=tokens,
+                              progress="uncompressed model on calibration data")
+        if fitness.microbatch_tokens == tokens:
+            break
+        tokens = fitness.microbatch_tokens       # memory ran out, so that norms have some inputs twice: once more
     blocks = [names for names in switcher.names if names]
     shares = [outlier_shares([layers[name].weight for name in names], [norms[name] for name in names], args.owl_m)
               for names in blocks]           # [blocks, multiples]

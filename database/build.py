@@ -18,7 +18,7 @@ from utils import distributed
 from utils.data import documents_sha256, sequence_length
 from utils.decoder import Decoder
 from utils.experts import ExpertLayer, Layer
-from utils.files import check_writable
+from utils.files import check_writable, lock
 from utils.fitness import out_of_memory
 from utils.flags import add_calibration_flags, add_model_flags, check_calibration_flags
 from utils.inputs import decoder_of, documents_of, tokenizer_of
@@ -130,6 +130,7 @@ def build(args: argparse.Namespace, method: str, layers_flag: str, solve_layer: 
             return
 
     check_writable(args.save_dir, "--save_dir")
+    lock(args.save_dir, "--save_dir")
     if args.activations_dir:
         check_writable(args.activations_dir, "--activations_dir")
     wandb = open_wandb(args.log_wandb, vars(args))

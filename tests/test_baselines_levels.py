@@ -12,6 +12,7 @@ from database import gptq, sparsegpt
 from database.store import Database
 from utils.configs import read_level_config
 from utils.data import calibration_documents
+from utils.decoder import Decoder
 
 SHORT = ["--calibration_data", "stdlib", "--calibration_sequence_length", "40"]
 
@@ -84,6 +85,26 @@ def plain_owl_sparsities(block_scores, sparsity, spread, m):
     shares = torch.tensor([(scores > m * scores.mean()).double().mean().item() for scores in block_scores])
     density = (shares - shares.min()) / (shares.max() - shares.min()) * 2 * spread
     return (1 - (density - density.mean() + 1 - sparsity)).tolist()
+
+
+def test_owl_counts_every_token_once_where_memory_runs_out(checkpoint, sparse_database, tmp_path, monkeypatch):
+    run_block, loaded, runs = Decoder.run_block, owl.decoder_of, []
+
+    def dying(self, *arguments):
+        runs.append(None)
+        if len(runs) == 8:                               # of six blocks, in the second microbatch
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return run_block(self, *arguments)
+
+    def run(folder: str) -> dict:
+        return owl.main(["--model_name_or_path", checkpoint, *SHORT, "--calibration_tokens", "200",
+                         "--microbatch_tokens", "128", "--sparse_weights_path", str(sparse_database.path),
+                         "--owl_lambda", "0.1", "--owl_m", "2", "--save_dir", str(tmp_path / folder)])["outliers"]["2"]
+
+    whole = run("whole")
+    monkeypatch.setattr(owl, "decoder_of", lambda args: (loaded(args), monkeypatch.setattr(
+        Decoder, "run_block", dying))[0])                # which runs blocks, too
+    assert run("again") == pytest.approx(whole, abs=1e-4) and len(runs) > 8
 
 
 def test_owl_follows_the_share_of_outliers_and_keeps_the_average_exactly(checkpoint, sparse_database, tmp_path):

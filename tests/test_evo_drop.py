@@ -168,6 +168,51 @@ def test_saved_model_is_whole_or_not_there_and_keeps_generation_settings_that_tr
     AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
 
 
+def test_nothing_is_saved_over_the_model_or_what_is_not_from_here(command, tmp_path, checkpoint):
+    shutil.copytree(checkpoint, tmp_path / "model")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "model").iterdir()}
+    for folder, message in (("model", "is the model that is searched"), ("other", "is not empty, and not from evo_")):
+        (tmp_path / "other").mkdir(exist_ok=True)
+        (tmp_path / "other" / "config.json").write_text("{}")
+        with pytest.raises(SystemExit, match=f"--save_dir .*{message}.*; name another folder"):
+            evo_drop.main(command(model_name_or_path=tmp_path / "model", save_dir=tmp_path / folder))
+    assert {file.name: file.read_bytes() for file in (tmp_path / "model").iterdir()} == before
+    assert not (tmp_path / "run").exists()
+
+
+def test_saved_elsewhere_is_what_was_found_whatever_was_there_before(command, tmp_path):
+    """The configuration of another search; a saved model of which only a part was written; shards of a larger one."""
+    evo_drop.main(command())
+    name = "layer_drop_config.txt"
+    own = {"save_dir": tmp_path / "model", "drop_config_dir": tmp_path / "config"}
+    for folder in own.values():
+        folder.mkdir()
+        (folder / name).write_text("none\n" * NUM_BLOCKS)
+        (folder / "model-00001-of-00002.safetensors").touch()
+    evo_drop.main(command(**own))
+    for folder in own.values():
+        assert (folder / name).read_bytes() == files(tmp_path / "run")[name]
+    assert [file.name for file in (tmp_path / "model").glob("*.safetensors*")] == ["model.safetensors"]
+
+
+def test_finished_run_of_another_model_or_of_what_may_be_dropped_is_refused(command, tmp_path, checkpoint, tokenizer):
+    shutil.copytree(checkpoint, tmp_path / "model")
+    legal = tmp_path / "legal.txt"
+    legal.write_text("attn+mlp\n" * NUM_BLOCKS)
+    line = command(model_name_or_path=tmp_path / "model", legal_to_drop_path=legal)
+    evo_drop.main(line)
+    legal.write_text("none\n" + "attn+mlp\n" * (NUM_BLOCKS - 1))
+    for generations in (BASE["generations"], BASE["generations"] + 1):          # finished, and to be extended
+        with pytest.raises(SystemExit, match="--legal_to_drop_path: not what it was when the run in .* was begun"):
+            evo_drop.main(command(model_name_or_path=tmp_path / "model", legal_to_drop_path=legal,
+                                  generations=generations))
+    legal.write_text("attn+mlp\n" * NUM_BLOCKS)
+    evo_drop.main(line)
+    families.save_llama(tmp_path / "model", tokenizer, seed=1, num_hidden_layers=NUM_BLOCKS)
+    with pytest.raises(SystemExit, match="--model_name_or_path: not what it was when the run in .* was begun"):
+        evo_drop.main(line)
+
+
 def test_inverted_fitness_finds_a_worse_model(command, measured, tmp_path):
     worst_and_best = []
     for inverted in (True, False):
@@ -557,7 +602,6 @@ def test_folder_of_other_flags_is_refused_naming_what_differs(command, tmp_path)
 @pytest.mark.parametrize("budget, lines", [
     ({"sparsity": None, "drop_attn": 6, "drop_mlp": 6}, ["attn+mlp"] * 6),
     ({"sparsity": None, "drop_attn": 0, "drop_mlp": 0}, ["none"] * 6),
-    ({"sparsity": 0.1}, ["none"] * 6),
     ({"sparsity": None, "drop_mlp": 6}, ["mlp"] * 6),
 ])
 def test_space_of_one_candidate_ends_with_it(budget, lines, command, tmp_path, capsys):
@@ -580,7 +624,7 @@ def test_space_smaller_than_the_offspring_asked_for_is_searched_whole(command, m
 
 
 @pytest.mark.parametrize("budget, lines", [
-    ({"sparsity": 0.9}, ["none"]), ({"sparsity": None, "drop_attn": 1, "drop_mlp": 1}, ["attn+mlp"]),
+    ({"sparsity": None, "drop_attn": 1, "drop_mlp": 1}, ["attn+mlp"]),
     ({"sparsity": None, "drop_attn": 1}, ["attn"]), ({"sparsity": None, "drop_params": 0.99}, ["attn+mlp"]),
     ({"sparsity": None, "drop_params": 0.01}, None),
 ])
@@ -698,6 +742,15 @@ def test_configuration_of_what_is_legal_that_does_not_fit_is_refused(content, me
     if content is not None:
         path.write_text(content)
     refused(f"{path}: .*{message}", legal_to_drop_path=path)
+
+
+@pytest.mark.parametrize("budget, message", [
+    ({"sparsity": 0.1}, r"--sparsity 0\.1: of 6 drops none; give at least 0\.167"),
+    ({"sparsity": "nan", "search_tokens": 50000}, "--sparsity nan: a fraction between 0 and 1 is needed"),
+    ({"sparsity": None, "drop_params": "inf", "search_tokens": 50000}, "--drop_params inf: a fraction between 0 and 1"),
+    ({"search_tokens": 50000, "fitness_fn": "ppl"}, r"--refine 2: .*\(of this --search_tokens has set .*--refine 0")])
+def test_budgets_that_drop_nothing_or_are_no_numbers_are_refused(budget, message, refused):
+    refused(message, **budget)
 
 
 def test_too_little_that_is_legal_is_refused(refused, tmp_path):

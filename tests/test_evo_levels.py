@@ -382,11 +382,14 @@ def test_a_search_goes_on_with_another_cache_but_not_with_another_text_or_databa
     with pytest.raises(SystemExit, match=f"error: --calibration_data: not what it was when the run in {tmp_path}/run"):
         run("run", 3)
     rows.write_text("".join(lines))
+    built = (own[task] / "manifest.json").read_text()
     manifest = read_sealed(own[task] / "manifest.json")
     manifest["flags"]["rel_damp"] = 0.5
     (own[task] / "manifest.json").write_text(seal(manifest))
-    with pytest.raises(SystemExit, match=f"error: --{task}_weights_path: not what it was"):
-        run("run", 3)
+    for generations in (2, 3):                           # finished, and to be extended
+        with pytest.raises(SystemExit, match=f"error: --{task}_weights_path: not what it was"):
+            run("run", generations)
+    (own[task] / "manifest.json").write_text(built)
     assert run("run", 2)["levels"] == whole["levels"]                # finished: nothing is measured
 
 

@@ -2,6 +2,8 @@
 import errno
 import json
 import random
+import subprocess
+import sys
 
 import pytest
 
@@ -88,6 +90,19 @@ def test_finished_means_summarized_for_as_many_generations(tmp_path):
     assert Run(tmp_path, FLAGS).finished
     assert Run(tmp_path, FLAGS).summary() == {"generations": 3, "fitness": 0.5}
     assert not Run(tmp_path, FLAGS | {"generations": 4}).finished
+
+
+def test_a_folder_that_another_process_works_in_is_refused(tmp_path):
+    code = "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX); print(1); input()"
+    with subprocess.Popen([sys.executable, "-uc", code, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          text=True) as other:
+        assert other.stdout.readline() == "1\n"
+        with pytest.raises(ValueError, match="--output_dir .*: another process is at work there; let it end, or name"):
+            Run(tmp_path, FLAGS)
+        other.communicate("end\n")
+    for _ in range(2):                                   # this process itself goes on where it likes
+        Run(tmp_path, FLAGS)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_missing_number_of_generations_is_finished_at_its_default_only(tmp_path):

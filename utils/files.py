@@ -3,6 +3,7 @@
 Whatever is read back later (checkpoints, manifests, configurations) is written beside its name first, then renamed, so
 that a process may be killed, or a disk get full, at any moment.
 """
+import fcntl
 import glob
 import hashlib
 import json
@@ -13,7 +14,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from utils import distributed
+
 PARTIAL = ".partial"             # ending of what is being written
+_locked: dict[Path, int] = {}    # folders that this process has locked
 
 
 def write_atomic(path: str | Path, content: str | bytes) -> None:
@@ -59,6 +63,25 @@ def check_writable(folder: str | Path, flag: str) -> None:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise ValueError(f"{flag} {folder}: cannot be written ({error.strerror}); name a folder that can") from error
+
+
+@distributed.from_main
+def lock(folder: str | Path, flag: str) -> None:
+    """Keep other processes out of `folder` until this one ends. Raises ValueError naming `flag` where one is at work
+    there already."""
+    key = Path(folder).resolve()
+    if key in _locked:
+        return
+    handle = os.open(key, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise ValueError(f"{flag} {folder}: another process is at work there; let it end, or name another "
+                         f"folder") from None
+    except OSError:                      # a file system without locks
+        pass
+    _locked[key] = handle
 
 
 def check_writable_file(path: str | Path, flag: str) -> None:

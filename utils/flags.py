@@ -72,8 +72,8 @@ def add_evaluation_flags(parser: argparse.ArgumentParser, in_search: bool = True
 
 def add_search_flags(parser: argparse.ArgumentParser, generations: int | None, offspring: int, survivors: list[int],
                      tokens: list[int], init: dict[str, str], initially_generated: int, initial_tokens: int,
-                     fitness: list[str], generations_help: str, screen: bool = True) -> argparse._ArgumentGroup:
-    """`init`: meaning of every --init, the first is the default; `screen`: the search knows what to do with that."""
+                     fitness: list[str], generations_help: str) -> argparse._ArgumentGroup:
+    """`init`: meaning of every --init, the first is the default."""
     group = parser.add_argument_group("evolutionary search")
     group.add_argument("--search_tokens", type=int, metavar="TOKENS",
                        help="how long to search, in tokens of all candidates together: sets --init, --screen, "
@@ -95,11 +95,10 @@ def add_search_flags(parser: argparse.ArgumentParser, generations: int | None, o
                        help=f"kept after each selection step (default: {' '.join(map(str, survivors))})")
     group.add_argument("--tokens_per_selection", type=int, nargs="+", default=tokens, metavar="TOKENS",
                        help=f"of each selection step's minibatch (default: {' '.join(map(str, tokens))})")
-    if screen:
-        group.add_argument("--screen", type=int, default=1, metavar="FACTOR",
-                           help="draw this many times the offspring and measure as many as else: three in four are "
-                                "those that an additive model of the levels, fitted to all that was measured before, "
-                                "ranks best, the others random, e.g. 4 (default: 1, all are measured)")
+    group.add_argument("--screen", type=int, default=1, metavar="FACTOR",
+                       help="draw this many times the offspring and measure as many as else: three in four are those "
+                            "that an additive model of the levels, fitted to all that was measured before, ranks best, "
+                            "the others random, e.g. 4 (default: 1, all are measured)")
     group.add_argument("--strategy", choices=["plus", "comma"], default="plus",
                        help="plus: the parents compete in the last selection step; comma: offspring alone survive "
                             "(default: plus)")
@@ -162,7 +161,11 @@ def spread_search_tokens(args: argparse.Namespace, argv: Sequence[str] | None, p
     chosen = [*map(str, chosen)]
     print(f"--search_tokens {tokens}: {' '.join(chosen)}")
     args = parser.parse_args([*chosen, *(sys.argv[1:] if argv is None else argv)])
-    check(args)
+    try:
+        check(args)
+    except ValueError as error:
+        raise ValueError(f"{error} (of this --search_tokens has set {' '.join(chosen)}: what is given by hand comes "
+                         f"before that, e.g. --refine 0 --screen 1 --confirm_tokens 0)") from error
     return args
 
 

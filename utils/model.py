@@ -210,6 +210,8 @@ def save_dropped(decoder: Decoder, tokenizer, folder: str | Path, dtype: torch.d
         decoder.model.to(dtype or decoder.dtype)
         save_pretrained(complete(decoder), tokenizer, partial)
         files = [file for file in partial.rglob("*") if file.is_file()]
+        for stale in {file.name for file in Path(folder).glob("*.safetensors*")} - {file.name for file in files}:
+            Path(folder, stale).unlink()
         for file in sorted(files, key=lambda file: file.name == "config.json"):
             target = Path(folder) / file.relative_to(partial)
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from utils import distributed
 from utils.errors import RunError
-from utils.files import check_writable, naming, read_json, read_sealed, seal, write_atomic
+from utils.files import check_writable, lock, naming, read_json, read_sealed, seal, write_atomic
 
 VERSION = 2
 # flags that a resumed run may change: they do not change what it finds
@@ -53,6 +53,7 @@ class Run:
         self.inputs: dict[str, str] = {}            # see `check_inputs`
         self._log_bytes, self._log_sha256 = 0, hashlib.sha256()
         check_writable(folder, flag)
+        lock(folder, flag)
         self.state = self._resume(flag)             # what the last `checkpoint` was given
         self.began, self._tokens_before = time.time(), (self.state or {}).get("tokens", 0)
 

@@ -29,7 +29,7 @@ from utils.fitness import Fitness, Row, mean_of
 from utils.inputs import decoder_of, documents_of, tokenizer_of
 from utils.interactions import gram_matrix
 from utils.measurements import Candidate, Measurements
-from utils.model import weights_fingerprint
+from utils.model import default_device, weights_fingerprint
 from utils.report import evaluation_rows, format_table, plot_search
 from utils.runs import Run, default_folder, open_wandb, rng_state, set_rng_state
 
@@ -53,10 +53,16 @@ class Search:
         self.curve: list[tuple[int, float]] = []     # (tokens, fitness of the new best parent on the same documents)
         self.evaluations: dict[str, dict] = {}       # whose -> dataset -> perplexity and KL divergence
 
-    def earlier_summary(self) -> dict:
-        """What a finished run of the same command has found; says so."""
+    def earlier_summary(self, **checksums: str) -> dict:
+        """What a finished run of the same command has found; says so. checksums: as `load` takes them; calibration text
+        is not read for it."""
+        self.run.check_inputs(**checksums, **self._model_checksum())
         print(f"{self.run.folder}: this search is finished; raise --generations to go on, or give another --output_dir")
         return self.run.summary()
+
+    def _model_checksum(self) -> dict[str, str]:
+        fingerprint = weights_fingerprint(self.args.model_name_or_path)
+        return {"model_name_or_path": fingerprint} if fingerprint else {}
 
     def load(self, **checksums: str) -> None:
         """Load calibration and evaluation text and, last, the model. checksums: flag -> of what else the run reads.
@@ -64,13 +70,12 @@ class Search:
         Raises ValueError naming the flag at fault, and RunError where a resumed run was begun on something else.
         """
         args = self.args
+        default_device(args.device)              # raises for one that there is not, before text is read
         self.wandb = open_wandb(args.log_wandb, vars(args))
         self.tokenizer = tokenizer_of(args)
         self.documents = documents_of(args, self.config, self.tokenizer)
         check_minibatches(self.documents, [args.initial_tokens, *args.tokens_per_selection, args.confirm_tokens or 2])
-        fingerprint = weights_fingerprint(args.model_name_or_path)
-        self.run.check_inputs(calibration_data=documents_sha256(self.documents), **checksums,
-                              **({"model_name_or_path": fingerprint} if fingerprint else {}))
+        self.run.check_inputs(calibration_data=documents_sha256(self.documents), **checksums, **self._model_checksum())
         self.evaluation_sets = {} if args.no_eval else load_evaluation_documents(
             args.eval_datasets, self.tokenizer, args.eval_tokens,
             sequence_length(args.eval_sequence_length, self.config, "--eval_sequence_length"), args.eval_every,

@@ -101,12 +101,12 @@ def build_units(blocks: Sequence[Sequence[str]], levels: Mapping[str, Iterable[f
     return units
 
 
-def count_units(levels: Mapping[str, Iterable[int]], args: argparse.Namespace) -> int:
-    """Number of units that `build_units` will make of the layers of a database, whose blocks are their first number."""
+def units_of(levels: Mapping[str, Iterable[int]], args: argparse.Namespace) -> list[Unit]:
+    """Those that `build_units` will make of the layers of a database, whose blocks are their first number."""
     blocks: dict[str, list[str]] = {}
     for name in levels:
         blocks.setdefault(re.search(r"\d+|$", name)[0], []).append(name)
-    return len(build_units([*blocks.values()], levels, args))
+    return build_units([*blocks.values()], levels, args)
 
 
 def level_map(blocks: Sequence[Sequence[str]], values: Mapping[str, float]) -> tuple[list[list[float]], list[str]]:
