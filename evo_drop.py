@@ -158,9 +158,6 @@ def build_space(args: argparse.Namespace, sizes: list[tuple[int, int]],
         total = sum(map(sum, sizes))
         return Space(tuple(units), None, math.ceil(args.drop_params * total - 1e-6), min(unit.size for unit in units))
     counts = {}
-    if args.sparsity is not None and args.sparsity * len(groups) < 1 - 1e-9:
-        raise ValueError(f"--sparsity {args.sparsity}: of {len(groups)} drops none; give at least "
-                         f"{1 / len(groups):.3g}")
     for kind in kinds:
         if args.sparsity is not None:
             counts[kind] = math.floor(args.sparsity * len(groups) + 1e-9)   # 0.29 * 100 is 28.999...
@@ -479,6 +476,9 @@ def open_search(args: argparse.Namespace, argv: list[str] | None) -> tuple[argpa
     num_blocks = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
     if num_blocks:
         space = build_space(args, [(1, 1)] * num_blocks)
+        if args.sparsity is not None and not any(space.counts.values()):
+            count = len(space.units) // len(space.counts)
+            raise ValueError(f"--sparsity {args.sparsity}: of {count} drops none; give at least {1 / count:.3g}")
     sub_blocks = 2 * (num_blocks or 32)
     args = flags.spread_search_tokens(args, argv, make_parser(), check_flags, RECOMMENDED, 3 * sub_blocks,
                                       2 * REFINE_TOKENS * (sub_blocks + 1), confirm=True)

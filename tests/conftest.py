@@ -26,6 +26,14 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_pictures():
+    """They take longer than most searches here; tests of pictures have them back."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("utils.search.plot_search", lambda *_: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     return families.train_tokenizer()

@@ -49,7 +49,6 @@ def command(checkpoint, text, tmp_path, monkeypatch):
                 line += [f"--{flag}", *map(str, values)]
         return line
 
-    monkeypatch.setattr("utils.search.plot_search", lambda *_: None)      # half a second each: drawn in one test
     monkeypatch.setattr(os, "fsync", lambda _: None)                   # nobody pulls the plug
     return build
 

@@ -25,6 +25,7 @@ from utils.files import read_sealed, seal
 from utils.fitness import Fitness, microbatches, walk_order
 from utils.measurements import Measurements
 from utils.model import load_decoder, weights_fingerprint
+from utils.report import plot_search
 from utils.units import Unit, build_units
 
 TEXT = ["--calibration_data", "stdlib", "--calibration_sequence_length", "32"]
@@ -343,6 +344,7 @@ def test_paper_settings_for_sparsity_take_458752_tokens_a_generation(checkpoint,
 @pytest.mark.parametrize("task", ["sparse", "quant"])
 def test_the_saved_winner_is_the_candidate_of_the_last_log_line_and_is_what_is_evaluated(checkpoint, databases,
                                                                                         tmp_path, task, monkeypatch):
+    monkeypatch.setattr("utils.search.plot_search", plot_search)
     arguments = [a for a in flags(task, checkpoint, databases, tmp_path / "run") if a != "--no_eval"]
     summary = program(task).main([*arguments, "--eval_datasets", "stdlib", "--eval_tokens", "512", "--eval_every", "0",
                                   "--eval_sequence_length", "32"])

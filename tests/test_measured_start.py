@@ -557,7 +557,6 @@ def test_model_of_perplexities_learns_nothing_from_divergences(module, own, fitn
             models.append(self)
 
     monkeypatch.setattr(module, "AdditiveModel", Kept)
-    monkeypatch.setattr("utils.search.plot_search", lambda *_: None)
     search(module, tmp_path, *MEASURED, *own, "--screen", "2", "--generations", "2", "--fitness_fn", fitness_fn)
     fitness = [value for _, _, value, _ in models[0]._measured]
     assert models[0]._expected.any() == (fitness_fn == "kl")
@@ -661,7 +660,6 @@ def test_optimum_is_found_in_9_of_10_seeds_where_measurements_mislead(task, plan
                       if sum(levels) == 0]
         module, own = evo_unstructured, ["--tie", "block", "--max_level", "1"]
     optimum = min(map(planted_fitness, everything))
-    monkeypatch.setattr("utils.search.plot_search", lambda *_: None)
     found = trapped = 0
     for seed in range(10):
         folder = tmp_path / str(seed)

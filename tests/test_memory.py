@@ -273,7 +273,6 @@ def test_a_search_that_ran_out_of_memory_resumes_to_the_same_files(checkpoint, t
         if record["generation"] == 1:
             memory.tokens = 100                                         # other programs want theirs
 
-    monkeypatch.setattr("utils.search.plot_search", lambda *_: None)
     monkeypatch.setattr(Run, "log", shrinking)
     whole = search("whole")
     assert capsys.readouterr().out.count("out of memory") == memory.failures > 0

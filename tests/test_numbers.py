@@ -247,8 +247,7 @@ def tiny(tmp_path_factory, tokenizer, text):
 
 @pytest.mark.parametrize("more", [["--max_level", "0"], ["--max_level", "0", "--screen", "4"],
                                   ["--max_total_deviation", "1", "--strategy", "comma"]])
-def test_sparsity_space_of_one_candidate_ends_with_it(tiny, text, tmp_path, more, capsys, monkeypatch):
-    monkeypatch.setattr("utils.search.plot_search", lambda *_: None)
+def test_sparsity_space_of_one_candidate_ends_with_it(tiny, text, tmp_path, more, capsys):
     summary = evo_unstructured.main(["--model_name_or_path", tiny[0], "--sparse_weights_path", tiny[1], *TEXT, text,
                                      *SEARCH, *more, "--output_dir", str(tmp_path / "run")])
     assert set(summary["levels"].values()) == {0}
@@ -256,8 +255,7 @@ def test_sparsity_space_of_one_candidate_ends_with_it(tiny, text, tmp_path, more
 
 
 @pytest.mark.parametrize("target, level", [("2", 2), ("4", 4)])
-def test_bits_all_at_the_bound_end_with_it(tiny, text, tmp_path, target, level, monkeypatch):
-    monkeypatch.setattr("utils.search.plot_search", lambda *_: None)
+def test_bits_all_at_the_bound_end_with_it(tiny, text, tmp_path, target, level):
     summary = evo_quant.main(["--model_name_or_path", tiny[0], "--quant_weights_path", tiny[2], *TEXT, text, *SEARCH,
                               "--target_bitwidth", target, "--output_dir", str(tmp_path / "run")])
     assert set(summary["levels"].values()) == {level}

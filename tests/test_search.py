@@ -17,10 +17,8 @@ BLOCKS = [(0,), (1,), (2,), (3,), (4,), (5,)]
 
 
 @pytest.fixture
-def opened(checkpoint, tmp_path, monkeypatch):
+def opened(checkpoint, tmp_path):
     """opened(generations): a search, whose candidates are the blocks that are dropped, in tmp_path / "run"."""
-    monkeypatch.setattr("utils.search.plot_search", lambda *_: None)
-
     def build(generations: int, *more: str) -> Search:
         args = evo_drop.parse_arguments(["--model_name_or_path", checkpoint, *LINE, "--generations", str(generations),
                                          "--output_dir", str(tmp_path / "run"), *more])

@@ -39,9 +39,7 @@ def events():
     watching = False
 
 
-def test_a_database_a_search_an_evaluation_and_an_export_unpickle_and_start_nothing(checkpoint, text, tmp_path,
-                                                                                   monkeypatch, events):
-    monkeypatch.setattr("utils.search.plot_search", lambda *_: None)    # matplotlib asks fc-list for fonts, once
+def test_a_database_a_search_an_evaluation_and_an_export_unpickle_and_start_nothing(checkpoint, text, tmp_path, events):
     model = ["--model_name_or_path", checkpoint]
     gptq.main(gptq.make_parser().parse_args([*model, *TEXT, text, "--bitwidth_options", "2", "3",
                                              "--calibration_bitwidth", "3", "--save_dir", str(tmp_path / "db")]))

@@ -14,10 +14,12 @@ has wikitext2, by convention.
 import hashlib
 import io
 import json
+import os
 import random
 import re
 import sysconfig
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -197,23 +199,30 @@ def stdlib_texts(split: str, with_tests: bool = False) -> list[str]:
     `with_tests` adds the interpreter's own test suite, which some distributions leave out; only demo/train.py asks for
     it, and only for the train side.
     """
+    train, test = _stdlib_sides(with_tests)
+    return [*(train if split == "train" else test)]
+
+
+@cache
+def _stdlib_sides(with_tests: bool) -> tuple[list[str], list[str]]:
     root = Path(sysconfig.get_paths()["stdlib"])
     excluded = {"site-packages", "dist-packages", "__pycache__"} | (set() if with_tests
                                                                      else {"test", "tests", "idle_test"})
+    found = []
+    for folder, inner, names in os.walk(root):
+        inner[:] = {*inner} - excluded                       # they are not even looked into
+        found += [Path(folder, name) for name in names if name.endswith(".py")]
     texts: dict[bool, list[str]] = {False: [], True: []}
-    for path in sorted(root.rglob("*.py")):
+    for path in sorted(found):
         relative = path.relative_to(root)
-        generated = relative.name.startswith("_sysconfigdata") or relative.parts[0].startswith("config-")
-        if generated or excluded & set(relative.parts):
+        if relative.name.startswith("_sysconfigdata") or relative.parts[0].startswith("config-"):
             continue
         held_out = int(hashlib.sha256(relative.as_posix().encode()).hexdigest(), 16) % TEST_SHARE == 0
         text = path.read_text(encoding="utf-8", errors="ignore")
         if text.strip():
             texts[held_out].append(text)
-    if split == "train":
-        return texts[False]
     known = set(texts[False])
-    return [text for text in texts[True] if text not in known]  # a few files are there under two names
+    return texts[False], [text for text in texts[True] if text not in known]    # a few files are there under two names
 
 
 def local_texts(path: Path, split: str, text_field: str = "text") -> list[str]:
