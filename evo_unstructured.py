@@ -250,6 +250,21 @@ def refined_candidates(args: argparse.Namespace, search: Search, space: Space, s
     return [candidate for candidate in allocated_candidates(space, [changes]) if candidate not in search.parents]
 
 
+def new_offspring(args: argparse.Namespace, search: Search, space: Space, switcher: LevelSwitcher, database: Database,
+                  predictor: AdditiveModel, generation: int) -> list[Candidate]:
+    """Mutations of the parents; with --screen those that are predicted best, and with --refine, at first, what is best
+    by measurements around the best parent: alone, since steps on few tokens would drop it for what they cannot tell
+    apart."""
+    if generation <= args.refine:
+        refined = refined_candidates(args, search, space, switcher, database, predictor)
+        if refined:
+            return refined
+    offspring = draw_distinct(
+        lambda: mutate(space, search.parents, args.max_mutations, search.rng, args.fixed_mutations),
+        args.offspring * args.screen, set(search.parents))
+    return predictor.screen(offspring, args.offspring, search.rng) if args.screen > 1 and offspring else offspring
+
+
 @user_errors(RunError)
 def main(argv: list[str] | None = None) -> dict:
     """Run the search of the flags, or resume it; returns what summary.json holds."""
@@ -296,13 +311,7 @@ def main(argv: list[str] | None = None) -> dict:
     steps = list(zip(args.survivors_per_selection, args.tokens_per_selection))
     # Algorithm 1: offspring of the parents, selected in steps of fewer on more tokens each; survivors are parents next
     for generation in search.generations():
-        offspring = generation <= args.refine and refined_candidates(args, search, space, switcher, database, predictor)
-        if not offspring:
-            offspring = draw_distinct(
-                lambda: mutate(space, search.parents, args.max_mutations, search.rng, args.fixed_mutations),
-                args.offspring * args.screen, set(search.parents))
-            if args.screen > 1 and offspring:
-                offspring = predictor.screen(offspring, args.offspring, search.rng)
+        offspring = new_offspring(args, search, space, switcher, database, predictor, generation)
         if not offspring:
             print("no other candidate meets the budget: nothing to search")
             break
