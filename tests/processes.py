@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 
 from database.hessian import InputHessians
-from utils import distributed
+from utils import distributed, files
 
 
 def run(command: list[str]) -> None:
@@ -24,6 +24,8 @@ def run(command: list[str]) -> None:
         return hessians(*arguments)
     program = importlib.import_module(name)
     program.main(program.make_parser().parse_args(arguments) if name.startswith("database.") else arguments)
+    while files._locked:                                 # as if the process had ended
+        os.close(files._locked.popitem()[1])
 
 
 def hessians(file: str) -> None:
