@@ -347,6 +347,7 @@ class HiddenStates:
                               *_flat(gradients, values, scale)])
 
         summed = self._sum(len(batch), share)
+        self._check(summed.isfinite().all())
         loss, size = summed[:2]
         gradients = (summed[2:] / size).split([value.numel() for value in values])
         torch.autograd.backward(values, [gradient.view_as(value) for value, gradient in zip(values, gradients)])
@@ -354,17 +355,20 @@ class HiddenStates:
 
     def _sum(self, count: int, share: Callable[[int], torch.Tensor]) -> torch.Tensor:
         """The sum of `share` of a batch's microbatches, by their places, each computed by the process whose turn it is
-        and added in order: the same from any number of processes. Raises RunError where it is not finite."""
+        and added in order: the same from any number of processes."""
         total, world = None, distributed.world_size()
         for first in range(0, count, world):
             own = share(first + distributed.rank()) if first + distributed.rank() < count else None
             for source in range(min(world, count - first)):
                 part = distributed.broadcast(own, source, self.device)
                 total = part if total is None else total.add_(part)
-        if not total.isfinite().all():
+        return total
+
+    def _check(self, finite: torch.Tensor) -> None:
+        """Raises RunError unless `finite`."""
+        if not finite:
             raise RunError(f"a gradient is beyond what {self.decoder.dtype} holds; use --dtype bfloat16 or float32, or "
                            f"a lower --learning_rate, in another --save_dir")
-        return total
 
     def _scale(self, batch: list[int]) -> float:
         """What losses are multiplied by for their gradients, which add up over a microbatch's tokens, to be within half
@@ -418,6 +422,7 @@ class HiddenStates:
             losses[place], gradient = self._divergence(batch[place], hidden_states,
                                                        teacher[batch[place]].hidden_states.to(self.device), scale)
             passes[place] = Pass(given, entering, gradient, {})
+        finite = torch.ones((), dtype=torch.bool, device=self.device)    # read once a step: reading waits for a GPU
         for index in reversed(blocks):
             with torch.enable_grad():
                 values = [weight.value() for weight in weights[index].values()]
@@ -429,9 +434,11 @@ class HiddenStates:
                 return torch.cat([torch.zeros(1, device=self.device), *_flat(gradients, values, scale)])
 
             summed = self._sum(len(batch), share)
+            finite &= summed.isfinite().all()
             parts = (summed[1:] / self._predicted(batch)).split([value.numel() for value in values])
             torch.autograd.backward(values, [part.view_as(value) for part, value in zip(parts, values)])
             ended(index)
+        self._check(finite)
         return float(distributed.merge_(losses).sum()) / self._predicted(batch)
 
     def _backward_block(self, index: int, one: Pass, leaves: Mapping[str, torch.Tensor]) -> list[torch.Tensor | None]:

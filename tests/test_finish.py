@@ -389,6 +389,9 @@ def test_a_gradient_that_is_not_finite_ends_training_in_a_sentence(checkpoint):
     weights = {name: DenseWeight(value) for name, value in decoder.blocks[0].module.named_parameters()}
     with pytest.raises(RunError, match="a gradient is beyond what torch.float32 holds; use --dtype bfloat16"):
         calibration.train(0, weights, None, targets, 2, 64, 0)
+    every = [weights, *[{}] * (len(decoder.blocks) - 1)]
+    with pytest.raises(RunError, match="a gradient is beyond what torch.float32 holds; use --dtype bfloat16"):
+        [*calibration.train_together(every, None, targets, 1, 64, 0)]
 
 
 def test_values_of_wider_layers_are_trained_by_smaller_steps_unless_the_rate_is_given():
