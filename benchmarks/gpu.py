@@ -39,7 +39,8 @@ from benchmarks.ways import SEARCHES, here, play
 from database import build, gptq, hidden_states, sparsegpt, store
 from database.hessian import Calibration
 from database.levels import LevelSwitcher
-from database.tuning import HiddenStates, QuantizedWeight
+from database.trained import QuantizedWeight
+from database.tuning import HiddenStates
 from scripts import estimate
 from scripts.estimate import search_tokens
 from utils import attention

@@ -15,16 +15,8 @@ from torch import nn
 from database.build import NOT_COMPARED, check_same, find_manifest, forget_damaged, start_writing, weights_sha256
 from database.packing import Packed
 from database.store import FORMAT, Database, config_sha256, write_layer, write_manifest
-from database.tuning import (
-    BlockWeight,
-    DenseWeight,
-    ExpertsWeight,
-    HiddenStates,
-    Passed,
-    QuantizedWeight,
-    SparseWeight,
-    Weight,
-)
+from database.trained import BlockWeight, DenseWeight, ExpertsWeight, QuantizedWeight, SparseWeight, Weight
+from database.tuning import HiddenStates, Passed
 from formats.regroup import regroup
 from formats.towers import with_tower
 from utils import distributed

@@ -23,7 +23,7 @@ import plain_solvers
 from database import gptq, sparsegpt
 from database.hessian import LEAST_TOKENS
 from database.store import Database
-from database.tuning import ExpertsWeight
+from database.trained import ExpertsWeight
 from utils.data import calibration_documents
 from utils.experts import ExpertLayer
 from utils.model import load_decoder, load_tokenizer

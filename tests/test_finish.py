@@ -14,7 +14,8 @@ import finish
 from benchmarks.families import FAMILIES
 from database.packing import pack_quantized, pack_sparse, unpack_bits, unpack_quantized, unpack_sparse
 from database.store import Database
-from database.tuning import DenseWeight, HiddenStates, QuantizedWeight, SparseWeight
+from database.trained import DenseWeight, QuantizedWeight, SparseWeight
+from database.tuning import HiddenStates
 from utils.configs import write_drop_config, write_level_config
 from utils.decoder import Decoder
 from utils.errors import RunError
