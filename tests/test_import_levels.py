@@ -20,6 +20,7 @@ import eval_config
 import evo_quant
 import export
 import families
+import finish
 import plain_solvers
 from database import build, gptq, import_levels
 from database.store import Database
@@ -412,6 +413,22 @@ def test_a_search_and_an_evaluation_run_on_it(model, imported, weights, levels, 
     plain = save_model(tmp_path / "mixed", mixed, load_tokenizer(model))
     expected = eval_config.main(["--model_name_or_path", plain, "--eval_datasets", text])["dense"][text]["ppl"]
     assert summary["evaluation"]["search"][text]["ppl"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_finished_it_counts_the_scales_that_are_stored_then(model, imported, text, tmp_path):
+    """In half precision, whatever they were imported in: at 8 bits float32, at 4 bfloat16."""
+    for bits, spared in ((8, 16), (4, 0)):
+        finish.main(["--model_name_or_path", model, "--quant_weights_path", str(imported), "--quant_config_path",
+                     str(bits), "--calibration_data", text, "--calibration_tokens", "128",
+                     "--calibration_sequence_length", "32", "--batch_size", "2", "--steps", "1", "--save_dir",
+                     str(tmp_path / str(bits))])
+        before, after = Database.open(imported), Database.open(tmp_path / str(bits))
+        for name in after.layers:
+            stored = after.packed(name, bits)
+            overhead = after.bits(name, bits, overhead=True) - after.bits(name, bits)
+            assert overhead == 8 * (stored["scales"].nbytes + stored["zeros"].nbytes)
+            assert before.bits(name, bits, overhead=True) - after.bits(name, bits, overhead=True) == (
+                spared * stored["scales"].numel())
 
 
 # ---- killed and resumed ----------------------------------------------------------------------------------------------
