@@ -423,6 +423,15 @@ def test_bad_input_ends_in_one_sentence(checkpoint, databases, tmp_path, task, m
         program(task).main(flags(task, checkpoint, databases, tmp_path / "run", *more))
 
 
+@pytest.mark.parametrize("more, sentence", [
+    (["--target_bitwidth", "9"], "--target_bitwidth 9.0: the levels that are left allow averages from"),
+    (["--device", "gpu"], "--device gpu: ")])
+def test_what_needs_no_text_is_told_before_any_is_read(checkpoint, databases, tmp_path, monkeypatch, more, sentence):
+    monkeypatch.setattr("utils.search.documents_of", lambda *_: pytest.fail("calibration text was read"))
+    with pytest.raises(SystemExit, match=f"error: {sentence}"):
+        evo_quant.main([*flags("quant", checkpoint, databases, tmp_path / "run"), *more])
+
+
 def test_other_weights_of_the_same_configuration_are_refused(checkpoint, databases, tokenizer, tmp_path):
     """Another seed, say, or a fine-tuned model: by the database and by a run that is resumed."""
     other = families.save_llama(tmp_path / "other", tokenizer, num_hidden_layers=6, seed=1)
