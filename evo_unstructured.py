@@ -217,16 +217,22 @@ def check_flags(args: argparse.Namespace) -> None:
     check_configuration_name(args.configuration_name)
 
 
-def first_candidates(args: argparse.Namespace, search: Search, space: Space, switcher: LevelSwitcher,
-                     database: Database, predictor: AdditiveModel) -> list[Candidate]:
-    """Candidates of which the best are the first parents, as --init says. Raises RunError where there is none."""
+def drawn_candidates(args: argparse.Namespace, space: Space, rng: random.Random) -> list[Candidate]:
+    """The uniform candidate where it may start, else --initially_generated others. Raises RunError for none."""
     uniform = tuple(0 for _ in space.units)
     draw = random_candidate if args.init == "random" else start_candidate
-    initial = [uniform] if args.init != "random" and space.feasible(uniform) else draw_distinct(
-        lambda: draw(space, search.rng), args.initially_generated, set())
-    if not initial:
+    drawn = [uniform] if args.init != "random" and space.feasible(uniform) else draw_distinct(
+        lambda: draw(space, rng), args.initially_generated, set())
+    if not drawn:
         raise RunError("--pin, --bounds, --tie, --max_level and --max_total_deviation leave no allocation that keeps "
                        "as many weights as level 0; loosen them")
+    return drawn
+
+
+def first_candidates(args: argparse.Namespace, search: Search, space: Space, switcher: LevelSwitcher,
+                     database: Database, predictor: AdditiveModel) -> list[Candidate]:
+    """Candidates of which the best are the first parents, as --init says."""
+    initial = drawn_candidates(args, space, search.rng)
     if args.init == "measured":
         errors, within, measured = estimate_alone(search.fitness, switcher, database, space.units, 0,
                                                   search.draw(args.initial_tokens))
@@ -286,6 +292,7 @@ def main(argv: list[str] | None = None) -> dict:
         bound = math.inf if args.max_level is None else args.max_level
         levels = {name: [level for level in database.levels(name) if abs(level) <= bound] for name in database.layers}
         space = Space(build_units(switcher.names, levels, args), args.max_total_deviation)
+        drawn_candidates(args, space, random.Random(args.seed))      # there is one, or hours are not begun in vain
     search.prepare(switcher.set_block, lambda candidate: switcher.states(space.levels(candidate)),
                    logged=lambda candidate: {"levels": candidate},
                    divergences=args.init == "measured" or args.refine > 0)

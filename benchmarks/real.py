@@ -96,8 +96,9 @@ class Real(Bench):
         """way -> {"files": configurations, "tokens", "seconds"}, of baselines one file, of searches one a seed."""
         few = ["--calibration_tokens", BASELINE_TOKENS]
         if kind == "depth":
-            folder = self.once(f"scores-{target}", ["-m", "baselines.drop_scores", *self.text, *few, "--scoring_method",
-                                                    *SCORES, "--sparsities", target])
+            folder = self.once("-".join(["scores", *map(str, self.args.shares)]), [
+                "-m", "baselines.drop_scores", *self.text, *few, "--scoring_method", *SCORES, "--sparsities",
+                *self.args.shares])
             ways = {name: [folder / f"{score}-{target:g}.txt"] for score, name in SCORES.items()}
             own = ["--sparsity", target]
         else:

@@ -432,6 +432,12 @@ def test_what_needs_no_text_is_told_before_any_is_read(checkpoint, databases, tm
         evo_quant.main([*flags("quant", checkpoint, databases, tmp_path / "run"), *more])
 
 
+def test_a_budget_out_of_reach_is_told_before_the_model_is_run(checkpoint, databases, tmp_path, monkeypatch):
+    monkeypatch.setattr("utils.search.Fitness", lambda *_, **__: pytest.fail("the uncompressed model was run"))
+    with pytest.raises(SystemExit, match="--pin, .* leave no allocation that keeps as many weights as level 0"):
+        evo_unstructured.main([*flags("sparse", checkpoint, databases, tmp_path / "run"), "--pin", "*=1"])
+
+
 def test_other_weights_of_the_same_configuration_are_refused(checkpoint, databases, tokenizer, tmp_path):
     """Another seed, say, or a fine-tuned model: by the database and by a run that is resumed."""
     other = families.save_llama(tmp_path / "other", tokenizer, num_hidden_layers=6, seed=1)
