@@ -28,7 +28,6 @@ from utils.model import save_pretrained
 
 MARK = "finish.json"             # what a checkpoint that is being finished depends on
 TOGETHER = "trained_together"    # in a manifest whose blocks were trained together after each was by itself
-TRAINING = 2                     # how blocks are trained; 2: pruned values can come back, errors are a token's own
 SOURCE = "finished_from"         # flag of a database of trained levels, whose codes are where training starts again
 # flags that decide where and how blocks are trained, or of whose files the content is compared
 ELSEWHERE = (*NOT_COMPARED, "microbatch_tokens", "level_cache_gb", "drop_config", "drop_budget", "quant_weights_path",
@@ -43,8 +42,7 @@ def header_of(args: argparse.Namespace, config, decoder: Decoder, documents: Seq
         del flags["end_to_end_steps"]
     return {"format": FORMAT, "model": args.model_name_or_path, "config_sha256": config_sha256(config),
             "weights_sha256": weights_sha256(decoder.layers), "calibration_sha256": documents_sha256(documents),
-            "flags": {**flags, "training_version": TRAINING,
-                      "dropped": "".join("01"[half] for halves in dropped for half in halves)}}
+            "flags": {**flags, "dropped": "".join("01"[half] for halves in dropped for half in halves)}}
 
 
 def _allow_together(found: dict, header: dict) -> None:
@@ -74,7 +72,7 @@ class FinishedDatabase:
         self._layers = decoder.layers
         self.levels, self.dropped = levels, dropped
         self.learning_rate = {} if args.learning_rate is None else {"learning_rate": args.learning_rate}
-        self._together, self.steps = bool(args.end_to_end_steps), args.steps
+        self._together = bool(args.end_to_end_steps)
         checksum = hashlib.sha256(json.dumps(levels, sort_keys=True).encode()).hexdigest()
         header = {**header, "method": source.method, "model_sha256": source.manifest.get("model_sha256"),
                   "flags": {**source.manifest["flags"], **header["flags"], SOURCE: source.sha256,
@@ -151,7 +149,7 @@ class FinishedDatabase:
         level, weight, how = self.levels[name], self._layers[name].weight, {**self.learning_rate, "together": together}
         packed = source.packed(name, level, weight.device)
         if source.method == "sparsegpt":
-            return SparseWeight(packed, source.shape(name), self.steps, **how)
+            return SparseWeight(packed, source.shape(name), **how)
         keep_codes = SOURCE in source.manifest["flags"]
         if together:
             weight = source.unpack(name, level, packed)

@@ -1,8 +1,8 @@
 """Weights that are trained as they are compressed: what of them changes, and what is stored of it.
 
 That depends on how a weight is compressed, and never changes its size: of a quantized one the rounding of every code
-and every scale (as in AutoRound, arXiv 2309.05516), of K-quants the rounding alone, of a sparse one what is kept and
-where, of one that is neither all of it. Gradients pass through rounding, and to what is pruned, unchanged.
+and every scale (as in AutoRound, arXiv 2309.05516), of K-quants the rounding alone, of a sparse one the values that are
+kept, of one that is neither all of it. Gradients pass through rounding unchanged.
 """
 from collections.abc import Mapping
 
@@ -17,8 +17,6 @@ CODE_EDGE = 0.48                 # of a step: where an unrounded code starts who
 # learning rates of values in their root mean square, times the root of a layer's inputs: an output is a sum of as many
 # changes, so the wider a model, the smaller they must be (measured: benchmarks/README.md)
 SPARSE_RATE, DENSE_RATE = 0.45, 0.25
-# where a pruned weight is kept: of the way that it goes in all steps if its gradient's sign never changes
-ENTRY = 0.2
 SCALE_RATE = 0.25                # learning rate of scales, relative, to that of codes, in steps of the grid
 TOGETHER = 0.1                   # of the learning rates, where all blocks are trained together: of values and codes,
 SCALES_TOGETHER = 2.0            # and of scales that are trained alone
@@ -101,51 +99,23 @@ class BlockWeight:
 
 
 class SparseWeight:
-    """A weight of which the kept values are trained and, when blocks are not trained together, which ones are kept.
-    How many stays.
-
-    Trained are numbers whose largest are kept, less a threshold. A pruned weight starts at 0, and gradients reach it as
-    if it were not pruned: once they have pushed it beyond the threshold, it takes the place of the least that is kept.
-    """
-    def __init__(self, packed: Packed, shape: tuple[int, int], steps: int, learning_rate: float | None = None,
+    """A weight of which the kept values are trained; what is pruned stays zero."""
+    def __init__(self, packed: Packed, shape: tuple[int, int], learning_rate: float | None = None,
                  together: bool = False):
-        """steps: for which it is trained. learning_rate: in root mean squares of the kept values, when blocks are not
-        trained `together`."""
-        keep = unpack_bits(packed["mask"], 1, shape[0] * shape[1]).bool().view(shape)
-        values = packed["values"].float()
-        self.dtype, self.count = packed["values"].dtype, values.numel()
-        rate = _value_rate(packed["values"], learning_rate, SPARSE_RATE / shape[1] ** 0.5, together)
-        self.learning_rates = [rate]
-        self.threshold = 0.0 if together else ENTRY * rate * steps / 2       # the rate falls linearly to 0
-        self.keep = keep if together else None                               # where it stays what it is
-        self.trained = [torch.zeros(shape, device=keep.device).masked_scatter_(
-            keep, values + self.threshold * torch.where(values < 0, -1, 1)).requires_grad_()]
+        """learning_rate: in root mean squares of the kept values, when blocks are not trained `together`."""
+        self.keep = unpack_bits(packed["mask"], 1, shape[0] * shape[1]).bool().view(shape)
+        self.dtype = packed["values"].dtype
+        self.trained = [torch.zeros(shape, device=self.keep.device).masked_scatter_(
+            self.keep, packed["values"].float()).requires_grad_()]
+        self.learning_rates = [_value_rate(packed["values"], learning_rate, SPARSE_RATE / shape[1] ** 0.5, together)]
 
     def value(self) -> torch.Tensor:
-        """float32 [out, in], of which gradients pass to what is trained."""
-        if self.keep is not None:
-            return self.trained[0] * self.keep
-        return _straight_through(self.trained[0], self._values(self._kept()))
+        """float32 [out, in], of which gradients pass to what is kept."""
+        return self.trained[0] * self.keep
 
     @torch.no_grad()
     def packed(self) -> Packed:
-        keep = self._kept()
-        return pack_sparse(self._values(keep).to(self.dtype), keep)
-
-    @torch.no_grad()
-    def _kept(self) -> torch.Tensor:
-        """bool [out, in]"""
-        if self.keep is not None:
-            return self.keep
-        sizes = self.trained[0].abs().flatten()
-        largest = sizes.topk(self.count, sorted=False).indices
-        return torch.zeros_like(sizes, dtype=torch.bool).index_fill_(0, largest, True).view_as(self.trained[0])
-
-    @torch.no_grad()
-    def _values(self, keep: torch.Tensor) -> torch.Tensor:
-        """float32 [out, in]"""
-        trained = self.trained[0]
-        return (trained.abs() - self.threshold).clamp(min=0) * trained.sign() * keep
+        return pack_sparse(self.trained[0].to(self.dtype), self.keep)
 
 
 class DenseWeight:

@@ -120,17 +120,13 @@ def test_codes_stay_in_range_and_nothing_that_costs_bits_changes(finished, datab
     assert changed == len(source.layers)
 
 
-def test_as_many_values_are_kept_as_before(finished, databases):
+def test_what_is_pruned_stays_pruned(finished, databases):
     source, result = Database.open(databases["sparse"]), Database.open(finished.once("sparse"))
-    moved = 0
     for name in source.layers:
         [level] = result.levels(name)
         before, after = source.packed(name, level), result.packed(name, level)
-        assert before["mask"].shape == after["mask"].shape and result.kept(name, level) == source.kept(name, level)
+        assert torch.equal(before["mask"], after["mask"]) and result.kept(name, level) == source.kept(name, level)
         assert before["values"].dtype == after["values"].dtype and not torch.equal(before["values"], after["values"])
-        assert before["values"].shape == after["values"].shape
-        moved += not torch.equal(before["mask"], after["mask"])
-    assert moved
 
 
 def test_an_export_of_a_finished_database_has_its_weights_to_the_bit(finished, checkpoint, configurations, tmp_path):
@@ -336,35 +332,11 @@ def test_together_with_others_a_quantized_weight_trains_its_scales_alone_and_kee
 def test_a_sparse_weight_is_trained_as_what_is_stored(databases):
     database = Database.open(databases["sparse"])
     name = database.layers[0]
-    before = unpack_sparse(database.packed(name, 0), database.shape(name)).float()
-    for together in (False, True):
-        weight = SparseWeight(database.packed(name, 0), database.shape(name), 50, together=together)
-        assert torch.allclose(weight.value(), before, rtol=1e-3, atol=1e-6)
-        with torch.no_grad():
-            weight.trained[0].add_(1.0)                      # what is pruned, too
-        stored = unpack_sparse(weight.packed(), database.shape(name)).float()
-        assert torch.allclose(weight.value(), stored, rtol=1e-3, atol=1e-6)
-        assert (stored == 0).sum() >= (before == 0).sum() and not torch.equal(stored, before)
-
-
-def test_a_pruned_value_that_gradients_want_takes_the_place_of_the_least():
-    values = torch.tensor([[4.0, 0, -2, 0.5, 0, 0]])
-    packed = pack_sparse(values.half(), values != 0)
-    weight = SparseWeight(packed, values.shape, 10, learning_rate=0.1)
-    assert torch.allclose(weight.value(), values)
-    adam = torch.optim.Adam([{"params": weight.trained, "lr": weight.learning_rates[0]}])
-    target = torch.tensor([[4.0, 0, -2, 0.5, -3, 0]])
-    for _ in range(100):
-        adam.zero_grad()
-        ((weight.value() - target) ** 2).sum().backward()
-        adam.step()
-    found = weight.value().detach()
-    assert (found != 0).tolist() == [[True, False, True, False, True, False]]      # -3 instead of 0.5
-    assert found[0, 4] == pytest.approx(-3, abs=0.3) and found[0, 0] == pytest.approx(4, abs=0.3)
-    assert weight.packed()["values"].numel() == 3
-    fixed = SparseWeight(packed, values.shape, 10, learning_rate=0.1, together=True)
-    ((fixed.value() - target) ** 2).sum().backward()
-    assert torch.equal(fixed.trained[0].grad != 0, torch.zeros(1, 6, dtype=torch.bool))      # kept values are right
+    weight = SparseWeight(database.packed(name, 0), database.shape(name))
+    with torch.no_grad():
+        weight.trained[0].add_(1.0)                      # what is pruned, too
+    stored = unpack_sparse(weight.packed(), database.shape(name)).float()
+    assert torch.allclose(weight.value(), stored, rtol=1e-3) and (stored == 0).any()
 
 
 def test_every_microbatch_is_seen_before_any_is_seen_again(checkpoint):
@@ -427,8 +399,7 @@ def test_values_of_wider_layers_are_trained_by_smaller_steps_unless_the_rate_is_
     def rates(columns: int, *given: float) -> list[float]:
         weight = torch.full((4, columns), -2.0)
         sparse = pack_sparse(weight.half(), torch.ones_like(weight, dtype=torch.bool))
-        weights = DenseWeight(weight, *given), SparseWeight(sparse, weight.shape, 50, *given)
-        return [rate for trained in weights for rate in trained.learning_rates]
+        return DenseWeight(weight, *given).learning_rates + SparseWeight(sparse, weight.shape, *given).learning_rates
 
     assert rates(64) == pytest.approx([2 * rate for rate in rates(256)])
     assert rates(64, 0.03) == rates(256, 0.03) == pytest.approx([0.06, 0.06])
