@@ -230,9 +230,8 @@ def drawn_candidates(args: argparse.Namespace, space: Space, rng: random.Random)
 
 
 def first_candidates(args: argparse.Namespace, search: Search, space: Space, switcher: LevelSwitcher,
-                     database: Database, predictor: AdditiveModel) -> list[Candidate]:
-    """Candidates of which the best are the first parents, as --init says."""
-    initial = drawn_candidates(args, space, search.rng)
+                     database: Database, predictor: AdditiveModel, drawn: list[Candidate]) -> list[Candidate]:
+    """Candidates of which the best are the first parents: those `drawn`, or what --init measured allocates and one."""
     if args.init == "measured":
         errors, within, measured = estimate_alone(search.fitness, switcher, database, space.units, 0,
                                                   search.draw(args.initial_tokens))
@@ -240,8 +239,8 @@ def first_candidates(args: argparse.Namespace, search: Search, space: Space, swi
         if args.fitness_fn != "ppl":                         # errors are KL divergences
             predictor.expect(errors)
         allocated = allocated_candidates(space, within) or allocated_candidates(space, [errors])
-        initial = list(dict.fromkeys([*allocated, initial[0]]))
-    return initial
+        return list(dict.fromkeys([*allocated, drawn[0]]))
+    return drawn
 
 
 def refined_candidates(args: argparse.Namespace, search: Search, space: Space, switcher: LevelSwitcher,
@@ -292,7 +291,7 @@ def main(argv: list[str] | None = None) -> dict:
         bound = math.inf if args.max_level is None else args.max_level
         levels = {name: [level for level in database.levels(name) if abs(level) <= bound] for name in database.layers}
         space = Space(build_units(switcher.names, levels, args), args.max_total_deviation)
-        drawn_candidates(args, space, random.Random(args.seed))      # there is one, or hours are not begun in vain
+        drawn = drawn_candidates(args, space, search.rng)        # before the model is run: there may be none
     search.prepare(switcher.set_block, lambda candidate: switcher.states(space.levels(candidate)),
                    logged=lambda candidate: {"levels": candidate},
                    divergences=args.init == "measured" or args.refine > 0)
@@ -309,7 +308,7 @@ def main(argv: list[str] | None = None) -> dict:
         return {"model": predictor.state if args.screen > 1 else None}
 
     if not search.resumed:
-        initial = first_candidates(args, search, space, switcher, database, predictor)
+        initial = first_candidates(args, search, space, switcher, database, predictor, drawn)
         search.begin(measure(initial, args.initial_tokens), **state())
     elif args.screen > 1:
         predictor.restore(search.saved["model"])

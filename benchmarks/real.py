@@ -61,7 +61,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--recommended_alone", action="store_true", help="leave out the paper's way")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.125, 0.25], help="of blocks dropped, for depth")
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.6])
-    parser.add_argument("--bitwidths", type=float, nargs="+", default=[2.5, 3], help="averages, for bits")
+    parser.add_argument("--bitwidths", type=float, nargs="+", default=[2.5, 3.0], help="averages, for bits")
     parser.add_argument("--calibration_tokens", type=int, default=16384)
     parser.add_argument("--sequence_length", type=int, default=256)
     parser.add_argument("--eval_tokens", type=int, default=8192, help="of each text")
