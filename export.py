@@ -27,7 +27,7 @@ from database.exported import check_experts, layer_bytes
 from database.levels import add_configuration_flags, check_configuration_flags, load_configuration, open_configuration
 from database.store import Database
 from formats import compressed_tensors, mlx
-from formats.compressed_tensors import Quantized
+from formats.compressed_tensors import Quantized, Scheme
 from formats.gguf import check_gguf, write_gguf
 from formats.kquants import Blocks
 from formats.regroup import Regrouped, regroup
@@ -64,6 +64,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     output.add_argument("--fuse", default="none", choices=["none", "promote"],
                         help="compressed-tensors: pack q/k/v and gate/up in the widest bitwidth among them, as vLLM "
                              "needs, without changing a weight (default: none)")
+    output.add_argument("--pack_bits", type=int, nargs="+", default=range(1, 9), metavar="BITS",
+                        help="compressed-tensors: the widths that the runtime takes, such as 4 for vLLM on a CPU; every "
+                             "layer is packed in the narrowest that holds it, without changing a weight (default: its "
+                             "own)")
     output.add_argument("--tensor_types", metavar="FILE",
                         help="of --format gguf: also write there which type each layer has, as llama-quantize "
                              "--tensor-type-file reads it")
@@ -112,13 +116,12 @@ def main(argv: list[str] | None = None) -> dict:
         exported = count(regrouped.model)
         dense = {key: dense[key] + max(0, exported[key] - searched[key]) for key in dense}       # the tower
         experts = expert_layers(decoder, regrouped)
-        quantized = {}
+        quantized, schemes = {}, {}
         if args.quant_config_path and args.format != "dense":
             quantized = quantized_layers(regrouped, experts, *opened)
             if args.format == "compressed-tensors":
                 compressed_tensors.check_loadable(regrouped.model, list(quantized))
-            if experts:
-                compressed_tensors.experts_scheme([quantized[name] for name in experts])
+                schemes = compressed_tensors.choose_schemes(quantized, args.fuse == "promote", experts, args.pack_bits)
     check_room(args.save_dir, regrouped.model, quantized, experts)
     with finished_or_nothing(args.save_dir) as folder:
         if args.format == "gguf":
@@ -126,7 +129,7 @@ def main(argv: list[str] | None = None) -> dict:
         elif args.format in mlx.SCALES:
             report = mlx.write_mlx(folder, regrouped.model, tokenizer, quantized, args.max_shard_size, args.format)
         else:
-            report = write_checkpoint(folder, regrouped.model, tokenizer, quantized,
+            report = write_checkpoint(folder, regrouped.model, tokenizer, quantized, schemes,
                                       {name: parameter for name, (parameter, _) in experts.items()}, args,
                                       is_wrapped(config))
         if is_wrapped(regrouped.model.config):
@@ -163,6 +166,12 @@ def check_flags(args: argparse.Namespace, config) -> None:
                          f"--quant_config_path, or use --format dense")
     if args.fuse == "promote" and args.format != "compressed-tensors":
         raise ValueError(f"--fuse promote: is for --format compressed-tensors, not {args.format}; leave it out")
+    if args.pack_bits != range(1, 9):
+        if args.format != "compressed-tensors":
+            raise ValueError(f"--pack_bits {args.pack_bits[0]}: is for --format compressed-tensors, not {args.format}; "
+                             f"leave it out")
+        if wrong := [bits for bits in args.pack_bits if not 2 <= bits <= 8]:
+            raise ValueError(f"--pack_bits {wrong[0]}: the format packs 2 to 8 bits")
     if args.tensor_types and (args.format != "gguf" or not args.quant_config_path):
         raise ValueError(f"--tensor_types {args.tensor_types}: says how --format gguf stores quantized layers; give "
                          f"that with --quant_config_path, or leave it out")
@@ -310,7 +319,7 @@ def quantized_layers(regrouped: Regrouped, experts: Mapping[str, tuple[str, str]
 
 
 def write_checkpoint(folder: Path, model: nn.Module, tokenizer, quantized: Mapping[str, Quantized],
-                     experts: Mapping[str, str], args: argparse.Namespace, wrapped: bool = False) -> dict:
+                     schemes: Mapping[str, Scheme], experts: Mapping[str, str], args: argparse.Namespace, wrapped: bool = False) -> dict:
     """Write the files that `from_pretrained` reads; returns what to report of the quantized layers. experts: name of an
     expert's matrix -> the parameter that has it; `wrapped`: the checkpoint has a tower."""
     options = {"max_shard_size": args.max_shard_size}
@@ -320,7 +329,6 @@ def write_checkpoint(folder: Path, model: nn.Module, tokenizer, quantized: Mappi
         save_pretrained(model, tokenizer, folder, **options)
         return {}
     linear = linear_layers(model)
-    schemes = compressed_tensors.choose_schemes(quantized, promote=args.fuse == "promote", experts=experts)
     state, stored = model.state_dict(), 0
     for name, layer in quantized.items():
         if name in experts:                          # which transformers unpacks in the dtype of the scales

@@ -71,22 +71,32 @@ def zero_layer(shape: Iterable[int]) -> Quantized:
                      torch.full((out, 1), 2, dtype=torch.uint8), 2, columns)
 
 
-def choose_schemes(layers: Mapping[str, Quantized], promote: bool, experts: Collection[str] = ()) -> dict[str, Scheme]:
-    """How each layer is packed; with `promote`, fused layers as the widest of them, which changes no weight. `experts`:
-    names of those that are an expert's."""
-    schemes = {name: Scheme(layer.bits, layer.symmetric, _even_group_size(layer)) for name, layer in layers.items()}
+def choose_schemes(layers: Mapping[str, Quantized], promote: bool, experts: Collection[str] = (),
+                   widths: Collection[int] = range(1, 9)) -> dict[str, Scheme]:
+    """How each layer is packed: in the narrowest of `widths` that holds it; with `promote`, fused layers as the widest
+    of them. Neither changes a weight. `experts`: names of those that are an expert's."""
+    schemes = {name: Scheme(_narrowest(layer.bits, widths), layer.symmetric, _even_group_size(layer))
+               for name, layer in layers.items()}
     for names in fused_layers(layers) if promote else ():
         bits = max(schemes[name].bits for name in names)
         symmetric = all(schemes[name].symmetric for name in names)
         schemes.update({name: Scheme(bits, symmetric, schemes[name].group_size) for name in names})
     if experts:
-        schemes.update(dict.fromkeys(experts, experts_scheme([layers[name] for name in experts])))
+        schemes.update(dict.fromkeys(experts, experts_scheme([layers[name] for name in experts], widths)))
     return schemes
 
 
-def experts_scheme(layers: Collection[Quantized]) -> Scheme:
+def _narrowest(bits: int, widths: Collection[int]) -> int:
+    """Raises ValueError where none of `widths` is that wide."""
+    if bits > max(widths):
+        raise ValueError(f"--pack_bits {' '.join(map(str, widths))}: none holds a layer of {bits} bits; add {bits} or "
+                         f"more")
+    return min(width for width in widths if width >= bits)
+
+
+def experts_scheme(layers: Collection[Quantized], widths: Collection[int] = range(1, 9)) -> Scheme:
     """How all of a model's experts are packed: transformers reads them by one scheme, and a symmetric one. It is the
-    narrowest that changes no weight; raises ValueError where there is none."""
+    narrowest of `widths` that changes no weight; raises ValueError where there is none."""
     bits = max(layer.bits + (not layer.symmetric) for layer in layers)
     if bits > 8:
         raise ValueError("--format compressed-tensors: transformers reads experts from symmetric integers of up to 8 "
@@ -94,7 +104,7 @@ def experts_scheme(layers: Collection[Quantized]) -> Scheme:
                          "'*.experts.*=2:7', or on a database built with --sym")
     sizes = {_even_group_size(layer) for layer in layers}
     group_size = math.gcd(*(_even_group_size(layer) or layer.codes.shape[1] for layer in layers))
-    return Scheme(bits, True, None if sizes == {None} else group_size)
+    return Scheme(_narrowest(bits, widths), True, None if sizes == {None} else group_size)
 
 
 def fused_layers(names: Iterable[str]) -> list[list[str]]:

@@ -1,5 +1,6 @@
 """Quantized exports: compressed-tensors and plain transformers read the database's integers and weights to the bit."""
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,26 @@ def test_promotion_changes_no_weight_and_makes_vllms_rule_hold(tmp_path, mixed, 
             assert {bits[name] for name in names} == {max(levels[name] for name in names)}
     assert report["bits_a_weight"]["codes"] == before["bits_a_weight"]["codes"]
     assert report["bits_a_weight"]["stored"] > before["bits_a_weight"]["stored"]
+
+
+def test_layers_are_packed_in_the_widths_that_a_runtime_takes(tmp_path, mixed, capsys):
+    _, folder, database, config = mixed
+    levels = read_level_config(config)
+    _, before = export_quantized(tmp_path, folder, database, config)
+    out, report = export_quantized(tmp_path, folder, database, config, "--pack_bits", "8", "4")
+    loaded = reload(out, TOKENS)
+    for name, weight in searched_weights(database, config).items():
+        assert torch.equal(loaded[f"weight {name}.weight"], weight), name
+    groups = json.loads((out / "config.json").read_text())["quantization_config"]["config_groups"].values()
+    assert {name: group["weights"]["num_bits"] for group in groups for name in group["targets"]} == {
+        name: 4 if bits <= 4 else 8 for name, bits in levels.items()}
+    assert report["bits_a_weight"]["codes"] == before["bits_a_weight"]["codes"]
+    assert report["bits_a_weight"]["stored"] > before["bits_a_weight"]["stored"]
+    for flags, expected in ((["4"], "--pack_bits 4: none holds a layer of 5 bits"),
+                            (["4", "9"], "--pack_bits 9: the format packs 2 to 8 bits"),
+                            (["4", "--format", "dense"], "--pack_bits 4: is for --format compressed-tensors")):
+        with pytest.raises(SystemExit, match=re.escape(expected)):
+            export_quantized(tmp_path, folder, database, config, "--pack_bits", *flags)
 
 
 def test_symmetric_and_asymmetric_members_fuse_to_asymmetric():
