@@ -65,9 +65,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
                         help="compressed-tensors: pack q/k/v and gate/up in the widest bitwidth among them, as vLLM "
                              "needs, without changing a weight (default: none)")
     output.add_argument("--pack_bits", type=int, nargs="+", default=range(1, 9), metavar="BITS",
-                        help="compressed-tensors: the widths that the runtime takes, such as 4 for vLLM on a CPU; every "
-                             "layer is packed in the narrowest that holds it, without changing a weight (default: its "
-                             "own)")
+                        help="compressed-tensors: the widths that the runtime takes, such as 4 for vLLM on a CPU; "
+                             "every layer is packed in the narrowest that holds it, without changing a weight "
+                             "(default: its own)")
     output.add_argument("--tensor_types", metavar="FILE",
                         help="of --format gguf: also write there which type each layer has, as llama-quantize "
                              "--tensor-type-file reads it")
@@ -130,8 +130,8 @@ def main(argv: list[str] | None = None) -> dict:
             report = mlx.write_mlx(folder, regrouped.model, tokenizer, quantized, args.max_shard_size, args.format)
         else:
             report = write_checkpoint(folder, regrouped.model, tokenizer, quantized, schemes,
-                                      {name: parameter for name, (parameter, _) in experts.items()}, args,
-                                      is_wrapped(config))
+                                      {name: parameter for name, (parameter, _) in experts.items()},
+                                      args.max_shard_size, is_wrapped(config))
         if is_wrapped(regrouped.model.config):
             copy_processors(args.model_name_or_path, folder)
         report = {"format": args.format, "model": args.model_name_or_path, "command": command,
@@ -319,10 +319,11 @@ def quantized_layers(regrouped: Regrouped, experts: Mapping[str, tuple[str, str]
 
 
 def write_checkpoint(folder: Path, model: nn.Module, tokenizer, quantized: Mapping[str, Quantized],
-                     schemes: Mapping[str, Scheme], experts: Mapping[str, str], args: argparse.Namespace, wrapped: bool = False) -> dict:
+                     schemes: Mapping[str, Scheme], experts: Mapping[str, str], max_shard_size: str,
+                     wrapped: bool = False) -> dict:
     """Write the files that `from_pretrained` reads; returns what to report of the quantized layers. experts: name of an
     expert's matrix -> the parameter that has it; `wrapped`: the checkpoint has a tower."""
-    options = {"max_shard_size": args.max_shard_size}
+    options = {"max_shard_size": max_shard_size}
     if wrapped:                      # under the names that its class gives them, which quantization_config has, too
         options["save_original_format"] = False
     if not quantized:

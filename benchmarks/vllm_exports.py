@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -83,7 +84,7 @@ class Exports(Bench):
 
     def row(self, name: str, number: int, folder: Path) -> list:
         ours = [transformers_logprobs(folder, self.documents, dtype) for dtype in (torch.float32, torch.bfloat16)]
-        vllm = torch.tensor(sum(self.vllm_logprobs(f"export-{number}", folder), []))
+        vllm = torch.tensor([*chain.from_iterable(self.vllm_logprobs(f"export-{number}", folder))])
         report = json.loads((folder / "export.json").read_text()) if number else {}
         bits = report.get("bits_a_weight", {})
         return [name, bits.get("codes"), bits.get("stored"),
