@@ -46,11 +46,12 @@ test-runtimes: .venv/runtimes/ready
 	    tests/test_import_levels.py tests/test_embeddings.py -k "formats or gguf or llama_cpp or mlx"
 
 # a real pretrained model end to end, SmolLM2-135M or MODEL=folder, DATA= its calibration text, EVAL_DATA= what it is
-# evaluated on, PARTS= of "depth bits sparsity", SEEDS=, JOBS= at once; run again to go on
+# evaluated on, PARTS= of "depth bits sparsity", SEEDS=, JOBS= at once, DTYPE=; run again to go on
 real: .venv/runtimes/ready
 	PYTHONPATH=.venv/runtimes .venv/bin/python benchmarks/real.py $(if $(MODEL),--model_name_or_path $(MODEL)) \
 	    $(if $(DATA),--data $(DATA)) $(if $(EVAL_DATA),--eval_data $(EVAL_DATA)) $(if $(PARTS),--parts $(PARTS)) \
-	    $(if $(SEEDS),--seeds $(SEEDS)) $(if $(JOBS),--jobs $(JOBS)) $(if $(OUT),--out $(OUT))
+	    $(if $(SEEDS),--seeds $(SEEDS)) $(if $(JOBS),--jobs $(JOBS)) $(if $(DTYPE),--dtype $(DTYPE)) \
+	    $(if $(OUT),--out $(OUT))
 
 clean:
 	rm -rf .venv

@@ -62,6 +62,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--shares", type=float, nargs="+", default=[0.125, 0.25], help="of blocks dropped, for depth")
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.6])
     parser.add_argument("--bitwidths", type=float, nargs="+", default=[2.5, 3.0], help="averages, for bits")
+    parser.add_argument("--dtype", default="auto", help="of all but evaluation, which is in float32 (default: the "
+                                                        "model's own)")
     parser.add_argument("--calibration_tokens", type=int, default=16384)
     parser.add_argument("--sequence_length", type=int, default=256)
     parser.add_argument("--eval_tokens", type=int, default=8192, help="of each text")
@@ -78,7 +80,11 @@ def parse_arguments() -> argparse.Namespace:
 
 
 class Real(Bench):
-    """What is run once for each budget; `found` holds configurations by way, `rows` what is known of each."""
+    """What is run once for each budget."""
+
+    def __init__(self, args: argparse.Namespace):
+        super().__init__(args)
+        self.text += ["--dtype", args.dtype]
 
     def database(self, kind: str, target: float) -> Path:
         if kind == "quant":
@@ -240,7 +246,7 @@ def plot(bench: Real, results: dict[tuple[str, float], dict[str, dict]], text: s
 def main() -> None:
     args = parse_arguments()
     args.out = args.out.resolve()
-    claim(args.out, args, ("model_name_or_path", "data", "eval_data", "calibration_tokens", "sequence_length",
+    claim(args.out, args, ("model_name_or_path", "data", "eval_data", "dtype", "calibration_tokens", "sequence_length",
                            "eval_tokens", "steps", "end_to_end_steps", "batch_size"))
     if args.model_name_or_path is None:
         folder = args.out / "SmolLM2-135M-Instruct"
