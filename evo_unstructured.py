@@ -54,9 +54,9 @@ def make_parser() -> argparse.ArgumentParser:
         initially_generated=32, initial_tokens=2048, generations_help="default: 400",
         fitness=["kl", "ppl", "sparse_kl"])              # how each is measured: utils/fitness.py
     search.add_argument("--refine", type=int, default=0, metavar="GENERATIONS",
-                        help="in the first so many generations the offspring is the best sum of changes, of each unit "
-                             "a level up or down from the best parent, which follow from one measurement of the unit "
-                             "on twice --initial_tokens (default: 0)")
+                        help="in the first so many generations, until one is no better, the offspring is the best sum "
+                             "of changes, of each unit a level up or down from the best parent, which follow from one "
+                             "measurement of the unit on twice --initial_tokens (default: 0)")
     flags.add_evaluation_flags(parser)
     flags.add_output_flags(parser, "evo_unstructured").add_argument(
         "--configuration_name", default="final_configuration.txt", metavar="NAME",
@@ -245,7 +245,8 @@ def first_candidates(args: argparse.Namespace, search: Search, space: Space, swi
 
 def refined_candidates(args: argparse.Namespace, search: Search, space: Space, switcher: LevelSwitcher,
                        database: Database, predictor: AdditiveModel) -> list[Candidate]:
-    """The best sum of changes, of each unit a level up or down from the best parent; none where that is a parent."""
+    """The best sum of changes, of each unit a level up or down from the best parent; none where that is a parent. It is
+    to compete alone: steps on few tokens would drop it for what they cannot tell apart."""
     num_tokens = min(args.calibration_tokens, REFINE_TOKENS * args.initial_tokens)
     changes, measured = estimate_around(search.fitness, switcher, database, space.units, search.parents[0],
                                         search.draw(num_tokens))
@@ -255,15 +256,8 @@ def refined_candidates(args: argparse.Namespace, search: Search, space: Space, s
     return [candidate for candidate in allocated_candidates(space, [changes]) if candidate not in search.parents]
 
 
-def new_offspring(args: argparse.Namespace, search: Search, space: Space, switcher: LevelSwitcher, database: Database,
-                  predictor: AdditiveModel, generation: int) -> list[Candidate]:
-    """Mutations of the parents; with --screen those that are predicted best, and with --refine, at first, what is best
-    by measurements around the best parent: alone, since steps on few tokens would drop it for what they cannot tell
-    apart."""
-    if generation <= args.refine:
-        refined = refined_candidates(args, search, space, switcher, database, predictor)
-        if refined:
-            return refined
+def new_offspring(args: argparse.Namespace, search: Search, space: Space, predictor: AdditiveModel) -> list[Candidate]:
+    """Mutations of the parents; with --screen those that are predicted best."""
     offspring = draw_distinct(
         lambda: mutate(space, search.parents, args.max_mutations, search.rng, args.fixed_mutations),
         args.offspring * args.screen, set(search.parents))
@@ -304,25 +298,32 @@ def main(argv: list[str] | None = None) -> dict:
         predictor.observe(ranked, num_tokens)
         return ranked
 
+    refining = args.refine > 0                               # until what that finds is no better
+
     def state() -> dict:
-        return {"model": predictor.state if args.screen > 1 else None}
+        return {"model": predictor.state if args.screen > 1 else None, "refining": refining}
 
     if not search.resumed:
         initial = first_candidates(args, search, space, switcher, database, predictor, drawn)
         search.begin(measure(initial, args.initial_tokens), **state())
-    elif args.screen > 1:
-        predictor.restore(search.saved["model"])
+    else:
+        refining = search.saved.get("refining", refining)    # which earlier versions did not save
+        if args.screen > 1:
+            predictor.restore(search.saved["model"])
     print(f"budget: {describe(space, search.parents[0], database)}")
 
     steps = list(zip(args.survivors_per_selection, args.tokens_per_selection))
     # Algorithm 1: offspring of the parents, selected in steps of fewer on more tokens each; survivors are parents next
     for generation in search.generations():
-        offspring = new_offspring(args, search, space, switcher, database, predictor, generation)
+        refining &= generation <= args.refine
+        refined = refined_candidates(args, search, space, switcher, database, predictor) if refining else []
+        offspring = refined or new_offspring(args, search, space, predictor)
         if not offspring:
             print("no other candidate meets the budget: nothing to search")
             break
-        survivors = select(offspring, search.parents, steps, measure, args.strategy)
-        search.record(search.confirm(survivors), **state())
+        survivors = search.confirm(select(offspring, search.parents, steps, measure, args.strategy))
+        refining &= any(candidate in refined for _, candidate in survivors)
+        search.record(survivors, **state())
 
     # in the model's order of layers
     winner = {name: space.levels(search.parents[0])[name] for names in switcher.names for name in names}

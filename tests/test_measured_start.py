@@ -374,6 +374,22 @@ def test_refining_costs_what_it_measures_and_is_resumed(search, tmp_path, monkey
     assert measured == [1 + 42] * 2                          # the parent, and every unit at another level
 
 
+def test_a_refinement_that_is_no_better_is_the_last(search, tmp_path, monkeypatch):
+    plant(monkeypatch, lambda candidate: sum(level**2 for block in candidate for level in block))
+    flags, refinements = ["--refine", "4", "--survivors_per_selection", "2", "1"], []
+
+    def refined(args, search, space, *_):
+        refinements.append(search.parents[0])
+        return [tuple([distance, -distance] + [0] * 40) for distance in (1, 3)[len(refinements) - 1:][:1]]
+
+    start = tuple([2, -2] + [0] * 40)
+    monkeypatch.setattr(evo_unstructured, "refined_candidates", refined)
+    monkeypatch.setattr(evo_unstructured, "drawn_candidates", lambda *_: [start])
+    for generations in ("1", "3", "6"):
+        search(evo_unstructured, tmp_path / "run", *flags, "--generations", generations)
+    assert refinements == [start, tuple([1, -1] + [0] * 40)]
+
+
 def test_refining_depth_costs_what_it_measures_is_resumed_and_says_how_far_its_model_is_trusted(search, tmp_path,
                                                                                                 monkeypatch):
     monkeypatch.setattr("utils.screening.LEAST_TRUST", 1.0)
@@ -442,8 +458,15 @@ def test_depth_refuses_a_model_that_it_cannot_have(flags, message, search, tmp_p
 def test_search_tokens_set_flags_that_are_printed_and_spend_as_many(module, own, search, tmp_path, capsys):
     summary = search(module, tmp_path, *own, "--search_tokens", "25000", "--no_reuse", "--max_mutations", "2", steps=[])
     chosen = re.search(r"^--search_tokens 25000: (.*)$", capsys.readouterr().out, re.MULTILINE)[1].split()
-    assert summary["tokens"] == pytest.approx(25000, rel=0.2)
     used = json.loads((tmp_path / "checkpoint.json").read_text())["flags"]
+    saved = 0
+    if module is evo_unstructured:                           # by refinements that stopped with one that was no better
+        refinement = (42 + 1) * REFINE_TOKENS * used["initial_tokens"]
+        tokens = [record["tokens"] for record in log(tmp_path)]
+        ran = sum(after - before >= refinement for before, after in zip(tokens, tokens[1:]))
+        saved = (used["refine"] - ran) * refinement
+        assert 1 <= ran < used["refine"] == 4
+    assert summary["tokens"] + saved == pytest.approx(25000, rel=0.2)
     assert used["max_mutations"] == 2 and len(chosen) > 12
     for flag, value in {"init": "measured", "offspring": 16, "survivors_per_selection": [4, 2, 1]}.items():
         assert used[flag] == value and f"--{flag}" in chosen

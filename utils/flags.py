@@ -76,7 +76,7 @@ def add_search_flags(parser: argparse.ArgumentParser, generations: int | None, o
     """`init`: meaning of every --init, the first is the default."""
     group = parser.add_argument_group("evolutionary search")
     group.add_argument("--search_tokens", type=int, metavar="TOKENS",
-                       help="how long to search, in tokens of all candidates together: sets --init, --screen, "
+                       help="how long to search at most, about, in tokens of all candidates: sets --init, --screen, "
                             "--refine, --initial_tokens, --generations, --offspring and the selection steps as "
                             "recommended, where they are not given, and prints them")
     group.add_argument("--generations", type=int, default=generations, help=generations_help)
