@@ -24,6 +24,7 @@ from database.sensitivity import (
     halfway_levels,
     layer_errors,
     measure_alone,
+    without_rounding,
 )
 from database.store import Database
 from utils.allocation import allocate
@@ -691,3 +692,16 @@ def test_optimum_is_found_in_9_of_10_seeds_where_measurements_mislead(task, plan
         found += planted_fitness(read(folder)) == pytest.approx(optimum)
     assert trapped == 10, "measurements that do not mislead show nothing"
     assert found >= 9
+
+
+def test_what_half_precision_adds_to_every_unit_of_a_block_is_taken_off():
+    shapes = [{2: 0.2, 3: 0.05, 4: 0.01}, {2: 0.1, 3: 0.02, 4: 0.004}, {2: 0.3, 3: 0.1, 4: 0.02}, {3: 0.1}]
+    harm, floor, blocks = [0.1, 0.02, 0.5, 0.3], [0.0015, 0.0006], [0, 0, 1, 1]
+    alone = [{level: harm[i] * shape[level] + floor[blocks[i]] for level in shape if level != 3 or len(shape) == 1}
+             for i, shape in enumerate(shapes)]
+    alone[2][4] = math.inf
+    found = without_rounding(alone, shapes, [0, 0, 0, 1])
+    for i in (0, 1):
+        assert found[i] == pytest.approx({level: harm[i] * shapes[i][level] for level in (2, 4)})
+    assert found[2] == {2: pytest.approx(alone[2][2] - floor[0]), 4: math.inf}
+    assert found[3] == alone[3]                              # one level says nothing about it
