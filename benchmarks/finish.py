@@ -97,6 +97,11 @@ class Bench:
                 print(f"{name}: {time.time() - began:.0f} s", flush=True)
         return folder
 
+    def group_size(self) -> int:
+        """The largest of 128, 64, 32 that divides the hidden size."""
+        hidden = json.loads((Path(self.args.model_name_or_path) / "config.json").read_text())["hidden_size"]
+        return next(size for size in (128, 64, 32) if hidden % size == 0)
+
     def evaluate(self, name: str, flags: list) -> dict:
         """dataset -> {"kl", "ppl"}"""
         result = self.out / f"{name}.json"

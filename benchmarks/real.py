@@ -93,11 +93,6 @@ class Real(Bench):
                 "--group_size", self.group_size(), "--perchannel", "--mse"])
         return self.once(f"sparse-{target}", ["-m", "database.sparsegpt", *self.text, "--sparsity", target])
 
-    def group_size(self) -> int:
-        """The largest of 128, 64, 32 that divides the hidden size."""
-        hidden = json.loads((Path(self.args.model_name_or_path) / "config.json").read_text())["hidden_size"]
-        return next(size for size in (128, 64, 32) if hidden % size == 0)
-
     def budget(self, kind: str, target: float) -> dict[str, dict]:
         """way -> {"files": configurations, "tokens", "seconds"}, of baselines one file, of searches one a seed."""
         few = ["--calibration_tokens", BASELINE_TOKENS]

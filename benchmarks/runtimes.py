@@ -64,9 +64,7 @@ class Runtimes(Bench):
         embeddings = ["--embedding_bitwidths", *self.args.embedding_bitwidths]
         if format == "gguf":
             return self.once("k-quants", [*build, 8, *embeddings, "--grid", "k-quant"])
-        hidden = json.loads((Path(self.args.model_name_or_path) / "config.json").read_text())["hidden_size"]
-        group_size = next(size for size in (128, 64, 32) if hidden % size == 0)
-        build += ["--group_size", group_size, "--perchannel", "--mse"]
+        build += ["--group_size", self.group_size(), "--perchannel", "--mse"]
         return self.once("linear", build) if format == "compressed-tensors" else self.once("all", build + embeddings)
 
     def row(self, format: str, target: str) -> list:

@@ -62,10 +62,9 @@ def parse_arguments() -> argparse.Namespace:
 class Exports(Bench):
     def searched(self) -> dict[str, list]:
         """Name of an export -> flags of export.py."""
-        hidden = json.loads((Path(self.args.model_name_or_path) / "config.json").read_text())["hidden_size"]
         levels = self.once("quant", [
             "-m", "database.gptq", *self.text, "--bitwidth_options", 2, 3, 4, "--perchannel", "--mse", "--group_size",
-            next(size for size in (128, 64, 32) if hidden % size == 0)])
+            self.group_size()])
         mixed = self.once("search-quant", ["evo_quant.py", *self.text, *SEARCH, "--quant_weights_path", levels,
                                            "--target_bitwidth", self.args.target_bitwidth, "--group_rule", "none",
                                            "--configuration_name", "levels.txt"]) / "levels.txt"

@@ -705,3 +705,21 @@ def test_what_half_precision_adds_to_every_unit_of_a_block_is_taken_off():
         assert found[i] == pytest.approx({level: harm[i] * shapes[i][level] for level in (2, 4)})
     assert found[2] == {2: pytest.approx(alone[2][2] - floor[0]), 4: math.inf}
     assert found[3] == alone[3]                              # one level says nothing about it
+
+
+@pytest.mark.parametrize("dtype, added", [(torch.float32, 0.01), (torch.bfloat16, 0.0)])
+def test_a_start_takes_off_what_rounding_adds_in_half_precision_alone(dtype, added, checkpoint, databases, monkeypatch):
+    database = Database.open(databases["sparse"])
+    decoder = Decoder(AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype))
+    switcher = LevelSwitcher(decoder, database, 0.0)
+    fitness = Fitness(decoder, [torch.arange(3, 23)], switcher.set_block)
+    units = [Unit((name,), tuple(database.levels(name))) for names in switcher.names for name in names]
+    monkeypatch.setattr("database.sensitivity.measure_alone", lambda fitness, switcher, units, levels, *_: [
+        {level: 2 * layer_errors(database, names, [level])[level] + 0.01 for level in of_unit}
+        for names, of_unit in zip(units, levels)])
+    estimates, _, measured = estimate_alone(fitness, switcher, database, units, 0, [(0, 20)])
+    assert measured == 2 * len(units)
+    for unit, errors in zip(units, estimates):
+        shape = layer_errors(database, unit.names, unit.levels)
+        for level in halfway_levels(unit.levels, shape, 0):
+            assert errors[level] == pytest.approx(2 * shape[level] + added, rel=1e-4)
