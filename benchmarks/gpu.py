@@ -253,7 +253,7 @@ class Stopwatch:
 
 def walk(part: Part) -> None:
     """Tokens a second of the fitness walk by microbatch size and way of attention."""
-    decoder, documents = part.load(part.scaled(65536, 1024))
+    decoder, documents = part.load(part.scaled(32768, 1024))
     candidates = [tuple((block == dropped, False) for block in range(len(decoder.blocks))) for dropped in range(2)]
     minibatch = [(i, len(document)) for i, document in enumerate(documents)]
     total = len(candidates) * sum(length for _, length in minibatch)
@@ -316,7 +316,8 @@ def offload(part: Part) -> None:
 
 
 def profile(part: Part) -> None:
-    """Of one generation for bits: the operators that take the device longest, and the share of time it waits."""
+    """Of one generation for bits, from its second selection step on (the profiler needs minutes for the first one's
+    events): the operators that take the device longest, and the share of time it waits."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
     divide = part.scaled(64, 512)
@@ -325,6 +326,7 @@ def profile(part: Part) -> None:
     kind = "cpu" if part.tiny else "device"
     with tempfile.TemporaryDirectory(dir=part.out) as folder:
         played = play("evo_quant", decoder, documents, divide, Path(folder), one_block=True)
+        del played.steps[0]
         here(played)
         played.forget_loaded()
         with timed(part.device) as seconds:

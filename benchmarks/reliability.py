@@ -56,7 +56,8 @@ from scripts import convergence, nonmonotonicity
 from utils.configs import write_drop_config, write_level_config
 from utils.report import format_table
 
-MODEL = "--model_name_or_path WORK/model"            # WORK is the folder that a program works in
+# WORK is the folder that a program works in; processes that are forked cannot use a GPU that the first one has used
+MODEL = "--model_name_or_path WORK/model --device cpu"
 TEXT = "--calibration_data WORK/text.jsonl --calibration_sequence_length 32 --calibration_tokens 512"
 EVALUATION = "--eval_datasets WORK/text.jsonl --eval_sequence_length 32"
 SEARCH = (f"{MODEL} {TEXT} {EVALUATION} --eval_tokens 128 --eval_every 2 --initially_generated 4 --initial_tokens 64 "

@@ -42,8 +42,8 @@ def load(model: str, device: torch.device, num_tokens: int, dtype: str) -> tuple
     models.tune_process(device)                      # as load_decoder does
     torch.manual_seed(0)
     config = LlamaConfig(**SHAPES[model], use_cache=False)
-    with device:
-        llama = AutoModelForCausalLM.from_config(config, dtype=models.DTYPES[dtype])
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):         # where drawing takes no time
+        llama = AutoModelForCausalLM.from_config(config, dtype=models.DTYPES[dtype]).to(device)
     decoder = Decoder(llama, by_document=device.type == "cuda")
     for block in decoder.blocks[1:]:                 # one block's levels are then the levels of all
         block.module.load_state_dict(decoder.blocks[0].module.state_dict())

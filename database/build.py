@@ -224,9 +224,11 @@ def build_blocks(args: argparse.Namespace, manifest: dict, calibration: Calibrat
 def solve_block(layers: dict[str, Layer], hessians: dict[str, torch.Tensor | None], args: argparse.Namespace,
                 solve_layer: Callable) -> tuple[dict[str, dict], list[str]]:
     """(layer -> its entry in the manifest, notes) of the layers of a block that this process has Hessians of, which are
-    used up. A layer's file is written while the next one is solved; on leaving, however that is, none is half-way."""
+    used up. Files are written while later layers are solved; on leaving, however that is, none is half-way."""
     writing, notes, uncalibrated = {}, [], set()
-    with ThreadPoolExecutor(1) as writer:
+    # on a GPU solving takes no time beside copying, hashing and writing, which three threads share
+    writers = 3 if any(layer.weight.is_cuda for layer in layers.values()) else 1
+    with ThreadPoolExecutor(writers) as writer:
         for name in list(hessians):
             weight, hessian = layers[name].weight, hessians.pop(name)
             if hessian is None:
@@ -234,7 +236,7 @@ def solve_block(layers: dict[str, Layer], hessians: dict[str, torch.Tensor | Non
                 if isinstance(layers[name], ExpertLayer):    # of which there may be thousands: counted at the end
                     hessian = torch.eye(weight.shape[1], device=weight.device)
             levels = solve(name, weight, hessian, args, solve_layer, notes.append)
-            for written in writing.values():                 # no more than one layer stays in memory for its file
+            for written in [*writing.values()][:len(writing) + 1 - writers]:     # so many layers stay in memory
                 written.result()
             writing[name] = writer.submit(store.write_layer, args.save_dir, name, tuple(weight.shape), levels)
         return {name: written.result() | ({"calibrated": False} if name in uncalibrated else {})

@@ -24,6 +24,7 @@ def quantize_columns(w: torch.Tensor, u: torch.Tensor, scale: torch.Tensor, zero
     w, err and codes (uint8) [n, rows] are written; u [n, n]; scale and zero float32 [n, rows]; top float32 [rows].
     """
     columns, rows = w.shape
+    top = top.contiguous()       # one bitwidth's is one number, expanded
     _quantize[(triton.cdiv(rows, TILE),)](w, u, scale, zero, top, err, codes, columns, rows, w.stride(0), u.stride(0),
                                           scale.stride(0), zero.stride(0), err.stride(0), codes.stride(0), TILE,
                                           num_warps=4)

@@ -82,7 +82,7 @@ def plain_owl_scores(model, documents):
 
 def plain_owl_sparsities(block_scores, sparsity, spread, m):
     """OWL's sparsity of every block of equal size."""
-    shares = torch.tensor([(scores > m * scores.mean()).double().mean().item() for scores in block_scores])
+    shares = torch.stack([(scores > m * scores.mean()).double().mean() for scores in block_scores])
     density = (shares - shares.min()) / (shares.max() - shares.min()) * 2 * spread
     return (1 - (density - density.mean() + 1 - sparsity)).tolist()
 

@@ -212,16 +212,18 @@ def test_spans_cover_the_columns_and_let_a_group_begin_only_where_its_columns_ar
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the Triton kernels need a GPU")
 @torch.no_grad()
-def test_kernels_agree_with_the_torch_path(layers):
+def test_kernels_agree_with_the_torch_path(layers, monkeypatch):
+    """On the GPU itself; the CPU's sums have another order, which can choose another grid or order of columns."""
     weight, hessian = layers["down_proj"]
+    solves = {"prune": lambda w, h: sparsegpt.prune(w, h, [10000, 30000])[0], **{
+        str(flags): lambda w, h, flags=flags: gptq.quantize(w, h, [2, 3, 4], **flags)[1] for flags in FLAGS}}
 
-    def check(here, there):
-        for w, other in zip(split(here, len(weight)), split(there.cpu(), len(weight)), strict=True):
-            assert plain.relative_error(weight, w, hessian) == pytest.approx(
-                plain.relative_error(weight, other, hessian), rel=1e-4)
+    def solved(device: str) -> list[float]:
+        return [plain.relative_error(weight, w, hessian) for solve in solves.values()
+                for w in split(solve(weight.to(device), hessian.to(device)).cpu(), len(weight))]
 
-    kept = [10000, 30000]
-    check(sparsegpt.prune(weight, hessian, kept)[0], sparsegpt.prune(weight.cuda(), hessian.cuda(), kept)[0])
-    for flags in FLAGS:
-        check(gptq.quantize(weight, hessian, [2, 3, 4], **flags)[1],
-              gptq.quantize(weight.cuda(), hessian.cuda(), [2, 3, 4], **flags)[1])
+    found, on_cpu = solved("cuda"), solved("cpu")
+    monkeypatch.setattr(solver, "kernels", lambda *_: None)
+    expected = solved("cuda")
+    print(list(zip(found, expected, on_cpu)))
+    assert found == pytest.approx(expected, rel=1e-4) and found == pytest.approx(on_cpu, rel=5e-3)

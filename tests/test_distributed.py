@@ -51,7 +51,8 @@ def search_commands(inputs: list[str], databases, folder, generations: int) -> l
 
 @pytest.fixture(scope="module")
 def inputs(checkpoint, text) -> list[str]:
-    return ["--model_name_or_path", str(checkpoint), "--calibration_sequence_length", "32", "--calibration_data", text]
+    return ["--device", "cpu",                           # of GPUs each process needs one of its own
+            "--model_name_or_path", str(checkpoint), "--calibration_sequence_length", "32", "--calibration_data", text]
 
 
 def finish_commands(inputs: list[str], databases, folder) -> list[list[str]]:

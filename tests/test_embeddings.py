@@ -242,7 +242,7 @@ def test_finishing_trains_on_the_quantized_embedding_and_keeps_it(quantized, tex
     embedded = database.weight(EMBEDDING, 4)
     for rows, given in zip(calibration.rows, states, strict=True):
         tokens = torch.stack([torch.cat([calibration.documents[i][:length] for i, length in row]) for row in rows])
-        assert torch.equal(given.hidden_states, embedded[tokens])
+        assert torch.equal(given.hidden_states.cpu(), embedded[tokens])
     finished = Database.open(tmp_path / "finished")
     assert finished.layers == database.layers and (tmp_path / "finished" / MANIFEST).is_file()
     changed = 0

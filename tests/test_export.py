@@ -211,7 +211,8 @@ def test_a_disk_too_small_is_refused_before_anything_is_written(tmp_path, checkp
 def test_killed_export_leaves_nothing_that_looks_finished_and_the_next_one_cleans_up(tmp_path, checkpoint):
     write_drop_config(tmp_path / "drop.txt", DROPPED)
     out = tmp_path / f"out-{Path(checkpoint).name}"
-    command = ["--model_name_or_path", checkpoint, "--drop_config", str(tmp_path / "drop.txt"), "--save_dir", str(out)]
+    command = ["--model_name_or_path", checkpoint, "--drop_config", str(tmp_path / "drop.txt"), "--save_dir", str(out),
+               "--device", "cpu"]                        # which a fork can use
     partial, written = out.with_name(f".{out.name}.partial"), tmp_path / "written"
 
     def halted():                # killed while it sleeps: tqdm's lock, one for parent and fork, is locked by neither

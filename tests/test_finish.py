@@ -47,6 +47,7 @@ def finished(checkpoint, text, databases, configurations, tmp_path_factory):
     def run(kind: str, folder, *more: str):
         finish.main(["--model_name_or_path", str(checkpoint), "--calibration_data", text, "--calibration_tokens", "768",
                      "--calibration_sequence_length", "32", "--batch_size", "4", "--steps", "30",
+                     "--microbatch_tokens", "32",        # on a GPU a block is run to find that out
                      "--save_dir", str(folder), *flags(kind), *more])
         return folder
 

@@ -121,7 +121,7 @@ def test_a_database_is_the_same_to_the_byte(method, checkpoint, text, tmp_path, 
         module.main(module.make_parser().parse_args(
             ["--model_name_or_path", checkpoint, "--calibration_data", text, "--calibration_sequence_length", "32",
              "--calibration_tokens", "512", "--microbatch_tokens", "64", *levels, "--save_dir", str(tmp_path / folder),
-             *more]))
+             "--device", "cpu", *more]))
         return {file.name: file.read_bytes() for file in (tmp_path / folder).iterdir()}
 
     expected = build("plain")

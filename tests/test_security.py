@@ -40,7 +40,7 @@ def events():
 
 
 def test_a_database_a_search_an_evaluation_and_an_export_unpickle_and_start_nothing(checkpoint, text, tmp_path, events):
-    model = ["--model_name_or_path", checkpoint]
+    model = ["--model_name_or_path", checkpoint, "--device", "cpu"]       # on a GPU Triton starts compilers
     gptq.main(gptq.make_parser().parse_args([*model, *TEXT, text, "--bitwidth_options", "2", "3",
                                              "--calibration_bitwidth", "3", "--save_dir", str(tmp_path / "db")]))
     evo_quant.main([*model, *TEXT, text, *SEARCH, "--quant_weights_path", str(tmp_path / "db"), "--target_bitwidth",

@@ -2,6 +2,7 @@
 made that it would forbid."""
 from collections.abc import Sequence
 from functools import cache
+from inspect import signature
 
 import torch
 import torch.nn.functional as F
@@ -78,6 +79,7 @@ def has_varlen(device: torch.device, dtype: torch.dtype) -> bool:
 
 def _varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cumulative: torch.Tensor, longest: int,
             scaling: float | None) -> torch.Tensor:
-    from torch.nn.attention.varlen import varlen_attn  # from torch 2.11 on
-    return varlen_attn(query, key, value, cumulative, cumulative, longest, longest, scale=scaling,
-                       window_size=(-1, 0), enable_gqa=query.shape[1] != key.shape[1])
+    from torch.nn.attention.varlen import varlen_attn  # from torch 2.11 on, which takes fewer heads of keys unasked
+    grouped = {"enable_gqa": query.shape[1] != key.shape[1]}
+    return varlen_attn(query, key, value, cumulative, cumulative, longest, longest, scale=scaling, window_size=(-1, 0),
+                       **(grouped if "enable_gqa" in signature(varlen_attn).parameters else {}))

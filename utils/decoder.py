@@ -215,6 +215,7 @@ class Decoder:
         for module in set(self.model.modules()) - inside:
             for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
                 tensor.data = tensor.data.to(device)
+        self._unmasked = {name: mask.to(device) for name, mask in self._unmasked.items()}
         self.device = device
 
     def offload_blocks(self, device: torch.device) -> None:
