@@ -23,15 +23,15 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import nn
 
 from database import packing
-from database.hidden_states import SideStream
+from database.hidden_states import SideStream, on_host
 from formats import kquants
 from utils.configs import parse_level
 from utils.errors import RunError
-from utils.files import read_sealed, seal, write_atomic
+from utils.files import read_sealed, replacing, seal, write_atomic
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -250,10 +250,13 @@ def write_manifest(path: Path, manifest: dict) -> None:
 def write_layer(path: Path, name: str, shape: tuple[int, int], levels: dict[float, tuple[packing.Packed, dict]]
                 ) -> dict:
     """Write a layer's file; returns its entry for the manifest. levels: level -> (packed, the level's entry)."""
-    content = save({f"{level}.{part}": tensor.cpu().contiguous() for level, (packed, _) in levels.items()
-                    for part, tensor in packed.items()})
-    write_atomic(layer_file(path, name), content)
-    return {"shape": list(shape), "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest(),
+    tensors = {f"{level}.{part}": on_host(tensor.contiguous()) for level, (packed, _) in levels.items()
+               for part, tensor in packed.items()}
+    with replacing(layer_file(path, name)) as beside:        # nothing here keeps Python's lock: see `solve_block`
+        save_file(tensors, beside)
+        with beside.open("rb") as stream:
+            size, digest = beside.stat().st_size, hashlib.file_digest(stream, "sha256").hexdigest()
+    return {"shape": list(shape), "bytes": size, "sha256": digest,
             "levels": {str(level): entry for level, (_, entry) in sorted(levels.items())}}
 
 

@@ -72,7 +72,7 @@ def test_columns_are_pruned_and_quantized_as_by_torch(columns, rows):
 
     def both(name, *arguments):
         here, there = ([t.clone().to(device) for t in arguments] for device in ("cpu", DEVICE))
-        there = [t[:1].clone().expand(rows) if t.dim() == 1 else t for t in there]       # top, as where there is one bitwidth
+        there = [t[:1].clone().expand(rows) if t.dim() == 1 else t for t in there]       # top, of one bitwidth
         getattr(solver, name)(*here)
         getattr(sweep, name)(*there)
         return zip(here, (t.cpu() for t in there))

@@ -21,24 +21,30 @@ _locked: dict[Path, int] = {}    # folders that this process has locked
 
 
 def write_atomic(path: str | Path, content: str | bytes) -> None:
-    """Write a file whole or not at all, and remove what processes killed in the middle of that have left. Raises
-    OSError with the file's name."""
+    """Write a file as `replacing` does."""
+    with replacing(path) as beside:
+        beside.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A file beside `path` to write to, which takes its name, whole, when the context is left, or not at all. What
+    processes killed in the middle of that have left is removed. Raises OSError with the file's name."""
     path = Path(path)
-    data = content.encode() if isinstance(content, str) else content
     with naming(path):
         for left_over in path.parent.glob(f".{glob.escape(path.name)}.*{PARTIAL}"):
             left_over.unlink(missing_ok=True)
         handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
         try:
-            with os.fdopen(handle, "wb") as stream:
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
+            yield Path(beside)
+            os.fsync(handle)
             os.chmod(beside, 0o644)
             os.replace(beside, path)
         except BaseException:
             Path(beside).unlink(missing_ok=True)
             raise
+        finally:
+            os.close(handle)
 
 
 @contextmanager
