@@ -47,7 +47,7 @@ from utils import attention
 from utils.decoder import Block, Decoder
 from utils.files import write_atomic
 from utils.fitness import Fitness
-from utils.report import format_table
+from utils.report import commit, format_table
 
 GIGABYTE = 10**9
 PAPER_TOKENS = 8388608                               # of a database
@@ -64,8 +64,8 @@ class Part:
         self.device = torch.device("cpu" if tiny else "cuda")
         self.model = "tiny" if tiny else "llama-3-8b"
         self.dtype = "float32" if tiny else "bfloat16"
-        self.results: dict = {"device": torch.cuda.get_device_name() if not tiny else "CPU, tiny", "torch":
-                              torch.__version__}
+        self.results: dict = {"device": torch.cuda.get_device_name() if not tiny else "CPU, tiny",
+                              "torch": torch.__version__, "commit": commit()}
 
     def scaled(self, value: int, tiny: int) -> int:
         return tiny if self.tiny else value
@@ -425,7 +425,10 @@ def tables(found: dict[str, dict]) -> tuple[str, str]:
     for name in ("tests", "demo", "offload", "profile"):
         if result := found.get(name):
             everything.append([[name, ""], *[[key.replace("_", " "), _words(value)] for key, value in result.items()
-                                             if key not in ("device", "torch")]])
+                                             if key not in ("device", "torch", "commit", "top")]])
+    if result := found.get("profile"):
+        everything.append([["kernel", "of the profile's time"],
+                           *[[key, f"{seconds / result['busy']:.1%}"] for key, seconds in result["top"].items()]])
     if rows := compared(found):
         everything.append(rows)
     missing = [name for name in PARTS if name not in found]
@@ -463,7 +466,7 @@ def compared(found: dict[str, dict]) -> list[list]:
                 rows += [[f"{name}, a generation, s", a_generation(command), result["divide"] * here["seconds"]],
                          [f"{name}, of the matmul peak", estimate.UTILIZATION,
                           result["flops"] / here["seconds"] / result["peak"]],
-                         [f"{name}, device, GB", need(command).device / GIGABYTE, here["device"] / GIGABYTE]]
+                         [f"{name}, device, GB", need(command).device / GIGABYTE, result["device_gb"]]]
         if result := found.get("finish"):
             asked = need("finish.py --quant_weights_path gptq --quant_config_path 3 --save_dir out")
             rows += [["finish.py, hours", asked.seconds / 3600, result["hours"]],
@@ -475,6 +478,14 @@ def compared(found: dict[str, dict]) -> list[list]:
                       3600 * result["generation_hours"]],
                      ["copies from pinned memory, GB/s", estimate.COPIES / GIGABYTE, result["copies_gb_a_second"]]]
     return [["", "estimated for an A100", "measured"], *rows] if rows else []
+
+
+def parts_of(found: dict[str, dict]) -> dict[str, list[str]]:
+    """commit -> the parts that it has run."""
+    commits: dict[str, list[str]] = {}
+    for name, result in found.items():
+        commits.setdefault(f"{result['commit']}, torch {result['torch']}", []).append(name)
+    return commits
 
 
 def _words(value: object) -> str:
@@ -524,8 +535,9 @@ def main() -> None:
         targets, everything = tables(found)
         print(f"{targets}\n\n{everything}")
         if args.write_readme:
-            write_readme("gpu", targets, ROOT / "README.md")
-            write_readme("gpu", everything, ROOT / "benchmarks" / "README.md")
+            made = [f"Commit {commit}: parts {', '.join(names)}" for commit, names in parts_of(found).items()]
+            write_readme("gpu", targets, ROOT / "README.md", made)
+            write_readme("gpu", everything, ROOT / "benchmarks" / "README.md", made)
     elif not args.parts or {*args.parts} - {*PARTS}:
         parser.error(f"name parts ({', '.join(PARTS)}), or give --list, --report or --write_readme")
     elif not args.tiny and not torch.cuda.is_available():

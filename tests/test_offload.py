@@ -63,6 +63,14 @@ def test_walk_is_the_same_with_two_blocks_on_the_device(family, device, monkeypa
     assert 0 < max(seen) <= 2 * max(buffers(offloaded)) < sum(buffers(offloaded))
 
 
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_the_mask_that_the_head_is_given_moves_with_it(family):
+    decoder = Decoder(families.build(family))
+    assert {mask.device for mask in decoder._unmasked.values()} == {CPU}
+    decoder.move_surroundings(torch.device("meta"))
+    assert {mask.device.type for mask in decoder._unmasked.values()} == {"meta"}
+
+
 def test_a_block_comes_once_for_all_candidates_of_a_microbatch(monkeypatch):
     decoder = Decoder(families.build("llama"))
     decoder.offload_blocks(CPU)
