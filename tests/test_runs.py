@@ -208,6 +208,8 @@ def test_damaged_summary_is_made_again(tmp_path):
 def test_what_a_killed_process_was_writing_is_removed_and_its_seconds_are_not_there_twice(tmp_path):
     checkpointed(tmp_path).log({"generation": 3}, seconds=3)                     # killed before its checkpoint
     (tmp_path / ".checkpoint.json.x7_a.partial").write_text("half a ch")
+    (tmp_path / ".checkpoint.json.x7_b.partial").mkdir()
+    (tmp_path / ".checkpoint.json.x7_b.partial" / ".tmpZIgz8W").write_text("half a che")
     run = Run(tmp_path, FLAGS)
     run.log({"generation": 3}, seconds=4)
     run.checkpoint(generation=3)

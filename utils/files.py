@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,18 +34,16 @@ def replacing(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     with naming(path):
         for left_over in path.parent.glob(f".{glob.escape(path.name)}.*{PARTIAL}"):
-            left_over.unlink(missing_ok=True)
-        handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
-        try:
-            yield Path(beside)
-            os.fsync(handle)
+            shutil.rmtree(left_over, ignore_errors=True)
+            left_over.unlink(missing_ok=True)                # of earlier versions
+        # a folder, since safetensors writes beside a name, too, and would leave that
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL) as folder:
+            beside = Path(folder) / path.name
+            yield beside
+            with beside.open("rb") as stream:
+                os.fsync(stream.fileno())
             os.chmod(beside, 0o644)
             os.replace(beside, path)
-        except BaseException:
-            Path(beside).unlink(missing_ok=True)
-            raise
-        finally:
-            os.close(handle)
 
 
 @contextmanager
