@@ -132,8 +132,8 @@ def demo(part: Part) -> None:
             found_errors = {}
             for module, method in ((gptq, "gptq"), (sparsegpt, "sparsegpt")):
                 levels = part.scaled(LEVEL_FLAGS[method], {
-                    "gptq": "--bitwidth_options 2 3 --calibration_bitwidth 3",
-                    "sparsegpt": "--sparsity 0.6 --num_levels 1"}[method])
+                    "gptq": "--bitwidth_options 2 3 --calibration_bitwidth 3 --quantizable_modules layers.[01][.]",
+                    "sparsegpt": "--sparsity 0.6 --num_levels 1 --prunable_modules layers.[01][.]"}[method])
                 module.main(module.make_parser().parse_args([*model, *levels.split(), "--device", device, "--dtype",
                                                              "float32", "--save_dir", str(at / method)]))
                 manifest = json.loads((at / method / "manifest.json").read_text())["layers"]
