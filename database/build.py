@@ -30,6 +30,9 @@ NOT_COMPARED = ("model_name_or_path", "tokenizer_name", "use_fast_tokenizer", "d
                 "cpu_offload_modules", "cpu_offload_activations", "activations_dir", "verbose", "low_cpu_mem_usage",
                 "pre_block_modules", "block_modules", "post_block_modules", "log_wandb", "text_field")
 
+# threads that write layers: on a GPU solving takes no time beside copying, hashing and writing
+WRITERS = {"cuda": 3}
+
 
 def add_build_flags(parser: argparse.ArgumentParser, layers_flag: str, solves: bool = True) -> None:
     """`solves`: the build compresses layers itself."""
@@ -226,8 +229,7 @@ def solve_block(layers: dict[str, Layer], hessians: dict[str, torch.Tensor | Non
     """(layer -> its entry in the manifest, notes) of the layers of a block that this process has Hessians of, which are
     used up. Files are written while later layers are solved; on leaving, however that is, none is half-way."""
     writing, notes, uncalibrated = {}, [], set()
-    # on a GPU solving takes no time beside copying, hashing and writing, which three threads share
-    writers = 3 if any(layer.weight.is_cuda for layer in layers.values()) else 1
+    writers = WRITERS.get(next(iter(layers.values())).weight.device.type, 1)
     with ThreadPoolExecutor(writers) as writer:
         for name in list(hessians):
             weight, hessian = layers[name].weight, hessians.pop(name)

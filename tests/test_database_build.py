@@ -218,6 +218,24 @@ def test_a_model_larger_than_the_device_is_probed_and_built_block_by_block(built
     assert contents(tmp_path / "offloaded") == contents(built)
 
 
+def test_several_writers_write_the_same_and_no_more_layers_wait_than_there_are(built, model, tmp_path, monkeypatch):
+    write_layer, started, waiting = store.write_layer, [], []
+
+    def slow(*args):
+        time.sleep(0.05)
+        written = write_layer(*args)
+        waiting.append(len(started) - len(waiting))
+        return written
+
+    solve = build.solve
+    monkeypatch.setattr(build, "WRITERS", {"cpu": 3})
+    monkeypatch.setattr(build, "solve", lambda *args: (solved := solve(*args), started.append(args[0]))[0])
+    monkeypatch.setattr(store, "write_layer", slow)
+    run(built.name, model, tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(built)
+    assert 3 <= max(waiting) <= 4                        # written, and the one that has been solved meanwhile
+
+
 @pytest.mark.parametrize("flags, named", [
     (["--rel_damp", "0.02"], r"--rel_damp 0\.02 \(it was 0\.01\)"), (["--seed", "1"], "--seed 1"),
     (["--calibration_tokens", "4096"], "--calibration_tokens 4096"), (["--block_size", "64"], "--block_size 64")])

@@ -1,6 +1,6 @@
 """Attention over packed documents, each by itself: no mask of tokens² is built or read, and none of its products are
 made that it would forbid."""
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from inspect import signature
 
@@ -79,7 +79,15 @@ def has_varlen(device: torch.device, dtype: torch.dtype) -> bool:
 
 def _varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cumulative: torch.Tensor, longest: int,
             scaling: float | None) -> torch.Tensor:
-    from torch.nn.attention.varlen import varlen_attn  # from torch 2.11 on, which takes fewer heads of keys unasked
-    grouped = {"enable_gqa": query.shape[1] != key.shape[1]}
-    return varlen_attn(query, key, value, cumulative, cumulative, longest, longest, scale=scaling, window_size=(-1, 0),
-                       **(grouped if "enable_gqa" in signature(varlen_attn).parameters else {}))
+    kernel, asks_for_groups = _kernel()
+    grouped = {"enable_gqa": True} if asks_for_groups and query.shape[1] != key.shape[1] else {}
+    return kernel(query, key, value, cumulative, cumulative, longest, longest, scale=scaling, window_size=(-1, 0),
+                  **grouped)
+
+
+@cache
+def _kernel() -> tuple[Callable, bool]:
+    """torch's, and whether it wants to be told that keys have fewer heads than queries: torch 2.11's takes them
+    unasked."""
+    from torch.nn.attention.varlen import varlen_attn
+    return varlen_attn, "enable_gqa" in signature(varlen_attn).parameters
