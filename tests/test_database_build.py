@@ -229,7 +229,7 @@ def test_several_writers_write_the_same_and_no_more_layers_wait_than_there_are(b
 
     solve = build.solve
     monkeypatch.setattr(build, "WRITERS", {"cpu": 3})
-    monkeypatch.setattr(build, "solve", lambda *args: (solved := solve(*args), started.append(args[0]))[0])
+    monkeypatch.setattr(build, "solve", lambda *args: (solve(*args), started.append(args[0]))[0])
     monkeypatch.setattr(store, "write_layer", slow)
     run(built.name, model, tmp_path / "again")
     assert contents(tmp_path / "again") == contents(built)
