@@ -20,7 +20,7 @@ from threading import Lock
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
-from benchmarks.programs import claim, run, sparsity_step, write_readme
+from benchmarks.programs import claim, group_size, run, sparsity_step, write_readme
 from utils.files import write_atomic
 from utils.report import format_table
 
@@ -97,11 +97,6 @@ class Bench:
                 print(f"{name}: {time.time() - began:.0f} s", flush=True)
         return folder
 
-    def group_size(self) -> int:
-        """The largest of 128, 64, 32 that divides the hidden size."""
-        hidden = json.loads((Path(self.args.model_name_or_path) / "config.json").read_text())["hidden_size"]
-        return next(size for size in (128, 64, 32) if hidden % size == 0)
-
     def evaluate(self, name: str, flags: list) -> dict:
         """dataset -> {"kl", "ppl"}"""
         result = self.out / f"{name}.json"
@@ -121,8 +116,8 @@ class Bench:
     def levels(self, budget: str, seed: int) -> dict[str, dict]:
         bits = budget in BITS
         kind, target = ("quant", BITS[budget]) if bits else ("sparse", SPARSITIES[budget])
-        build = [*self.text, "--bitwidth_options", 2, 3, 4, 5, 6, "--calibration_bitwidth", 2, "--group_size", 128,
-                 "--perchannel", "--mse"] if bits else [
+        build = [*self.text, "--bitwidth_options", 2, 3, 4, 5, 6, "--calibration_bitwidth", 2, "--group_size",
+                 group_size(self.args.model_name_or_path), "--perchannel", "--mse"] if bits else [
                  *self.text, "--sparsity", target, "--weights_diff", sparsity_step(self.args.model_name_or_path)]
         name = "gptq" if bits else f"sparsegpt-{target}"
         database = self.once(name, ["-m", f"database.{'gptq' if bits else 'sparsegpt'}", *build])

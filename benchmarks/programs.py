@@ -67,6 +67,12 @@ def sparsity_step(model: str) -> int:
     return json.loads((Path(model) / "config.json").read_text())["hidden_size"]**2 // 16
 
 
+def group_size(model: str) -> int:
+    """The largest of 128, 64, 32 that divides the hidden size."""
+    hidden = json.loads((Path(model) / "config.json").read_text())["hidden_size"]
+    return next(size for size in (128, 64, 32) if hidden % size == 0)
+
+
 def made_by() -> str:
     """The commit and the command of what is measured now."""
     return f"Commit {commit()}: `{COMMAND}`"

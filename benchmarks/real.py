@@ -23,7 +23,7 @@ import torch
 from matplotlib import pyplot
 
 from benchmarks.finish import Bench
-from benchmarks.programs import claim, run, write_readme
+from benchmarks.programs import claim, group_size, run, write_readme
 from database.levels import LevelSwitcher
 from database.store import Database
 from utils.configs import read_drop_config, read_level_config
@@ -90,7 +90,7 @@ class Real(Bench):
         if kind == "quant":
             return self.once("quant", [
                 "-m", "database.gptq", *self.text, "--bitwidth_options", 2, 3, 4, 5, 6, "--calibration_bitwidth", 3,
-                "--group_size", self.group_size(), "--perchannel", "--mse"])
+                "--group_size", group_size(self.args.model_name_or_path), "--perchannel", "--mse"])
         return self.once(f"sparse-{target}", ["-m", "database.sparsegpt", *self.text, "--sparsity", target])
 
     def budget(self, kind: str, target: float) -> dict[str, dict]:

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:1] = [str(ROOT), str(ROOT / "tests")]
 from benchmarks.finish import Bench
-from benchmarks.programs import claim, write_readme
+from benchmarks.programs import claim, group_size, write_readme
 from database.store import Database
 from test_formats_gguf import LlamaCpp
 from utils.configs import read_level_config
@@ -64,7 +64,7 @@ class Runtimes(Bench):
         embeddings = ["--embedding_bitwidths", *self.args.embedding_bitwidths]
         if format == "gguf":
             return self.once("k-quants", [*build, 8, *embeddings, "--grid", "k-quant"])
-        build += ["--group_size", self.group_size(), "--perchannel", "--mse"]
+        build += ["--group_size", group_size(self.args.model_name_or_path), "--perchannel", "--mse"]
         return self.once("linear", build) if format == "compressed-tensors" else self.once("all", build + embeddings)
 
     def row(self, format: str, target: str) -> list:

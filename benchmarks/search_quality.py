@@ -18,6 +18,7 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +30,7 @@ import matplotlib
 import torch
 from matplotlib import pyplot
 
-from benchmarks.programs import claim, run, run_here, sparsity_step, write_readme
+from benchmarks.programs import claim, group_size, run, run_here, sparsity_step, write_readme
 from database.levels import LevelSwitcher
 from database.store import Database
 from utils.configs import DROP_WORDS
@@ -39,17 +40,12 @@ from utils.fitness import Fitness
 from utils.model import load_decoder, load_tokenizer
 from utils.report import format_table
 
-OFFSPRING, SURVIVORS, TOKENS = 16, (4, 2, 1), (256, 1024, 4096)
-SEARCH = ["--offspring", OFFSPRING, "--survivors_per_selection", *SURVIVORS, "--tokens_per_selection", *TOKENS,
-          "--no_eval"]
-# candidates times tokens of one generation; the parent competes in the last step
-GENERATION_TOKENS = sum(map(math.prod, zip((OFFSPRING, *SURVIVORS[:-1]), TOKENS))) + SURVIVORS[-1] * TOKENS[-1]
+OFFSPRING, SURVIVORS = 16, (4, 2, 1)
 PAPER, OURS = "paper's way", "ours"
-RANDOM = ["--initially_generated", 32, "--initial_tokens", 1024]
-SCREEN, REFINE, CONFIRM = ["--screen", 4], ["--refine", 2], ["--confirm_tokens", 4 * TOKENS[-1]]
+SCREEN, REFINE, CONFIRM = ["--screen", 4], ["--refine", 2], ["--confirm_tokens"]      # without its number
 # what helps beside a measured start
 OWN = {"depth": [*SCREEN, *REFINE, *CONFIRM], "sparsity": [*SCREEN, "--refine", 4], "bits": SCREEN}
-VARIANTS = {PAPER: RANDOM,
+VARIANTS = {PAPER: ["--initially_generated", 32],
             OURS: ["--init", "measured"],                                  # and OWN
             "measured start alone": ["--init", "measured"],
             "start and screening": ["--init", "measured", *SCREEN],
@@ -57,7 +53,7 @@ VARIANTS = {PAPER: RANDOM,
             "start, screening and refining": ["--init", "measured", *SCREEN, *REFINE],
             "start, refining and confirming": ["--init", "measured", *REFINE, *CONFIRM],
             "start and confirming": ["--init", "measured", *CONFIRM],
-            "screening alone": [*RANDOM, *SCREEN]}
+            "screening alone": ["--initially_generated", 32, *SCREEN]}
 SHARES = (0.05, 0.1, 0.25, 0.5, 1.0)                # columns of the table
 CURVE = (0.05, 0.1, 0.15, 0.2, 0.25, 0.5, 1.0)
 ENDS = (0.25, 0.5, 1.0)                             # of what the two are compared with
@@ -77,7 +73,8 @@ class Setting:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name_or_path", default=str(ROOT / "demo" / "model"))
-    parser.add_argument("--data", default="stdlib", help="calibration and evaluation text")
+    parser.add_argument("--data", default="stdlib", help="calibration text (default: stdlib)")
+    parser.add_argument("--eval_data", help="held-out text (default: of --data)")
     parser.add_argument("--tasks", nargs="+", default=["depth", "sparsity", "bits"],
                         choices=["depth", "sparsity", "bits"])
     parser.add_argument("--shares", type=float, nargs="+", default=[0.25, 0.375], help="of blocks dropped, for depth")
@@ -85,6 +82,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.7])
     parser.add_argument("--variants", nargs="+", default=[PAPER, OURS], choices=list(VARIANTS),
                         help="to run and to show beside the paper's way")
+    parser.add_argument("--tokens_per_selection", type=int, nargs=3, default=[256, 1024, 4096])
     parser.add_argument("--measure_tokens", type=int, nargs=2, default=[512, 256], metavar=("DEPTH", "LEVELS"),
                         help="--initial_tokens of measured starts (default: such that one takes at most 5%% of what "
                              "the paper's way spends)")
@@ -129,7 +127,7 @@ def build(setting: Setting, args: argparse.Namespace) -> None:
              "--save_dir", folder]
     if setting.task == "bits":
         flags = ["-m", "database.gptq", *flags, "--bitwidth_options", 2, 3, 4, 5, 6, "--calibration_bitwidth", 3,
-                 "--group_size", 128, "--perchannel"]
+                 "--group_size", group_size(args.model_name_or_path), "--perchannel"]
     else:
         flags = ["-m", "database.sparsegpt", *flags, "--sparsity", setting.budget,
                  "--weights_diff", sparsity_step(args.model_name_or_path)]
@@ -155,18 +153,18 @@ def search(setting: Setting, variant: str, seed: int, args: argparse.Namespace) 
     folder = folder_of(setting, variant, seed, args.out)
     if (folder / "summary.json").exists() or lacks(setting.task, VARIANTS[variant]):
         return
-    levels = setting.task != "depth"
+    levels, tokens = setting.task != "depth", args.tokens_per_selection
+    measured = "measured" in VARIANTS[variant]
     flags = ["--model_name_or_path", args.model_name_or_path, "--calibration_data", args.data,
              "--calibration_sequence_length", args.sequence_length,
              "--calibration_tokens", args.calibration_tokens[levels], "--dtype", args.dtype,
-             *SEARCH, *VARIANTS[variant], "--generations", generations_of(setting, variant, args), "--seed", seed,
-             "--output_dir", folder]
+             "--offspring", OFFSPRING, "--survivors_per_selection", *SURVIVORS, "--tokens_per_selection", *tokens,
+             "--initial_tokens", args.measure_tokens[levels] if measured else tokens[1], "--no_eval",
+             "--generations", generations_of(setting, variant, args), "--seed", seed, "--output_dir", folder]
     if args.compile:
         flags += ["--compile"]
-    if variant == OURS:
-        flags += OWN[setting.task]
-    if "measured" in VARIANTS[variant]:
-        flags += ["--initial_tokens", args.measure_tokens[levels]]
+    for flag in [*VARIANTS[variant], *(OWN[setting.task] if variant == OURS else ())]:
+        flags += [flag, 4 * tokens[-1]] if [flag] == CONFIRM else [flag]
     if setting.task == "depth":
         program, own = "evo_drop.py", ["--sparsity", setting.budget]
     else:
@@ -183,14 +181,16 @@ def search(setting: Setting, variant: str, seed: int, args: argparse.Namespace) 
 # ---- held-out evaluation ---------------------------------------------------------------------------------------------
 
 
-def records(folder: Path, variant: str, generations: int) -> list[dict]:
+def records(folder: Path, variant: str, generations: int, tokens_per_selection: Sequence[int]) -> list[dict]:
     """A run's log, up to the last of its generations; of the paper's way with the tokens that it asks for, whether they
-    were looked up or run."""
+    were looked up or run: candidates times tokens, the parent in the last step."""
+    asked = sum(map(math.prod, zip((OFFSPRING, *SURVIVORS[:-1]), tokens_per_selection))
+                ) + SURVIVORS[-1] * tokens_per_selection[-1]
     log = [record for line in (folder / "log.jsonl").read_text().splitlines()
            if (record := json.loads(line))["generation"] <= generations]
     if variant == PAPER:
         for record in log:
-            record["tokens"] = log[0]["tokens"] + record["generation"] * GENERATION_TOKENS
+            record["tokens"] = log[0]["tokens"] + record["generation"] * asked
     return log
 
 
@@ -205,14 +205,15 @@ def heldout(setting: Setting, candidates: list[str], args: argparse.Namespace) -
     file."""
     path = args.out / f"KL-{setting.task}-{setting.budget:g}.json"
     tokens = args.eval_tokens[setting.task != "depth"]
-    text = [args.model_name_or_path, args.data, tokens, args.sequence_length, args.dtype]
+    data = args.eval_data or args.data
+    text = [args.model_name_or_path, data, tokens, args.sequence_length, args.dtype]
     kept = json.loads(path.read_text()) if path.exists() else {}
     values = kept["KL"] if kept.get("text") == text else {}
     missing = sorted({candidate for candidate in candidates if candidate not in values})
     if missing:
         torch.set_num_threads(1)
         tokenizer = load_tokenizer(args.model_name_or_path, True, False)
-        documents = evaluation_documents(args.data, tokenizer, tokens, args.sequence_length)
+        documents = evaluation_documents(data, tokenizer, tokens, args.sequence_length)
         decoder = load_decoder(args.model_name_or_path, args.dtype, "cpu", None, False)
         if setting.task == "depth":
             def set_block(index: int, state: tuple[bool, bool]) -> None:
@@ -232,7 +233,8 @@ def curves(setting: Setting, args: argparse.Namespace) -> dict[str, list[dict[fl
     """Variant -> of every seed that it and the paper's way have finished: share of the paper's tokens -> held-out KL.
 
     A curve begins with the share that its first candidate took."""
-    logs = {variant: {seed: records(folder, variant, generations_of(setting, variant, args))
+    logs = {variant: {seed: records(folder, variant, generations_of(setting, variant, args),
+                                    args.tokens_per_selection)
                       for seed in range(args.seeds)
                       if ((folder := folder_of(setting, variant, seed, args.out)) / "summary.json").exists()}
             for variant in dict.fromkeys([PAPER, *args.variants])}
@@ -307,7 +309,7 @@ def main() -> None:
     args = parse_arguments()
     args.out = args.out.resolve()
     claim(args.out, args, ("model_name_or_path", "data", "sequence_length", "calibration_tokens", "measure_tokens",
-                           "generations", "dtype"))
+                           "tokens_per_selection", "generations", "dtype"))
     budgets = {"depth": args.shares, "sparsity": args.sparsities, "bits": args.bitwidths}
     settings = [Setting(task, budget) for task in args.tasks for budget in budgets[task]]
     began = time.time()

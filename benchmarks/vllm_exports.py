@@ -20,7 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks.finish import Bench
-from benchmarks.programs import claim, write_readme
+from benchmarks.programs import claim, group_size, write_readme
 from utils.data import evaluation_documents
 from utils.files import write_atomic
 from utils.model import load_tokenizer
@@ -64,7 +64,7 @@ class Exports(Bench):
         """Name of an export -> flags of export.py."""
         levels = self.once("quant", [
             "-m", "database.gptq", *self.text, "--bitwidth_options", 2, 3, 4, "--perchannel", "--mse", "--group_size",
-            self.group_size()])
+            group_size(self.args.model_name_or_path)])
         mixed = self.once("search-quant", ["evo_quant.py", *self.text, *SEARCH, "--quant_weights_path", levels,
                                            "--target_bitwidth", self.args.target_bitwidth, "--group_rule", "none",
                                            "--configuration_name", "levels.txt"]) / "levels.txt"

@@ -38,7 +38,6 @@ def test_share_to_reach_is_the_first_at_which_the_median_is_as_low():
 
 def test_curves_compare_each_search_with_the_papers_way_on_the_seeds_that_both_have(tmp_path, monkeypatch):
     setting = quality.Setting("bits", 2.5)
-    monkeypatch.setattr(quality, "GENERATION_TOKENS", 495)
     monkeypatch.setattr(quality, "CURVE", (0.05, 0.2, 0.25, 0.5, 0.75, 1.0))
     monkeypatch.setattr(quality, "SHARES", (0.05, 0.5, 0.75, 1.0))
     for seed in range(3):
@@ -49,6 +48,7 @@ def test_curves_compare_each_search_with_the_papers_way_on_the_seeds_that_both_h
     monkeypatch.setattr(quality, "heldout", lambda _, candidates, __: {
         c: sum(x * y for x, y in zip(json.loads(c), (100, 1))) for c in candidates})
     found = quality.curves(setting, SimpleNamespace(seeds=5, out=tmp_path, generations=[60, 2, 1],
+                                                    tokens_per_selection=[15, 36, 37],      # 495 a generation
                                                     variants=[quality.OURS, "screening alone"]))
     assert list(found) == [quality.PAPER, quality.OURS] and [len(runs) for runs in found.values()] == [3, 2]
     second = found[quality.OURS][1]
@@ -70,8 +70,8 @@ def test_heldout_values_are_kept_for_one_text_and_measured_anew_for_another(tmp_
         return measure(self, candidates, *rest)
 
     monkeypatch.setattr(quality.Fitness, "measure", counting)
-    args = SimpleNamespace(out=tmp_path, model_name_or_path=str(checkpoint), data="stdlib", eval_tokens=[128, 2],
-                           sequence_length=32, dtype="auto")
+    args = SimpleNamespace(out=tmp_path, model_name_or_path=str(checkpoint), data="unused", eval_data="stdlib",
+                           eval_tokens=[128, 2], sequence_length=32, dtype="auto")
     setting, candidates = quality.Setting("depth", 0.5), [json.dumps(" ".join(words)) for words in (
         ["none"] * 6, ["attn", *["none"] * 5], ["mlp", *["none"] * 5])]
     values = quality.heldout(setting, candidates[:2], args)
