@@ -18,31 +18,31 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
-from benchmarks.programs import claim, run, sparsity_step, write_readme
+from benchmarks.finish import Bench
+from benchmarks.programs import claim, group_size, sparsity_step, write_readme
 from utils.report import format_table
 
-DEPTH = ["--generations", "20", "--offspring", "24", "--tokens_per_selection", "1024", "8192",
-         "--survivors_per_selection", "2", "1", "--initial_tokens", "1024"]
-LEVELS_EVALUATION = ["--eval_tokens", "16384"]
-LEVELS = ["--generations", "10", "--offspring", "16", "--tokens_per_selection", "512", "2048", "4096",
-          "--survivors_per_selection", "4", "2", "1", "--initial_tokens", "1024", "--calibration_tokens", "32768",
-          *LEVELS_EVALUATION]
-
+DEPTH = ["--generations", 20, "--offspring", 24, "--tokens_per_selection", 1024, 8192,
+         "--survivors_per_selection", 2, 1, "--initially_generated", 64, "--initial_tokens", 1024]
+LEVELS = ["--offspring", 16, "--tokens_per_selection", 512, 2048, 4096, "--survivors_per_selection", 4, 2, 1,
+          "--initial_tokens", 1024, "--calibration_tokens", 32768]
+LEVELS_EVALUATION = 16384        # tokens
 BASELINE_TOKENS = 8192           # of the calibration text
 SCORES = {"cosine_similarity": "ShortGPT", "window_cosine_similarity": "window cosine",
           "norm_ratio": "weight subcloning", "perplexity": "Shortened Llama", "kl_div": "KL of blocks alone",
           "l2": "L2 of blocks alone"}
+BUDGETS = {"depth": (0.25, 0.375), "sparsity": (0.5, 0.6, 0.7), "bits": (2.25, 2.5, 3)}
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name_or_path", default=str(ROOT / "demo" / "model"))
     parser.add_argument("--data", default="stdlib", help="calibration and evaluation text")
-    parser.add_argument("--tasks", nargs="+", default=["depth", "sparsity", "bits"],
-                        choices=["depth", "sparsity", "bits"])
+    parser.add_argument("--tasks", nargs="+", default=[*BUDGETS], choices=[*BUDGETS])
     parser.add_argument("--calibration_tokens", type=int, default=65536)
     parser.add_argument("--sequence_length", type=int, default=256)
-    parser.add_argument("--eval_tokens", type=int, default=32768)
+    parser.add_argument("--eval_tokens", type=int, default=32768, help="for depth; sparsity and bits are evaluated on "
+                                                                       f"{LEVELS_EVALUATION} at most")
     parser.add_argument("--out", type=Path, default=Path("results/quality"))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--jobs", type=int, default=1, help="searches at once, one thread each")
@@ -51,112 +51,96 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+class Quality(Bench):
+    """Every method gives (what the search of a seed has left in summary.json, baseline -> what it has on the same
+    text)."""
+
+    def search(self, name: str, program: str, flags: list, seed: int, eval_tokens: int) -> dict:
+        folder = self.once(f"{name}-{seed}", [
+            program, *self.text, "--eval_datasets", self.args.data, "--eval_tokens", eval_tokens,
+            "--eval_sequence_length", self.args.sequence_length, "--eval_every", 0, *flags, "--seed", seed])
+        return json.loads((folder / "summary.json").read_text())
+
+    def depth(self, share: float, seed: int) -> tuple[dict, dict[str, dict]]:
+        summary = self.search(f"depth-{share}", "evo_drop.py", [*DEPTH, "--sparsity", share], seed,
+                              self.args.eval_tokens)
+        scores = self.once(f"scores-{share}", [
+            "-m", "baselines.drop_scores", *self.text, "--calibration_tokens", BASELINE_TOKENS, "--scoring_method",
+            *SCORES, "--sparsities", share])
+        return summary, {name: self.evaluate(f"scores-{share}-{score}", [
+            "--drop_config", scores / f"{score}-{share:g}.txt"]) for score, name in SCORES.items()}
+
+    def sparsity(self, share: float, seed: int) -> tuple[dict, dict[str, dict]]:
+        database = self.once(f"sparse-{share}", ["-m", "database.sparsegpt", *self.text, "--sparsity", share,
+                                                 "--weights_diff", sparsity_step(self.args.model_name_or_path)])
+        owl = self.once(f"owl-{share}", [
+            "-m", "baselines.owl", *self.text, "--calibration_tokens", BASELINE_TOKENS, "--owl_m", 5, "--select_by",
+            "kl", "--sparse_weights_path", database])
+        summary, found = self.levels("sparse", "evo_unstructured.py", database, share, seed, [-8, -4, 0, 4, 8],
+                                     ["--generations", 10])
+        return summary, {"OWL": self.level(f"owl-{share}", "sparse", database, owl / "owl.txt")} | found
+
+    def bits(self, target: float, seed: int) -> tuple[dict, dict[str, dict]]:
+        database = self.once("quant", [
+            "-m", "database.gptq", *self.text, "--bitwidth_options", 2, 3, 4, 5, 6, "--calibration_bitwidth", 3,
+            "--group_size", group_size(self.args.model_name_or_path), "--perchannel"])
+        return self.levels("quant", "evo_quant.py", database, target, seed, [2, 3, 4, 6], [
+            "--target_bitwidth", target, "--group_rule", "none", "--generations", 30 if target == 3 else 10])
+
+    def levels(self, kind: str, program: str, database: Path, target: float, seed: int, measured_levels: list,
+               flags: list) -> tuple[dict, dict[str, dict]]:
+        """The search and dynamic programming."""
+        weights, name = [f"--{kind}_weights_path", database], f"{kind}-{target}"
+        summary = self.search(name, program, [*LEVELS, *weights, *flags, "--configuration_name", f"{name}-{seed}.txt"],
+                              seed, min(self.args.eval_tokens, LEVELS_EVALUATION))
+        found = {}
+        for errors, own in (("manifest", []), ("kl", ["--errors", "kl", "--measured_levels", *measured_levels])):
+            folder = self.once(f"dp-{errors}-{name}", [
+                "-m", "baselines.dp", *self.text, "--calibration_tokens", BASELINE_TOKENS // 8, *weights,
+                "--target_bitwidth" if kind == "quant" else "--target_sparsity", target, *own])
+            found[f"DP, {errors} errors"] = self.level(folder.name, kind, database,
+                                                       folder / f"dp-{errors}-{target:g}.txt")
+        return summary, found
+
+    def level(self, name: str, kind: str, database: Path, configuration: Path) -> dict:
+        return self.evaluate(name, [f"--{kind}_weights_path", database, f"--{kind}_config_path", configuration,
+                                    "--eval_tokens", min(self.args.eval_tokens, LEVELS_EVALUATION)])
+
+
+def rows_of(task: str, found: list[tuple[dict, dict[str, dict]]], data: str) -> list[list]:
+    """A row for each baseline, and for what the searches of all seeds started from."""
+    summaries = [summary["evaluation"] for summary, _ in found]
+    start = next(name for name in summaries[0] if name not in ("dense", "search"))
+    baselines = {"best of 64 random" if task.startswith("depth") else start: [s[start] for s in summaries]} | {
+        name: [values[name] for _, values in found] for name in found[0][1]}
+    kl, ppl = ([summary["search"][data][measure] for summary in summaries] for measure in ("kl", "ppl"))
+    rows = []
+    for name, values in baselines.items():
+        below = sum(own < value[data]["kl"] for own, value in zip(kl, values))
+        rows.append([task, name, statistics.median(value[data]["kl"] for value in values), statistics.median(kl),
+                     f"{min(kl):.4f}–{max(kl):.4f}", f"{below} of {len(kl)}",
+                     statistics.median(value[data]["ppl"] for value in values), statistics.median(ppl),
+                     summaries[0]["dense"][data]["ppl"], f"{found[0][0]['tokens']:,}"])
+    return rows
+
+
 def main() -> None:
     args = parse_arguments()
-    out = args.out.resolve()
-    claim(out, args, ("model_name_or_path", "data", "calibration_tokens", "sequence_length", "eval_tokens"))
-    model = ["--model_name_or_path", args.model_name_or_path]
-    calibration = ["--calibration_data", args.data, "--calibration_sequence_length", args.sequence_length,
-                   "--calibration_tokens", args.calibration_tokens]
-    evaluation = ["--eval_datasets", args.data, "--eval_tokens", args.eval_tokens, "--eval_sequence_length",
-                  args.sequence_length]
-    search = [*model, *calibration, *evaluation, "--eval_every", 0]
-    build = [*model, *calibration]
-
-    weights_diff = sparsity_step(args.model_name_or_path)
-    databases, scorings, baselines, searches = [], [], [], []
-
-    def dynamic_programming(tasks: dict[str, float], weights: list, budget: str, measured_levels: list) -> None:
-        for errors, flags in (("manifest", []), ("kl", ["--errors", "kl", "--measured_levels", *measured_levels])):
-            folder = out / f"dp-{errors}-{weights[1].name}"
-            scorings.append((folder.name, ["-m", "baselines.dp", *build, "--calibration_tokens", BASELINE_TOKENS // 8,
-                                           *weights, budget, *tasks.values(), *flags, "--save_dir", folder]))
-            for task, target in tasks.items():
-                baselines.append((task, f"DP, {errors} errors", folder / f"{target}.result.json", [
-                    *LEVELS_EVALUATION, *weights, weights[0].replace("weights", "config"),
-                    folder / f"dp-{errors}-{target:g}.txt"]))
-
-    for share in (0.25, 0.375) if "depth" in args.tasks else ():
-        folder = out / f"scores-{share:g}"
-        scorings.append((folder.name, ["-m", "baselines.drop_scores", *build, "--calibration_tokens", BASELINE_TOKENS,
-                                       "--scoring_method", *SCORES, "--sparsities", share, "--save_dir", folder]))
-        for score, name in SCORES.items():
-            baselines.append((f"depth {share:.1%}", name, folder / f"{score}.result.json", [
-                "--drop_config", folder / f"{score}-{share:g}.txt"]))
-        for seed in range(args.seeds):
-            searches.append((f"depth {share:.1%}", seed, out / f"depth-{share}-{seed}", [
-                "evo_drop.py", *search, *DEPTH, "--sparsity", share, "--initially_generated", 64]))
-    for share in (0.5, 0.6, 0.7) if "sparsity" in args.tasks else ():
-        task, weights = f"sparsity {share:.0%}", ["--sparse_weights_path", out / f"sparse-{share}"]
-        databases.append((f"sparse-{share}", ["-m", "database.sparsegpt", *build, "--sparsity", share, "--weights_diff",
-                                              weights_diff, "--save_dir", weights[1]]))
-        scorings.append((f"owl-{share}", ["-m", "baselines.owl", *build, "--calibration_tokens", BASELINE_TOKENS,
-                                          "--owl_m", 5, "--select_by", "kl", *weights,
-                                          "--save_dir", out / f"owl-{share}"]))
-        baselines.append((task, "OWL", out / f"owl-{share}" / "result.json", [
-            *LEVELS_EVALUATION, *weights, "--sparse_config_path", out / f"owl-{share}" / "owl.txt"]))
-        dynamic_programming({task: share}, weights, "--target_sparsity", [-8, -4, 0, 4, 8])
-        for seed in range(args.seeds):
-            searches.append((task, seed, out / f"sparsity-{share}-{seed}", [
-                "evo_unstructured.py", *search, *LEVELS, *weights, "--configuration_name", f"seed-{seed}.txt"]))
-    weights = ["--quant_weights_path", out / "quant"]
-    if "bits" in args.tasks:
-        databases.append(("quant", ["-m", "database.gptq", *build, "--bitwidth_options", 2, 3, 4, 5, 6,
-                                    "--calibration_bitwidth", 3, "--group_size", 128, "--perchannel", "--save_dir",
-                                    weights[1]]))
-        dynamic_programming({f"{target} bits": target for target in (2.25, 2.5, 3)}, weights, "--target_bitwidth",
-                            [2, 3, 4, 6])
-    for target in (2.25, 2.5, 3) if "bits" in args.tasks else ():
-        for seed in range(args.seeds):
-            searches.append((f"{target} bits", seed, out / f"bits-{target}-{seed}", [
-                "evo_quant.py", *search, *LEVELS, *weights, "--target_bitwidth", target, "--group_rule", "none",
-                "--generations", 30 if target == 3 else 10, "--configuration_name", f"{target}-seed-{seed}.txt"]))
-
-    def prepare(item) -> None:
-        name, command = item
-        if not (out / "logs" / f"{name}.done").exists():
-            run(command, out / "logs" / f"{name}.log")
-            (out / "logs" / f"{name}.done").touch()
-
-    def evaluate(item) -> None:
-        _, _, result, flags = item
-        if not result.exists():
-            run(["eval_config.py", *model, *evaluation, *flags, "--output", result],
-                out / "logs" / f"{result.parent.name}-{result.stem}.log")
-
-    def one(item) -> None:
-        _, seed, folder, command = item
-        if (folder / "summary.json").exists():
-            return
-        run([*command, "--seed", seed, "--output_dir", folder], out / "logs" / f"{folder.name}.log")
-        print(f"{folder.name} done", flush=True)
-
+    args.other_data = None
+    claim(args.out.resolve(), args, ("model_name_or_path", "data", "calibration_tokens", "sequence_length",
+                                     "eval_tokens"))
+    bench = Quality(args)
+    tasks = {{"depth": f"depth {budget:.1%}", "sparsity": f"sparsity {budget:.0%}", "bits": f"{budget} bits"}[task]:
+             (getattr(bench, task), budget) for task in args.tasks for budget in BUDGETS[task]}
     with ThreadPoolExecutor(args.jobs) as pool:
-        for work, items in ((prepare, databases), (prepare, scorings), (evaluate, baselines), (one, searches)):
-            list(pool.map(work, items))
-
-    rows = [["budget", "baseline", "baseline KL", "search KL, median", "range", "seeds below baseline", "baseline ppl",
-             "search ppl, median", "dense ppl", "tokens searched"]]
-    for task in dict.fromkeys(task for task, *_ in searches):
-        folders = [folder for name, _, folder, _ in searches if name == task]
-        finished = [json.loads((folder / "summary.json").read_text()) for folder in folders]
-        summaries = [summary["evaluation"] for summary in finished]
-        start = next(name for name in summaries[0] if name not in ("dense", "search"))
-        compared = {("best of 64 random" if task.startswith("depth") else start): [
-            summary[start][args.data] for summary in summaries]}
-        for name, result in ((name, result) for owner, name, result, _ in baselines if owner == task):
-            compared[name] = [json.loads(result.read_text())["compressed"][args.data]] * len(summaries)
-        found = [summary["search"][args.data] for summary in summaries]
-        for name, values in compared.items():
-            rows.append([task, name,
-                         statistics.median(v["kl"] for v in values), statistics.median(v["kl"] for v in found),
-                         f"{min(v['kl'] for v in found):.4f}–{max(v['kl'] for v in found):.4f}",
-                         f"{sum(f['kl'] < v['kl'] for f, v in zip(found, values))} of {len(found)}",
-                         statistics.median(v["ppl"] for v in values), statistics.median(v["ppl"] for v in found),
-                         summaries[0]["dense"][args.data]["ppl"], f"{finished[0]['tokens']:,}"])
-    table = format_table(rows)
+        running = {name: [pool.submit(method, budget, seed) for seed in range(args.seeds)]
+                   for name, (method, budget) in tasks.items()}
+    table = format_table([
+        ["budget", "baseline", "baseline KL", "search KL, median", "range", "seeds below baseline", "baseline ppl",
+         "search ppl, median", "dense ppl", "tokens searched"],
+        *(row for name, runs in running.items() for row in rows_of(name, [run.result() for run in runs], args.data))])
     print(table)
-    (out / "table.md").write_text(table + "\n")
+    (args.out / "table.md").write_text(table + "\n")
     if args.write_readme:
         write_readme(args.write_readme, table)
 
