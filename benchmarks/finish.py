@@ -32,6 +32,7 @@ LEVELS = ["--generations", 8, "--offspring", 24, "--tokens_per_selection", 512, 
 RANDOM = ["--generations", 0, "--init", "random", "--initially_generated", 1, "--initial_tokens", 256, "--offspring", 1,
           "--survivors_per_selection", 1, "--tokens_per_selection", 256]
 FINISHED = ", finished"
+MILDER = "searched-milder"       # at 10 points less of sparsity, whose layers lose about as much as these will finished
 BITS = {"2 bits": 2, "2.25 bits": 2.25, "2.5 bits": 2.5, "3 bits": 3}
 SPARSITIES = {"50% sparsity": 0.5, "60% sparsity": 0.6, "70% sparsity": 0.7}
 DEPTHS = {"25% depth": 0.25, "37.5% depth": 0.375}
@@ -111,16 +112,22 @@ class Bench:
         return self.once(name, ["finish.py", *self.text, *flags, "--steps", self.args.steps, "--end_to_end_steps",
                                 self.args.end_to_end_steps, "--batch_size", self.args.batch_size, "--seed", seed])
 
+    def quantized(self) -> Path:
+        return self.once("gptq", [
+            "-m", "database.gptq", *self.text, "--bitwidth_options", 2, 3, 4, 5, 6, "--calibration_bitwidth", 2,
+            "--group_size", group_size(self.args.model_name_or_path), "--perchannel", "--mse"])
+
+    def pruned(self, sparsity: float) -> Path:
+        return self.once(f"sparsegpt-{sparsity}", [
+            "-m", "database.sparsegpt", *self.text, "--sparsity", sparsity, "--weights_diff",
+            sparsity_step(self.args.model_name_or_path)])
+
     # ---- of one budget and seed: name of a way -> dataset -> values --------------------------------------------------
 
     def levels(self, budget: str, seed: int) -> dict[str, dict]:
         bits = budget in BITS
         kind, target = ("quant", BITS[budget]) if bits else ("sparse", SPARSITIES[budget])
-        build = [*self.text, "--bitwidth_options", 2, 3, 4, 5, 6, "--calibration_bitwidth", 2, "--group_size",
-                 group_size(self.args.model_name_or_path), "--perchannel", "--mse"] if bits else [
-                 *self.text, "--sparsity", target, "--weights_diff", sparsity_step(self.args.model_name_or_path)]
-        name = "gptq" if bits else f"sparsegpt-{target}"
-        database = self.once(name, ["-m", f"database.{'gptq' if bits else 'sparsegpt'}", *build])
+        database = self.quantized() if bits else self.pruned(target)
         uniform = str(int(target)) if bits else "0"
         script = ["evo_quant.py", "--target_bitwidth", target, "--group_rule", "none"] if bits else [
             "evo_unstructured.py", "--refine", 2]
@@ -145,6 +152,8 @@ class Bench:
         if target != 2:
             both("random", database, search("random", database, RANDOM), f"-{seed}")
             both("searched", database, search("searched", database, LEVELS), f"-{seed}")
+        if not bits:                                         # levels are offsets: of as many weights in any database
+            both(MILDER, database, search(MILDER, self.pruned(round(target - 0.1, 2)), LEVELS), f"-{seed}")
         if bits and target == int(target) and self.args.auto_round and not seed:
             found["auto-round"] = self.auto_round(int(target))
         return found
