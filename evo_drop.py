@@ -521,12 +521,12 @@ def main(argv: list[str] | None = None) -> dict:
     def states(candidate: Candidate) -> tuple[tuple[bool, bool], ...]:
         return space.states(candidate, len(blocks))
 
-    def searched(candidate: Candidate) -> tuple[tuple[bool, bool, bool], ...]:
-        return tuple((attn, mlp, args.for_finishing) for attn, mlp in states(candidate))
+    def stood_in(candidate: Candidate) -> tuple[tuple[bool, bool, bool], ...]:
+        return tuple((attn, mlp, True) for attn, mlp in states(candidate))
 
     if args.for_finishing:
         fit_stand_ins(search.decoder, search.documents)
-    search.prepare(set_block, searched, evaluated=states,
+    search.prepare(set_block, stood_in if args.for_finishing else states, evaluated=states,
                    logged=lambda candidate: {"dropped": " ".join(drop_words(states(candidate))),
                                              **({"trust": predictor.trust} if args.screen > 1 else {})})
     predictor = AdditiveModel(space.levels)                  # of fitness, with pairs, for --refine and --screen
