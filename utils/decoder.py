@@ -33,8 +33,9 @@ class SubBlock:
     def __init__(self, modules: list[nn.Module]):
         self.modules = modules
         self.dropped = False
-        self.stand_ins: dict[nn.Module, tuple[torch.Tensor | None, torch.Tensor]] = {}      # see utils.stand_ins
-        self.stood_in = False        # dropped, and these return something
+        # module -> (scale or None, shift) of what stands in for it, see utils.stand_ins; or none at all
+        self.stand_ins: dict[nn.Module, tuple[torch.Tensor | None, torch.Tensor]] = {}
+        self.stood_in = False        # dropped, and these return that
         self.held = False            # may not be dropped: later blocks read what it leaves for them
 
     @property
@@ -49,7 +50,7 @@ class SubBlock:
     def drop(self, dropped: bool, stand_in: bool = False) -> None:
         """Make the modules return zeros (same as a zeroed output projection, bias included), or what stands in for
         them; or restore them."""
-        stood_in = dropped and stand_in
+        stood_in = dropped and stand_in and bool(self.stand_ins)
         if (dropped, stood_in) == (self.dropped, self.stood_in):
             return
         for module in self.modules:
