@@ -28,7 +28,6 @@ from utils.interactions import descend, pairs_of
 from utils.model import load_config, save_dropped
 from utils.screening import AdditiveModel
 from utils.search import Search
-from utils.stand_ins import fit_stand_ins
 
 Candidate = tuple[bool, ...]     # of every unit: dropped?
 LAZY_BATCH = 4                   # units that a measured start measures again at once
@@ -66,10 +65,6 @@ def make_parser() -> argparse.ArgumentParser:
                         help="in the first so many generations the offspring are what is best if the changes of each "
                              "unit and of every two add up, measured around the best parent on twice --initial_tokens; "
                              "from then on that has a say where the last step cannot tell (default: 0)")
-    search.add_argument("--for_finishing", action="store_true",
-                        help="instead of a dropped sub-block, run the affine map of each channel that is nearest to "
-                             "it: what finish.py will make up for is not held against a candidate; evaluation and "
-                             "--save_dir are without")
     search.add_argument("--invert_fitness", action="store_true", help="search for the worst candidate instead")
     flags.add_evaluation_flags(parser)
     output = flags.add_output_flags(parser, "evo_drop")
@@ -515,19 +510,11 @@ def main(argv: list[str] | None = None) -> dict:
                   f"{', '.join(str(i) for i, (attn, _) in enumerate(held) if attn)}")
         space = build_space(args, [(block.attn.size, block.mlp.size) for block in blocks], held)
 
-    def set_block(index: int, state: tuple[bool, bool] | tuple[bool, bool, bool] | None) -> None:
+    def set_block(index: int, state: tuple[bool, bool] | None) -> None:
         blocks[index].drop(*(state or (False, False)))
 
-    def states(candidate: Candidate) -> tuple[tuple[bool, bool], ...]:
-        return space.states(candidate, len(blocks))
-
-    def stood_in(candidate: Candidate) -> tuple[tuple[bool, bool, bool], ...]:
-        return tuple((attn, mlp, True) for attn, mlp in states(candidate))
-
-    if args.for_finishing:
-        fit_stand_ins(search.decoder, search.documents)
-    search.prepare(set_block, stood_in if args.for_finishing else states, evaluated=states,
-                   logged=lambda candidate: {"dropped": " ".join(drop_words(states(candidate))),
+    search.prepare(set_block, lambda candidate: space.states(candidate, len(blocks)),
+                   logged=lambda candidate: {"dropped": " ".join(drop_words(space.states(candidate, len(blocks)))),
                                              **({"trust": predictor.trust} if args.screen > 1 else {})})
     predictor = AdditiveModel(space.levels)                  # of fitness, with pairs, for --refine and --screen
     measure = partial(rank, args, search, predictor)
@@ -554,7 +541,7 @@ def main(argv: list[str] | None = None) -> dict:
         survivors = select(offspring, search.parents, steps, measure, args.strategy)
         search.record(search.confirm(survivors), **state())
 
-    winner = states(search.parents[0])
+    winner = space.states(search.parents[0], len(blocks))
     files = [own, *(file for flag, file in copies.items() if flag != "save_dir")]
     for file in files:
         write_drop_config(file, winner)

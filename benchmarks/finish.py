@@ -2,11 +2,10 @@
 
     python benchmarks/finish.py --out results/finish --jobs 2 --seeds 3 --write_readme
 
-At every budget: uniform (for depth ShortGPT's), random, searched, and searched for finishing (depth: --for_finishing;
-sparsity: at ten points less, where layers lose about what these will once they are finished), as they are and finished.
-Databases are built once, with --mse for bits; seeds differ in calibration text, search and training. --other_data is
-text of another kind, on which the same is evaluated. With --auto_round PYTHON, an interpreter that has auto-round
-0.16.1, uniform bitwidths by that with its defaults. Finished parts are not run again.
+At every budget: uniform (for depth ShortGPT's), random and searched, as they are and finished. Databases are built
+once, with --mse for bits; seeds differ in calibration text, search and training. --other_data is text of another kind,
+on which the same is evaluated. With --auto_round PYTHON, an interpreter that has auto-round 0.16.1, uniform bitwidths
+by that with its defaults. Finished parts are not run again.
 """
 import argparse
 import json
@@ -33,8 +32,6 @@ LEVELS = ["--generations", 8, "--offspring", 24, "--tokens_per_selection", 512, 
 RANDOM = ["--generations", 0, "--init", "random", "--initially_generated", 1, "--initial_tokens", 256, "--offspring", 1,
           "--survivors_per_selection", 1, "--tokens_per_selection", 256]
 FINISHED = ", finished"
-FOR_FINISHING = "searched-for-finishing"
-WAYS = ("uniform", "random", "searched", FOR_FINISHING)
 BITS = {"2 bits": 2, "2.25 bits": 2.25, "2.5 bits": 2.5, "3 bits": 3}
 SPARSITIES = {"50% sparsity": 0.5, "60% sparsity": 0.6, "70% sparsity": 0.7}
 DEPTHS = {"25% depth": 0.25, "37.5% depth": 0.375}
@@ -66,7 +63,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--eval_tokens", type=int, default=16384)
     parser.add_argument("--budgets", nargs="+", default=[*BITS, *SPARSITIES, *DEPTHS], metavar="NAME",
                         help="e.g. '2.5 bits' '60%% sparsity' '25%% depth' (default: all)")
-    parser.add_argument("--ways", nargs="+", default=[*WAYS], choices=[*WAYS], help="of choosing (default: all)")
     parser.add_argument("--steps", type=int, default=100, help="of finish.py (default: 100)")
     parser.add_argument("--end_to_end_steps", type=int, default=0, help="of finish.py (default: 0)")
     parser.add_argument("--batch_size", type=int, default=4, help="of finish.py (default: 4)")
@@ -115,22 +111,16 @@ class Bench:
         return self.once(name, ["finish.py", *self.text, *flags, "--steps", self.args.steps, "--end_to_end_steps",
                                 self.args.end_to_end_steps, "--batch_size", self.args.batch_size, "--seed", seed])
 
-    def quantized(self) -> Path:
-        return self.once("gptq", [
-            "-m", "database.gptq", *self.text, "--bitwidth_options", 2, 3, 4, 5, 6, "--calibration_bitwidth", 2,
-            "--group_size", group_size(self.args.model_name_or_path), "--perchannel", "--mse"])
-
-    def pruned(self, sparsity: float) -> Path:
-        return self.once(f"sparsegpt-{sparsity}", [
-            "-m", "database.sparsegpt", *self.text, "--sparsity", sparsity, "--weights_diff",
-            sparsity_step(self.args.model_name_or_path)])
-
     # ---- of one budget and seed: name of a way -> dataset -> values --------------------------------------------------
 
     def levels(self, budget: str, seed: int) -> dict[str, dict]:
         bits = budget in BITS
         kind, target = ("quant", BITS[budget]) if bits else ("sparse", SPARSITIES[budget])
-        database = self.quantized() if bits else self.pruned(target)
+        build = [*self.text, "--bitwidth_options", 2, 3, 4, 5, 6, "--calibration_bitwidth", 2, "--group_size",
+                 group_size(self.args.model_name_or_path), "--perchannel", "--mse"] if bits else [
+                 *self.text, "--sparsity", target, "--weights_diff", sparsity_step(self.args.model_name_or_path)]
+        name = "gptq" if bits else f"sparsegpt-{target}"
+        database = self.once(name, ["-m", f"database.{'gptq' if bits else 'sparsegpt'}", *build])
         uniform = str(int(target)) if bits else "0"
         script = ["evo_quant.py", "--target_bitwidth", target, "--group_rule", "none"] if bits else [
             "evo_unstructured.py", "--refine", 2]
@@ -150,30 +140,25 @@ class Bench:
             return str(self.once(run_name, [*script, *self.text, "--no_eval", "--seed", seed, *flags, *own])
                        / f"{run_name}.txt")
 
-        if "uniform" in self.args.ways and (not bits or target == int(target)):
+        if not bits or target == int(target):
             both("uniform", database, uniform, "")
-        for way, flags in (("random", RANDOM), ("searched", LEVELS)) if target != 2 else ():
-            if way in self.args.ways:
-                both(way, database, search(way, database, flags), f"-{seed}")
-        if FOR_FINISHING in self.args.ways and not bits:     # a level is so many weights more or less at any sparsity
-            milder = self.pruned(round(target - 0.1, 2))
-            both(FOR_FINISHING, database, search(FOR_FINISHING, milder, LEVELS), f"-{seed}")
+        if target != 2:
+            both("random", database, search("random", database, RANDOM), f"-{seed}")
+            both("searched", database, search("searched", database, LEVELS), f"-{seed}")
         if bits and target == int(target) and self.args.auto_round and not seed:
             found["auto-round"] = self.auto_round(int(target))
         return found
 
     def depth(self, budget: str, seed: int) -> dict[str, dict]:
         share = DEPTHS[budget]
-        files = {}
-        if "uniform" in self.args.ways:
-            files["uniform"] = self.once(f"shortgpt-{share}", [
-                "-m", "baselines.drop_scores", *self.text, "--calibration_tokens", 16384, "--scoring_method",
-                "cosine_similarity", "--sparsities", share]) / f"cosine_similarity-{share:g}.txt"
-        for way, flags in (("random", RANDOM), ("searched", DEPTH), (FOR_FINISHING, [*DEPTH, "--for_finishing"])):
-            if way in self.args.ways:
-                files[way] = self.once(f"depth-{share}-{way}-{seed}", [
-                    "evo_drop.py", *self.text, "--no_eval", "--seed", seed, "--sparsity", share, *flags]
-                    ) / "layer_drop_config.txt"
+        scores = self.once(f"shortgpt-{share}", [
+            "-m", "baselines.drop_scores", *self.text, "--calibration_tokens", 16384, "--scoring_method",
+            "cosine_similarity", "--sparsities", share])
+        files = {"uniform": scores / f"cosine_similarity-{share:g}.txt"}
+        for way, flags in (("random", RANDOM), ("searched", DEPTH)):
+            files[way] = self.once(f"depth-{share}-{way}-{seed}", [
+                "evo_drop.py", *self.text, "--no_eval", "--seed", seed, "--sparsity", share, *flags]
+                ) / "layer_drop_config.txt"
         found = {}
         for way, file in files.items():
             name = f"depth-{share}-{way}"

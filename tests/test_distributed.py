@@ -40,8 +40,7 @@ def build_commands(inputs: list[str], folder) -> list[list[str]]:
 
 
 def search_commands(inputs: list[str], databases, folder, generations: int) -> list[list[str]]:
-    own = {"evo_drop": ["--sparsity", "0.5", "--no_eval", "--init", "measured", "--screen", "2", "--refine", "1",
-                        "--for_finishing"],
+    own = {"evo_drop": ["--sparsity", "0.5", "--no_eval", "--init", "measured", "--screen", "2", "--refine", "1"],
            "evo_unstructured": ["--sparse_weights_path", str(databases / "sparsegpt"), "--no_eval",
                                 "--init", "measured", "--screen", "2", "--refine", "1"],
            "evo_quant": ["--quant_weights_path", str(databases / "gptq"), "--target_bitwidth", "2.5",

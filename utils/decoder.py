@@ -33,9 +33,6 @@ class SubBlock:
     def __init__(self, modules: list[nn.Module]):
         self.modules = modules
         self.dropped = False
-        # module -> (scale or None, shift) of what stands in for it, see utils.stand_ins; or none at all
-        self.stand_ins: dict[nn.Module, tuple[torch.Tensor | None, torch.Tensor]] = {}
-        self.stood_in = False        # dropped, and these return that
         self.held = False            # may not be dropped: later blocks read what it leaves for them
 
     @property
@@ -47,21 +44,19 @@ class SubBlock:
         """Weights in all."""
         return sum(parameter.numel() for parameter in self.parameters)
 
-    def drop(self, dropped: bool, stand_in: bool = False) -> None:
-        """Make the modules return zeros (same as a zeroed output projection, bias included), or what stands in for
-        them; or restore them."""
-        stood_in = dropped and stand_in and bool(self.stand_ins)
-        if (dropped, stood_in) == (self.dropped, self.stood_in):
+    def drop(self, dropped: bool) -> None:
+        """Make the modules return zeros (same as a zeroed output projection, bias included), or restore them."""
+        if dropped == self.dropped:
             return
         for module in self.modules:
             if dropped:
-                module.forward = _dropped_forward(module, *(self.stand_ins.get(module, ()) if stood_in else ()))
+                module.forward = _zeros_forward(module)
             else:
                 del module.forward
-        self.dropped, self.stood_in = dropped, stood_in
+        self.dropped = dropped
 
 
-def _dropped_forward(module: nn.Module, scale: torch.Tensor | None = None, shift: torch.Tensor | None = None):
+def _zeros_forward(module: nn.Module):
     def forward(*args, **kwargs):
         hidden_states = args[0] if args else kwargs["hidden_states"]
         cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
@@ -69,11 +64,8 @@ def _dropped_forward(module: nn.Module, scale: torch.Tensor | None = None, shift
             for method, layer_idx, options in module.cached:
                 placeholders = [hidden_states.new_zeros(shape) for shape in CACHED[method](*hidden_states.shape[:2])]
                 getattr(cache, method)(*placeholders, layer_idx, **options)
-        if scale is not None:
-            return _as_output(module, hidden_states * scale + shift)
         width = module.out_features if isinstance(module, nn.Linear) else hidden_states.shape[-1]
-        zeros = hidden_states.new_zeros(*hidden_states.shape[:-1], width)
-        return _as_output(module, zeros if shift is None else zeros + shift)
+        return _as_output(module, hidden_states.new_zeros(*hidden_states.shape[:-1], width))
     return forward
 
 
@@ -95,14 +87,9 @@ class Block:
     def dropped(self) -> tuple[bool, bool]:
         return self.attn.dropped, self.mlp.dropped
 
-    @property
-    def gone(self) -> bool:
-        """Nothing is left that adds to the residual stream."""
-        return self.dropped == (True, True) and not (self.attn.stood_in or self.mlp.stood_in)
-
-    def drop(self, attn: bool, mlp: bool, stand_in: bool = False) -> None:
-        self.attn.drop(attn, stand_in)
-        self.mlp.drop(mlp, stand_in)
+    def drop(self, attn: bool, mlp: bool) -> None:
+        self.attn.drop(attn)
+        self.mlp.drop(mlp)
 
 
 @dataclass
@@ -264,7 +251,7 @@ class Decoder:
     def run_block(self, index: int, hidden_states: torch.Tensor, inputs: BlockInputs) -> torch.Tensor:
         """Output [batch, tokens, hidden] of one block."""
         block = self.blocks[index]
-        if self.identity_when_dropped and block.gone:
+        if self.identity_when_dropped and block.dropped == (True, True):
             return hidden_states
         self.bring(index)
         args, kwargs = inputs.calls[index]

@@ -83,16 +83,14 @@ class Search:
         self.decoder = decoder_of(args)
 
     def prepare(self, set_block: Callable[[int, Hashable], None], states: Callable[[Candidate], Sequence[Hashable]],
-                logged: Callable[[Candidate], dict], divergences: bool = False,
-                evaluated: Callable[[Candidate], Sequence[Hashable]] | None = None) -> None:
+                logged: Callable[[Candidate], dict], divergences: bool = False) -> None:
         """Run the uncompressed model over all texts, and take up the run that is resumed.
 
         set_block(i, state) puts block i into a state; states(candidate): of every block; logged(candidate): what the
-        log has of the best one; divergences: KL divergences are measured even if they are not the fitness; evaluated:
-        the states in which candidates are evaluated, where those are others.
+        log has of the best one; divergences: KL divergences are measured even if they are not the fitness.
         """
         args, sizes = self.args, self.saved.get("microbatch_tokens", {})
-        self.states, self.logged, self._evaluated = states, logged, evaluated or states
+        self.states, self.logged = states, logged
         self.evaluation = Evaluation(self.decoder, self.evaluation_sets, set_block, args.microbatch_tokens,
                                      sizes.get("evaluation"))
         self.fitness = Fitness(self.decoder, self.documents, set_block, args.fitness_fn != "ppl" or divergences,
@@ -172,7 +170,7 @@ class Search:
         self._searching += time.time() - self._started
         line = self._log_line()
         if self.evaluation_sets and args.eval_every and self.generation % args.eval_every == 0:
-            line["evaluation"] = self.evaluation(self._evaluated(self.parents[0]))
+            line["evaluation"] = self.evaluation(self.states(self.parents[0]))
         seconds = time.time() - self._began
         rate = (self.tokens - self._tokens_before) / self._searching
         left = seconds / (self.generation - self._first + 1) * (total - self.generation)
@@ -187,8 +185,8 @@ class Search:
         """Print perplexity and KL divergence of the uncompressed model, the first parent, called `start`, and the best
         candidate on the evaluation texts, if there are any."""
         if self.evaluation_sets:
-            self.evaluations = {"dense": self.evaluation.dense, start: self.evaluation(self._evaluated(self.start)),
-                                "search": self.evaluation(self._evaluated(self.parents[0]))}
+            self.evaluations = {"dense": self.evaluation.dense, start: self.evaluation(self.states(self.start)),
+                                "search": self.evaluation(self.states(self.parents[0]))}
             print(format_table(evaluation_rows(self.evaluations)))
 
     def finish(self, budget: str, values: Sequence[Sequence[float]], row_names: Sequence[str], label: str,
