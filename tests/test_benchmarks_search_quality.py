@@ -1,4 +1,5 @@
-"""benchmarks/search_quality.py: what a search had found by when, and how few tokens reach where another ends."""
+"""benchmarks/search_quality.py: what a search had found by when, and how few tokens reach where another ends; and what
+benchmarks/quality.py compares searches with."""
 import json
 import subprocess
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from benchmarks import programs
 from benchmarks import search_quality as quality
 from benchmarks.programs import claim, run_here, write_readme
+from benchmarks.quality import rows_of
 from utils import report
 
 
@@ -148,3 +150,18 @@ def test_script_run_in_this_process_writes_to_its_log_and_fails_as_one(tmp_path,
             run_here(["script.py", "--seed", 3], log)
         assert printed in log.read_text()
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_search_is_compared_with_its_start_and_with_every_baseline_over_seeds():
+    def values(kl: float) -> dict:
+        return {"text": {"kl": kl, "ppl": 10 * kl}}
+
+    found = [({"tokens": 1000 + seed, "evaluation": {"dense": values(0.0), "measured start": values(0.5),
+                                                     "search": values(kl)}}, {"OWL": values(0.35)})
+             for seed, kl in enumerate((0.3, 0.4, 0.2))]
+    rows = rows_of("sparsity 50%", found, "text")
+    assert [row[:6] for row in rows] == [
+        ["sparsity 50%", "measured start", 0.5, 0.3, "0.2000–0.4000", "3 of 3"],
+        ["sparsity 50%", "OWL", 0.35, 0.3, "0.2000–0.4000", "2 of 3"]]
+    assert rows[1][6:] == [pytest.approx(3.5), pytest.approx(3.0), 0.0, "1,000"]
+    assert rows_of("depth 25.0%", found, "text")[0][1] == "best of 64 random"
