@@ -451,3 +451,8 @@ def test_a_text_that_begins_with_the_bos_token_gets_no_second_one(tmp_path, toke
     plain, marked = (as_lists(calibration_documents(str(write_rows(tmp_path / f"{name}.jsonl", [
         start + text for text in sentences(20)])), tokenizer, 200, 16)) for name, start in (("a", ""), ("b", "<s>")))
     assert plain == marked and plain[0][0] == tokenizer.bos_token_id != plain[0][1]
+
+
+def test_text_that_nobody_has_is_not_taken_for_the_standard_library(tokenizer):
+    with pytest.raises(ValueError, match="wikitext3: no such file, folder or dataset"):
+        evaluation_documents("wikitext3", tokenizer, 128, 32)

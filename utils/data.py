@@ -359,6 +359,8 @@ def _documents(name: str, split: str, tokenizer, num_tokens: int, sequence_lengt
         return _joined_windows(rows, tokenizer, num_tokens, sequence_length)
     if convention == "fineweb_edu":
         texts = _convention_rows(convention, path, split, seed, text_field)
+    elif path is None and convention != "stdlib":            # which programs refuse before, naming their flag
+        raise ValueError(f"{name}: no such file, folder or dataset")
     else:
         texts = stdlib_texts(split) if path is None else local_texts(path, split, text_field)
         rng.shuffle(texts)
