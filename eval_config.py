@@ -20,11 +20,11 @@ from database.levels import (
     open_configuration,
 )
 from database.store import MANIFEST
-from utils.data import check_dataset, sequence_length
+from utils.data import sequence_length
 from utils.errors import RunError, user_errors
 from utils.evaluation import Evaluation, load_evaluation_documents
 from utils.files import check_writable_file, write_atomic
-from utils.flags import add_evaluation_flags, add_model_flags
+from utils.flags import add_evaluation_flags, add_model_flags, check_evaluation_flags
 from utils.inputs import decoder_of, tokenizer_of
 from utils.model import load_config, load_decoder
 from utils.report import evaluation_rows, format_table
@@ -63,8 +63,8 @@ def main(argv: list[str] | None = None) -> dict:
             raise ValueError("--cpu_offload_modules: --tasks run the whole model at once; leave one of them out, or "
                              "run the tasks on what export.py saves, in a runtime that spreads it over devices")
         datasets = [] if args.no_perplexity else args.eval_datasets
-        for name in datasets:
-            check_dataset(name, "--eval_datasets")
+        if datasets:
+            check_evaluation_flags(args)
         if args.output:
             check_writable_file(args.output, "--output")
         config = load_config(args.model_name_or_path, args.trust_remote_code)

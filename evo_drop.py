@@ -460,6 +460,8 @@ def check_save_dir(args: argparse.Namespace) -> None:
     folder = Path(args.save_dir)
     if folder.resolve() == Path(args.model_name_or_path).resolve():
         raise ValueError(f"--save_dir {folder}: is the model that is searched; name another folder")
+    if args.output_dir and folder.resolve() == Path(args.output_dir).resolve():
+        raise ValueError(f"--save_dir {folder}: is the --output_dir, which has the run itself; name another folder")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIGURATION).is_file():
         raise ValueError(f"--save_dir {folder}: is not empty, and not from evo_drop.py; name another folder")
 
@@ -497,8 +499,8 @@ def main(argv: list[str] | None = None) -> dict:
         legal = {flag: hashlib.sha256(Path(file).read_bytes()).hexdigest() for flag in ("legal_to_drop_path",)
                  if (file := getattr(args, flag))}
         own, copies = search.run.folder / CONFIGURATION, copies_of(args)
-        if search.run.finished and all(file.is_file() and file.read_bytes() == own.read_bytes()
-                                       for file in copies.values()):
+        if search.run.finished and own.is_file() and all(file.is_file() and file.read_bytes() == own.read_bytes()
+                                                         for file in copies.values()):
             return search.earlier_summary(**legal)
         for flag, file in copies.items():
             check_writable(file.parent, f"--{flag}")

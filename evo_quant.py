@@ -183,8 +183,8 @@ def random_candidate(space: Space, target: float, rng: random.Random) -> Candida
                       for unit in space.units)
     while space.slack(candidate) < 0:        # every unit once before any a second time
         lowered = [i for i, level in enumerate(candidate) if space.down[i][level] is not None]
-        if not lowered:                      # steps of several bits passed the lowest level by
-            candidate = tuple(unit.levels[0] for unit in space.units)
+        if not lowered:                      # steps of several bits passed the cheapest levels by
+            candidate = tuple(min(costs, key=costs.get) for costs in space.bits)
             break
         for i in rng.sample(lowered, len(lowered)):
             if space.slack(candidate) >= 0:

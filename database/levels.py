@@ -170,6 +170,12 @@ def open_database(args: argparse.Namespace, kind: str, config=None) -> Database:
 def check_configuration_flags(args: argparse.Namespace, config) -> None:
     """Raise ValueError for a configuration that cannot be read, does not fit its database and the model's `config`, or
     misses its budget: all that can be known before the model is loaded."""
+    for kind in ("drop", *METHODS):
+        file = args.drop_config if kind == "drop" else getattr(args, f"{kind}_config_path")
+        budget = getattr(args, f"{kind}_budget")
+        if budget is not None and not file:
+            raise ValueError(f"--{kind}_budget {budget:g}: there is no {kind} configuration to hold to it; give "
+                             f"one, or leave it out")
     if args.drop_config:
         states = read_drop_config(args.drop_config, config.get_text_config(decoder=True).num_hidden_layers)
         check_budget(args, "drop", sum(map(sum, states)) / (2 * len(states)))

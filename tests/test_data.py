@@ -386,6 +386,7 @@ def test_datasets_are_known_by_name_or_path(tmp_path):
     ("{folder}", "found no .txt, .jsonl, .parquet file"),
     ("{folder}/notes.md", "found no .txt, .jsonl, .parquet file"),
     ("stdlib+c4", "only calibration mixes texts; name these one by one"),
+    ("wikitext2:", "no such dataset, file or folder"),
 ])
 def test_unknown_dataset_is_refused_naming_flag_and_value(name, message, tmp_path):
     (tmp_path / "notes.md").write_text("not text for us")
@@ -397,6 +398,23 @@ def test_unknown_dataset_is_refused_naming_flag_and_value(name, message, tmp_pat
 def test_part_of_a_mixture_that_is_unknown_is_refused(tmp_path):
     with pytest.raises(ValueError, match="--calibration_data wikitext3: no such dataset"):
         check_dataset("stdlib+wikitext3", "--calibration_data")
+
+
+@pytest.mark.parametrize("name", ["", "stdlib+", "+stdlib", "stdlib++c4"])
+def test_an_empty_name_is_not_the_current_folder(name, tmp_path, monkeypatch):
+    write_rows(tmp_path / "private.jsonl", ["text"])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="--calibration_data '': no such dataset"):
+        check_dataset(name, "--calibration_data")
+
+
+def test_documents_hold_no_more_than_themselves(tokenizer, tmp_path):
+    """As they are given to other processes: a piece of a text would take the whole one with it."""
+    (tmp_path / "text.txt").write_text("one two three four five six seven\n" * 2000)
+    for name in (f"wikitext2:{tmp_path}/text.txt", f"{tmp_path}/text.txt", f"{tmp_path}/text.txt+stdlib"):
+        for documents in (calibration_documents(name, tokenizer, 256, 32),
+                          [] if "+" in name else evaluation_documents(name, tokenizer, 256, 32)):
+            assert all(document.untyped_storage().nbytes() == 8 * len(document) for document in documents)
 
 
 @pytest.mark.parametrize("file, content", [

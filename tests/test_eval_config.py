@@ -34,12 +34,18 @@ def tasks(tmp_path_factory):
                         "answer": i % 3} for i in range(24)],
             "rolling": [{"text": inspect.getdoc(f)} for f in (textwrap.wrap, textwrap.dedent, textwrap.fill)],
             "writing": [{"text": " ".join(words[i:i + length])} for i, length in ((0, 3), (9, 12))]}
+    rows |= {name: rows["choice"][start::3] for start, name in enumerate(("one", "two", "three"))}
     own = {"choice": "output_type: multiple_choice\ndoc_to_text: '{{question}}'\ndoc_to_choice: '{{choices}}'\n"
                      "doc_to_target: answer\nmetric_list: [{metric: acc}, {metric: acc_norm}]\n",
            "rolling": "output_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: '{{text}}'\n"
                       "metric_list: [{metric: word_perplexity}, {metric: byte_perplexity}]\n",
            "writing": "output_type: generate_until\ndoc_to_text: '{{text}}'\ndoc_to_target: '{{text}}'\n"
                       "generation_kwargs: {until: ['.'], max_gen_toks: 8}\nmetric_list: [{metric: exact_match}]\n"}
+    own |= dict.fromkeys(("one", "two", "three"), own["choice"])
+    for group, members, mean in (("many", "[one, few]", True), ("few", "[two, three]", True),
+                                 ("several", "[one, two]", False)):
+        (folder / f"{group}.yaml").write_text(f"group: {group}\ntask: {members}\n" + (
+            "aggregate_metric_list: [{metric: acc, weight_by_size: true}]\n" if mean else ""))
     for name, lines in rows.items():
         data = folder / f"{name}.jsonl"
         data.write_text("".join(json.dumps(row) + "\n" for row in lines))
@@ -84,6 +90,17 @@ def test_tasks_on_the_dense_model_give_what_the_harness_gives(checkpoint, tasks,
     header, _, row = capsys.readouterr().out.strip().splitlines()[-3:]
     assert [cell.strip() for cell in header.split("|")[2:-1]] == ["choice", "rolling", "average accuracy"]
     assert row.split("|")[1].strip() == "dense" and f"{results['average_accuracy']:.2f}" in row
+
+
+@pytest.mark.parametrize("named, shown", [
+    ("choice,many", ["choice", "many"]), ("several", ["one", "two"])])
+def test_a_group_counts_once_in_the_average(checkpoint, tasks, named, shown):
+    results = ours(checkpoint, tasks, "--tasks", named)
+    accuracy = {task: metrics["acc,none"] for task, metrics in results["tasks"].items() if "acc,none" in metrics}
+    assert sorted(accuracy) == sorted(shown)
+    assert results["average_accuracy"] == pytest.approx(100 * sum(accuracy.values()) / len(shown))
+    if "choice" in shown:                # whose questions are the group's
+        assert accuracy["many"] == pytest.approx(accuracy["choice"])
 
 
 def test_limit_and_few_shot_are_those_of_the_harness(checkpoint, tasks):
@@ -159,11 +176,14 @@ def test_average_is_over_the_tasks_that_have_an_accuracy():
 @pytest.mark.parametrize("more, sentence", [
     (["--tasks", "choise"], "--tasks choise: no such task; did you mean choice"),
     (["--tasks", "broken"], "--tasks broken: its data cannot be loaded"),
+    (["--tasks", "many,two"], "--tasks many,two: Duplicate task 'two'.*; leave out one of them"),
     (["--num_fewshot", "-1"], "--num_fewshot -1: must be 0 or more"),
     (["--batch_size", "0"], "--batch_size 0: must be auto or at least 1"),
     (["--limit", "0"], "--limit 0: must be above 0"),
     (["--include_path", "nowhere"], "--include_path nowhere: is not a folder"),
     (["--tasks", ""], "--no_perplexity: leaves nothing to evaluate"),
+    (["--quant_budget", "2.5"], "--quant_budget 2.5: there is no quant configuration to hold to it"),
+    (["--drop_budget", "0.25"], "--drop_budget 0.25: there is no drop configuration to hold to it"),
 ])
 def test_bad_input_ends_in_one_sentence_before_the_model_is_loaded(checkpoint, tasks, tmp_path, monkeypatch, more,
                                                                    sentence):
@@ -177,6 +197,14 @@ def test_bad_input_ends_in_one_sentence_before_the_model_is_loaded(checkpoint, t
     (tmp_path / "tasks" / "broken.yaml").write_text(broken.replace("task: choice", "task: broken"))
     with pytest.raises(SystemExit, match=sentence):
         ours(checkpoint, tmp_path / "tasks", *more)
+
+
+@pytest.mark.parametrize("flag, value", [("eval_tokens", 0), ("eval_sequence_length", 1), ("microbatch_tokens", 0)])
+def test_evaluation_that_makes_no_sense_is_refused(checkpoint, flag, value, monkeypatch):
+    monkeypatch.setattr("utils.inputs.load_decoder", None)
+    with pytest.raises(SystemExit, match=f"--{flag} {value}: must be at least"):
+        eval_config.main(["--model_name_or_path", str(checkpoint), "--eval_datasets", "stdlib", f"--{flag}",
+                          str(value)])
 
 
 # ---- generation with a cache -----------------------------------------------------------------------------------------

@@ -175,6 +175,8 @@ def test_nothing_is_saved_over_the_model_or_what_is_not_from_here(command, tmp_p
         (tmp_path / "other" / "config.json").write_text("{}")
         with pytest.raises(SystemExit, match=f"--save_dir .*{message}.*; name another folder"):
             evo_drop.main(command(model_name_or_path=tmp_path / "model", save_dir=tmp_path / folder))
+    with pytest.raises(SystemExit, match="--save_dir .*: is the --output_dir, .*; name another folder"):
+        evo_drop.main(command(save_dir=tmp_path / "run"))
     assert {file.name: file.read_bytes() for file in (tmp_path / "model").iterdir()} == before
     assert not (tmp_path / "run").exists()
 
@@ -569,6 +571,9 @@ def test_finished_run_still_writes_where_it_is_asked_to_by_then(command, tmp_pat
     capsys.readouterr()
     evo_drop.main(command(**own))
     assert "this search is finished" in capsys.readouterr().out
+    (tmp_path / "run" / name).unlink()
+    evo_drop.main(command(**own))
+    assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "config" / name).read_bytes()
 
 
 def test_run_of_an_earlier_version_without_a_flag_is_resumed(command, tmp_path):

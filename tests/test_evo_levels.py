@@ -158,6 +158,21 @@ def test_bits_are_never_above_the_budget_and_short_by_less_than_a_step(case, see
         candidate = child or candidate
 
 
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.sampled_from([{2: 28, 3: 26, 4: 34}, {2: 18, 3: 26, 4: 34}]), min_size=1, max_size=8),
+       st.floats(0, 1), st.integers(0, 2**32))
+def test_bits_are_never_above_the_budget_where_fewer_cost_more(bits, share, seed):
+    """As codes of 2 bits in small groups do beside those of 3 in large ones, with their scales."""
+    least, most = (sum(pick(costs.values()) for costs in bits) for pick in (min, max))
+    units = [Unit((f"layer{i}",), (2, 3, 4)) for i in range(len(bits))]
+    space = evo_quant.Space(units, bits, [0] * len(bits), least + int(share * (most - least)), 1)
+    rng = random.Random(seed)
+    candidate = evo_quant.random_candidate(space, space.budget / (8 * len(bits)), rng)
+    for _ in range(10):
+        assert space.slack(candidate) >= 0
+        candidate = evo_quant.mutate(space, [candidate], 3, rng) or candidate
+
+
 def test_bits_move_within_groups_of_equal_size():
     units = [Unit((f"layer{i}",), (2, 3, 4)) for i in range(8)]
     sizes = [16] * 4 + [64] * 4

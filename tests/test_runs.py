@@ -64,13 +64,15 @@ def test_default_folder_depends_on_what_decides_the_result_only():
     assert folder.startswith("runs/evo_drop-")
     assert folder == default_folder("evo_drop", FLAGS | {"generations": 9, "output_dir": "y", "log_wandb": True})
     assert folder != default_folder("evo_drop", FLAGS | {"seed": 1})
+    assert folder != default_folder("evo_drop", FLAGS | {"text_field": "body"})
     assert folder != default_folder("evo_quant", FLAGS)
 
 
 def test_fresh_run_has_no_state_and_clears_the_log_of_one_that_never_checkpointed(tmp_path):
     (tmp_path / "log.jsonl").write_text("half a li")
+    (tmp_path / "summary.json").write_text(json.dumps({"generations": FLAGS["generations"]}))    # of an earlier run
     run = Run(tmp_path, FLAGS)
-    assert run.state is None and not run.finished and run.records() == []
+    assert run.state is None and not run.finished and run.records() == [] and run.summary() is None
 
 
 def test_run_resumes_at_its_last_checkpoint_and_forgets_what_was_logged_after_it(tmp_path):

@@ -44,8 +44,9 @@ def check_dataset(name: str, flag: str) -> None:
     convention, path = _parse(name)
     if path is None:
         if convention not in (*HUB_DATASETS, "stdlib"):
-            raise ValueError(f"{flag} {name}: no such dataset, file or folder; use one of {', '.join(HUB_DATASETS)}, "
-                             f"stdlib, a {'/'.join(LOCAL_SUFFIXES)} file or a folder of them")
+            raise ValueError(f"{flag} {name or repr(name)}: no such dataset, file or folder; use one of "
+                             f"{', '.join(HUB_DATASETS)}, stdlib, a {'/'.join(LOCAL_SUFFIXES)} file or a folder of "
+                             f"them")
     elif not path.exists():
         raise ValueError(f"{flag} {name}: {path} does not exist")
     elif not _local_files(path):
@@ -74,7 +75,8 @@ def calibration_documents(name: str, tokenizer, num_tokens: int, sequence_length
             raise ValueError(f"{flag} {num_tokens}: {part} holds only {available} training tokens; "
                              f"ask for at most {most} or add text")
         lengths = trimmed_lengths([len(d) for d in documents], share)
-        drawn += [document[:length] for document, length in zip(documents, lengths)]
+        # copies, which leave the text they were cut from behind, here and where processes are given them
+        drawn += [document[:length].clone() for document, length in zip(documents, lengths)]
     if len(parts) > 1:
         random.Random(seed).shuffle(drawn)
     return drawn
@@ -95,10 +97,11 @@ def evaluation_documents(name: str, tokenizer, num_tokens: int, sequence_length:
             if num_tokens < sequence_length:
                 raise ValueError(f"--eval_tokens {num_tokens}: {name} comes in windows of --eval_sequence_length "
                                  f"{sequence_length} tokens; raise it to that, or lower that")
-            return documents[:num_tokens // sequence_length]
-        lengths = trimmed_lengths([len(d) for d in documents], num_tokens)
-        documents = [document[:length] for document, length in zip(documents, lengths)]
-    return documents
+            documents = documents[:num_tokens // sequence_length]
+        else:
+            lengths = trimmed_lengths([len(d) for d in documents], num_tokens)
+            documents = [document[:length] for document, length in zip(documents, lengths)]
+    return [document.clone() for document in documents]      # without the text they were cut from
 
 
 def trimmed_lengths(lengths: list[int], num_tokens: int) -> list[int]:
@@ -259,11 +262,11 @@ def _parts(name: str) -> list[str]:
 def _parse(name: str) -> tuple[str, Path | None]:
     """(convention, local path or None) of a dataset's name."""
     convention, colon, path = name.partition(":")
-    if colon and convention in HUB_DATASETS:
+    if colon and path and convention in HUB_DATASETS:
         return convention, Path(path)
     if name in (*HUB_DATASETS, "stdlib"):
         return name, None
-    if Path(name).exists():
+    if name and Path(name).exists():                         # Path("") is the current folder
         return "documents", Path(name)
     return name, None
 

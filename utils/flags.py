@@ -177,11 +177,22 @@ def flag_defaults(parser: argparse.ArgumentParser) -> dict:
 
 def check_calibration_flags(args: argparse.Namespace) -> None:
     """Raise ValueError for model and calibration flags that no model and no data could satisfy."""
-    for flag, least in (("calibration_tokens", 2), ("calibration_sequence_length", 2), ("microbatch_tokens", 1)):
-        value = getattr(args, flag)
-        if value is not None and value < least:
-            raise ValueError(f"--{flag} {value}: must be at least {least}")
+    _check_least(args, calibration_tokens=2, calibration_sequence_length=2, microbatch_tokens=1)
     check_dataset(args.calibration_data, "--calibration_data")
+
+
+def check_evaluation_flags(args: argparse.Namespace) -> None:
+    """Raise ValueError for model and evaluation flags that no model and no data could satisfy."""
+    _check_least(args, eval_tokens=2, eval_sequence_length=2, microbatch_tokens=1)
+    for name in args.eval_datasets:
+        check_dataset(name, "--eval_datasets")
+
+
+def _check_least(args: argparse.Namespace, **least: int) -> None:
+    for flag, number in least.items():
+        value = getattr(args, flag)
+        if value is not None and value < number:
+            raise ValueError(f"--{flag} {value}: must be at least {number}")
 
 
 def check_search_flags(args: argparse.Namespace) -> None:

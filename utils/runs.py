@@ -15,7 +15,7 @@ from utils.files import check_writable, lock, naming, read_json, read_sealed, se
 
 VERSION = 2
 # flags that a resumed run may change: they do not change what it finds
-NOT_COMPARED = ("output_dir", "log_wandb", "generations", "level_cache_gb", "save_dir", "drop_config_dir", "text_field")
+NOT_COMPARED = ("output_dir", "log_wandb", "generations", "level_cache_gb", "save_dir", "drop_config_dir")
 
 
 def default_folder(task: str, flags: dict) -> str:
@@ -61,7 +61,7 @@ class Run:
     def _resume(self, flag: str) -> dict | None:
         path, log, timing = (self.folder / name for name in ("checkpoint.json", "log.jsonl", "timing.jsonl"))
         if not path.exists():
-            for file in (log, timing):
+            for file in (log, timing, self.folder / "summary.json"):
                 file.unlink(missing_ok=True)
             return None
         start_over = f"remove {self.folder} to start over"

@@ -1,7 +1,7 @@
 """Tasks of EleutherAI's lm-eval on a model in memory. The harness is imported only where tasks are asked for."""
 import argparse
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -49,11 +49,17 @@ def find_tasks(names: str, include_path: str | None):
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ValueError(f"--tasks {name}: its data cannot be loaded ({reason})") from error
+    if set(split_names(names)) & set(manager.all_groups):
+        try:
+            manager.load(split_names(names))
+        except ValueError as error:                  # one task in two of them
+            raise ValueError(f"--tasks {names}: {error}; leave out one of them") from error
     return manager
 
 
 def run_tasks(args: argparse.Namespace, manager, model, tokenizer) -> dict[str, dict[str, float]]:
-    """{task: {metric: value}} of `model` as it is now; metrics are named as in the harness, e.g. "acc,none"."""
+    """{task: {metric: value}} of `model` as it is now; metrics are named as in the harness, e.g. "acc,none". Of a group
+    whose tasks are averaged, e.g. mmlu, that average alone."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     batch_size = args.batch_size if args.batch_size == "auto" else int(args.batch_size)
@@ -70,11 +76,19 @@ def run_tasks(args: argparse.Namespace, manager, model, tokenizer) -> dict[str, 
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token_id = prefix          # or the harness adds one that the model has no embedding for
         harness = partial(harness, prefix_token_id=prefix)
-    results = simple_evaluate(harness(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, backend="causal"),
-                              tasks=split_names(args.tasks), num_fewshot=args.num_fewshot, limit=limit,
-                              task_manager=manager, log_samples=False)["results"]
+    found = simple_evaluate(harness(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, backend="causal"),
+                            tasks=split_names(args.tasks), num_fewshot=args.num_fewshot, limit=limit,
+                            task_manager=manager, log_samples=False)
+    averaged = {task for group in found.get("groups", ()) for task in _members(found["group_subtasks"], group)}
     return {task: {metric: value for metric, value in metrics.items() if isinstance(value, (int, float))}
-            for task, metrics in results.items()}
+            for task, metrics in found["results"].items() if task not in averaged}
+
+
+def _members(subtasks: Mapping[str, Sequence[str]], group: str) -> Iterator[str]:
+    """All that a group consists of, groups within it and their tasks included."""
+    for name in subtasks.get(group, ()):
+        yield name
+        yield from _members(subtasks, name)
 
 
 def _without_eos(harness: type) -> type:
