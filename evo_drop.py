@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from formats.regroup import whole
-from formats.towers import with_tower
+from formats.towers import copy_processors, with_tower
 from utils import distributed, flags
 from utils.configs import drop_words, read_drop_config, write_drop_config
 from utils.errors import RunError, user_errors
@@ -555,6 +555,8 @@ def main(argv: list[str] | None = None) -> dict:
         dtype = search.config.dtype if args.dtype == "auto" else None
         save_dropped(search.decoder, search.tokenizer, args.save_dir, dtype,
                      lambda decoder: with_tower(whole(decoder), args.model_name_or_path, search.config).model)
+        if distributed.is_main():
+            copy_processors(args.model_name_or_path, Path(args.save_dir), search.config)
         write_drop_config(copies["save_dir"], winner)
     return search.finish(describe(space, search.parents[0], blocks),
                          [[state[half] for state in winner] for half in (0, 1)], ["attention", "MLP"], "dropped", files,

@@ -396,7 +396,8 @@ def main(argv: list[str] | None = None) -> dict:
     search.evaluate("uniform" if search.start == uniform_candidate(space, space.target) else "measured start"
                     if args.init == "measured" else f"best of {args.initially_generated} random")
     return search.finish(describe(space, search.parents[0], database), *level_map(switcher.names, winner), "bits",
-                         files, database=str(database.path), levels=winner, whole_model=whole)
+                         files, database=str(database.path), database_sha256=database.sha256,
+                         levels=winner, whole_model=whole)
 
 
 def describe(space: Space, candidate: Candidate, database: Database) -> str:

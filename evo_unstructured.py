@@ -337,7 +337,8 @@ def main(argv: list[str] | None = None) -> dict:
     sparsity = {name: 1 - database.kept(name, level) / math.prod(database.shape(name))
                 for name, level in winner.items()}
     return search.finish(describe(space, search.parents[0], database), *level_map(switcher.names, sparsity), "sparsity",
-                         files, database=str(database.path), levels=winner, whole_model=whole)
+                         files, database=str(database.path), database_sha256=database.sha256,
+                         levels=winner, whole_model=whole)
 
 
 def describe(space: Space, candidate: Candidate, database: Database) -> str:

@@ -21,7 +21,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers.utils import cached_file
 
 from database.exported import check_experts, layer_bytes
 from database.levels import add_configuration_flags, check_configuration_flags, load_configuration, open_configuration
@@ -31,12 +30,12 @@ from formats.compressed_tensors import Quantized, Scheme
 from formats.gguf import check_gguf, write_gguf
 from formats.kquants import Blocks
 from formats.regroup import Regrouped, regroup
-from formats.towers import is_wrapped, text_class, with_tower, without_tower
+from formats.towers import copy_processors, is_wrapped, text_class, with_tower, without_tower
 from utils.configs import drop_words, read_drop_config
 from utils.decoder import Decoder
 from utils.errors import RunError, user_errors
 from utils.experts import ExpertLayer
-from utils.files import check_writable, write_atomic
+from utils.files import check_writable, lock, write_atomic
 from utils.model import DTYPES, load_config, load_decoder, load_tokenizer, save_pretrained
 from utils.report import evaluation_rows, format_table
 
@@ -123,7 +122,7 @@ def main(argv: list[str] | None = None) -> dict:
                 compressed_tensors.check_loadable(regrouped.model, list(quantized))
                 schemes = compressed_tensors.choose_schemes(quantized, args.fuse == "promote", experts, args.pack_bits)
     check_room(args.save_dir, regrouped.model, quantized, experts)
-    with finished_or_nothing(args.save_dir) as folder:
+    with finished_or_nothing(args.save_dir, args.overwrite) as folder:
         if args.format == "gguf":
             report = write_gguf(folder / "model.gguf", regrouped.model, tokenizer, quantized)
         elif args.format in mlx.SCALES:
@@ -132,8 +131,7 @@ def main(argv: list[str] | None = None) -> dict:
             report = write_checkpoint(folder, regrouped.model, tokenizer, quantized, schemes,
                                       {name: parameter for name, (parameter, _) in experts.items()},
                                       args.max_shard_size, is_wrapped(config))
-        if is_wrapped(regrouped.model.config):
-            copy_processors(args.model_name_or_path, folder)
+        copy_processors(args.model_name_or_path, folder, regrouped.model.config)
         report = {"format": args.format, "model": args.model_name_or_path, "command": command,
                   "blocks": {"dense": len(decoder.blocks), "exported": len(regrouped.pairs)},
                   "parameters": {"dense": dense["parameters"], "exported": exported["parameters"]},
@@ -180,9 +178,8 @@ def check_flags(args: argparse.Namespace, config) -> None:
     if not re.fullmatch(r"[1-9]\d*[KMGT]B", args.max_shard_size):
         raise ValueError(f"--max_shard_size {args.max_shard_size}: not a size; write it like 500MB or 5GB")
     folder = Path(args.save_dir)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        if not args.overwrite:
-            raise ValueError(f"--save_dir {folder}: is there already; add --overwrite to replace it, or name another")
+    check_replaced(folder, args.overwrite)
+    if folder.exists() and any(folder.iterdir()):
         if not (folder / MARK).is_file():
             raise ValueError(f"--save_dir {folder}: --overwrite replaces only finished exports, and there is no {MARK} "
                              f"in it; name another folder")
@@ -198,6 +195,12 @@ def check_flags(args: argparse.Namespace, config) -> None:
     if args.text_only and text_class(config) is None:
         raise ValueError(f"--text_only: transformers has no class for the text model of {config.model_type}; leave it "
                          f"out")
+
+
+def check_replaced(folder: Path, overwrite: bool) -> None:
+    """Raise ValueError where there is something that may not be replaced."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir()) and not overwrite):
+        raise ValueError(f"--save_dir {folder}: is there already; add --overwrite to replace it, or name another")
 
 
 def read_evaluation(args: argparse.Namespace) -> dict | None:
@@ -222,7 +225,8 @@ def read_evaluation(args: argparse.Namespace) -> dict | None:
         if args.drop_config:
             same = summary["dropped"] == " ".join(drop_words(read_drop_config(args.drop_config)))
         else:
-            same = summary["levels"] == open_configuration(args)[1]
+            database, levels = open_configuration(args)      # not one that finish.py has made of the searched one
+            same = (summary["database_sha256"], summary["levels"]) == (database.sha256, levels)
         return summary["evaluation"] or None if same else None
     except (ValueError, KeyError, TypeError):
         return None
@@ -232,8 +236,9 @@ def read_evaluation(args: argparse.Namespace) -> dict | None:
 
 
 @contextmanager
-def finished_or_nothing(save_dir: str) -> Iterator[Path]:
-    """A folder beside `save_dir` that takes its name, and the place of what is there, once all of it is written."""
+def finished_or_nothing(save_dir: str, overwrite: bool) -> Iterator[Path]:
+    """A folder beside `save_dir` that takes its name, and the place of what is there, once all of it is written. Ends
+    the program where another process writes there, or has in the meantime."""
     target = Path(save_dir).absolute()
     partial, replaced = (target.with_name(f".{target.name}.{suffix}") for suffix in ("partial", "replaced"))
 
@@ -241,9 +246,13 @@ def finished_or_nothing(save_dir: str) -> Iterator[Path]:
         if replaced.exists() and not target.exists():
             os.replace(replaced, target)
 
-    put_back()                                       # of an export that was killed
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+    with user_errors():
+        partial.mkdir(exist_ok=True)
+        lock(partial, "--save_dir")
+        put_back()                                   # of an export that was killed
+        check_replaced(target, overwrite)
+    for path in partial.iterdir():                   # what that one had written
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     try:
         yield partial
         shutil.rmtree(replaced, ignore_errors=True)
@@ -269,14 +278,6 @@ def check_room(save_dir: str, model: nn.Module, quantized: Mapping[str, Quantize
     if free < needed:
         raise RunError(f"--save_dir {save_dir}: needs {needed / 1e9:.2f} GB at least, but its disk has only "
                        f"{free / 1e9:.2f} left; make room, or name a folder on another")
-
-
-def copy_processors(name: str, folder: Path) -> None:
-    """What prepares images and sound for a checkpoint's tower goes along with it."""
-    for file in ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"):
-        path = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
-        if path:
-            shutil.copy(path, folder / file)
 
 
 def expert_layers(decoder: Decoder, regrouped: Regrouped) -> dict[str, tuple[str, str]]:
@@ -410,7 +411,7 @@ def describe(report: dict, dropped: list[tuple[bool, bool]], regrouped: Regroupe
 def model_card(report: dict, lines: list[str], evaluation: dict | None) -> str:
     """README.md: what was measured and the command that made it; says so where nothing was measured."""
     measured = format_table(evaluation_rows(evaluation)) if evaluation else (
-        "Not measured: no --evaluation was given, and no summary.json of this configuration is beside it.")
+        "Not measured: no --evaluation was given, and no summary.json of this configuration and database is beside it.")
     tag = "" if os.path.exists(report["model"]) else f"base_model: {report['model']}\n"
     return (f"---\n{tag}tags:\n- evopress\n---\n"
             f"# {Path(report['model']).name}, compressed\n\n"

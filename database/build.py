@@ -1,6 +1,7 @@
 """What all database builds share: flags, checks, and the loop over blocks that can be killed and resumed anywhere."""
 import argparse
 import hashlib
+import json
 import re
 import time
 from collections import Counter
@@ -123,6 +124,7 @@ def build(args: argparse.Namespace, method: str, layers_flag: str, solve_layer: 
     header = {"format": store.FORMAT, "method": method, "model": args.model_name_or_path,
               "config_sha256": store.config_sha256(config), "flags": flags}
     check_same(manifest, header, args.save_dir)
+    found = json.dumps(manifest)
     documents = documents_of(args, config, tokenizer_of(args))
     header["calibration_sha256"] = documents_sha256(documents)
     check_same(manifest, header, args.save_dir)
@@ -134,6 +136,9 @@ def build(args: argparse.Namespace, method: str, layers_flag: str, solve_layer: 
 
     check_writable(args.save_dir, "--save_dir")
     lock(args.save_dir, "--save_dir")
+    if json.dumps(find_manifest(args.save_dir)) != found:
+        raise ValueError(f"--save_dir {args.save_dir}: another process has just written there; run the same command "
+                         f"again")
     if args.activations_dir:
         check_writable(args.activations_dir, "--activations_dir")
     wandb = open_wandb(args.log_wandb, vars(args))

@@ -10,6 +10,7 @@ from database.store import Database
 from formats import compressed_tensors, gguf, mlx
 from utils.decoder import Decoder
 from utils.experts import ExpertLayer
+from utils.units import EXPERT
 
 FORMATS = ("compressed-tensors", "gguf", *mlx.SCALES)
 SIZES = {"I64": 8, "F32": 4, "U32": 4, "I32": 4, "BF16": 2, "F16": 2}       # safetensors' dtypes in a file's order
@@ -23,6 +24,8 @@ def layer_bytes(database: Database, name: str, level: float, format: str) -> int
         return sum(_bytes(*tensor) for tensor in _layout(database, name, level, format).values())
     if database.type(name, level):
         return gguf.padded(database.bits(name, level) // 8)
+    if not database.scales(name, level)[1]:
+        raise ValueError(f"--format {format}: {name} has scales that float16 cannot hold, which GGUF's blocks have")
     return gguf.padded(_described(gguf.layer_bytes, database, name, level, format))
 
 
@@ -55,14 +58,17 @@ def _layout(database: Database, name: str, level: float, format: str) -> dict[st
         if database.is_end(name):
             raise ValueError(f"--format {format}: {name} has quantized rows of an embedding or head, which what reads "
                              f"this format takes as they are; use --format mlx or gguf")
-        return _described(compressed_tensors.layout, database, name, level, format)
+        if EXPERT.fullmatch(name):
+            compressed_tensors.check_expert(name, level, database.symmetric(name, level))
+        found = _described(compressed_tensors.layout, database, name, level, format)
+        return found | {"weight_scale": (DTYPES[database.scales(name, level)[0]], found["weight_scale"][1])}
     return _described(lambda *layer: mlx.layout(*layer[:3], format), database, name, level, format)
 
 
 def _described(function: Callable, database: Database, name: str, level: float, format: str):
     try:
         return function(database.shape(name), level, database.group_size(name, level),
-                        bool(database.manifest["flags"].get("sym")))
+                        database.symmetric(name, level))
     except ValueError as error:
         raise ValueError(f"--format {format}: {name} has {error}") from error
 

@@ -2,7 +2,6 @@
 import argparse
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -18,12 +17,12 @@ from database.store import FORMAT, Database, config_sha256, write_layer, write_m
 from database.trained import BlockWeight, DenseWeight, ExpertsWeight, QuantizedWeight, SparseWeight, Weight
 from database.tuning import HiddenStates, Passed
 from formats.regroup import regroup
-from formats.towers import with_tower
+from formats.towers import copy_processors, with_tower
 from utils import distributed
 from utils.data import documents_sha256
 from utils.decoder import Block, Decoder
 from utils.experts import ExpertLayer
-from utils.files import PARTIAL, read_sealed, seal, write_atomic
+from utils.files import PARTIAL, move_checkpoint, read_sealed, seal, write_atomic
 from utils.model import save_pretrained
 
 MARK = "finish.json"             # what a checkpoint that is being finished depends on
@@ -81,8 +80,11 @@ class FinishedDatabase:
         if manifest and not manifest.get(TOGETHER):
             _allow_together(manifest, header)
         check_same(manifest, header, self.path)
-        self.manifest = (forget_damaged(self.path, manifest) if manifest else
-                         {**header, "layers": dict.fromkeys(source.layers)})
+        new = {**header, "layers": dict.fromkeys(source.layers)}
+        self.manifest = forget_damaged(self.path, manifest) if manifest else new
+        if self.manifest.get(TOGETHER) and not all(self.manifest["layers"].values()):
+            print(f"{self.path}: blocks were trained together, so all are trained again")
+            self.manifest = new
         start_writing(self.path, self.manifest)
         self._ends = [name for name in source.layers if source.is_end(name)]     # which are not trained
         self._own_ends: dict[str, torch.Tensor] = {}
@@ -194,6 +196,8 @@ class FinishedDatabase:
             if "scales" in parts:                # which are in half precision now, and may not have been before
                 before = self.source.packed(name, level)["scales"]
                 entry["overhead_bits"] += 8 * (parts["scales"].nbytes - before.nbytes)
+                if parts["scales"].dtype != before.dtype:
+                    entry = {key: value for key, value in entry.items() if key not in ("scales", "half")}
             entries[name] = write_layer(self.path, name, self.source.shape(name), {level: (parts, entry)})
         return entries
 
@@ -218,10 +222,11 @@ class FinishedCheckpoint:
         self.model, self.config = args.model_name_or_path, config
         self.learning_rate = {} if args.learning_rate is None else {"learning_rate": args.learning_rate}
         self.dtype = (config.dtype if args.dtype == "auto" else None) or decoder.dtype      # to be saved in
-        self._begin(json.loads(json.dumps(header, default=str)))
+        self._mark = self._begin(json.loads(json.dumps(header, default=str)))
 
     @distributed.from_main
-    def _begin(self, header: dict) -> None:
+    def _begin(self, header: dict) -> dict:
+        """What is in the mark: beside the header, name of a block's file -> its SHA-256."""
         mark = self.path / MARK
         found = read_sealed(mark) if mark.is_file() else None
         if found is None and any(self.path.iterdir()):
@@ -229,8 +234,24 @@ class FinishedCheckpoint:
         if found and not self.complete:
             _allow_together(found, header)
         check_same(found and {**found, "method": None}, {**header, "method": None}, self.path)
-        if not self.complete:
-            write_atomic(mark, seal(header))
+        if self.complete:
+            self._tidy()
+            return found
+        blocks = {}
+        for name, checksum in (found or {}).get("blocks", {}).items():
+            file = self.path / name
+            if file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == checksum:
+                blocks[name] = checksum
+            else:
+                print(f"{file}: {'not the file that was written' if file.exists() else 'missing'}; training it again")
+        write_atomic(mark, seal({**header, "blocks": blocks}))
+        return {**header, "blocks": blocks}
+
+    def _tidy(self) -> None:
+        """Remove what was there until the checkpoint was."""
+        shutil.rmtree(self.path / f".model{PARTIAL}", ignore_errors=True)
+        for file in self.path.glob("block-*.safetensors"):
+            file.unlink()
 
     @property
     def complete(self) -> bool:
@@ -242,7 +263,7 @@ class FinishedCheckpoint:
     own_ends = nullcontext
 
     def has(self, block: Block) -> bool:
-        return all(self.dropped[block.index]) or self._file(block).is_file()
+        return all(self.dropped[block.index]) or self._file(block).name in self._mark["blocks"]
 
     def weights(self, block: Block, together: bool = False) -> dict[str, Weight]:
         """What is to be trained, by the parameter's name within the block, alone or `together` with all others."""
@@ -252,12 +273,19 @@ class FinishedCheckpoint:
         return {name: DenseWeight(parameter, **how) for name, parameter in
                 block.module.named_parameters() if id(parameter) not in gone and parameter.is_floating_point()}
 
-    @distributed.from_main
     def save(self, block: Block, trained: Mapping[str, Weight], calibration: HiddenStates,
              states: list[Passed] | None) -> None:
         """Write the block's parameters."""
-        write_atomic(self._file(block), save({name: weight.value().detach().to(self.decoder.dtype).cpu().contiguous()
-                                              for name, weight in trained.items()}))
+        self._mark["blocks"] |= self._write(block, trained)
+
+    @distributed.from_main
+    def _write(self, block: Block, trained: Mapping[str, Weight]) -> dict[str, str]:
+        content = save({name: weight.value().detach().to(self.decoder.dtype).cpu().contiguous()
+                        for name, weight in trained.items()})
+        own = {self._file(block).name: hashlib.sha256(content).hexdigest()}
+        write_atomic(self._file(block), content)
+        write_atomic(self.path / MARK, seal({**self._mark, "blocks": self._mark["blocks"] | own}))
+        return own
 
     def load(self, block: Block) -> None:
         """Give the block its finished parameters."""
@@ -278,11 +306,9 @@ class FinishedCheckpoint:
         self.decoder.move_surroundings(blocks.device)            # which is the host's with --cpu_offload_modules
         model = with_tower(regroup(self.decoder, self.dropped), self.model, self.config).model
         save_pretrained(model.to(self.dtype), tokenizer, partial)
-        for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):      # last
-            os.replace(file, self.path / file.name)
-        partial.rmdir()
-        for file in self.path.glob("block-*.safetensors"):
-            file.unlink()
+        copy_processors(self.model, partial, model.config)
+        move_checkpoint(partial, self.path)
+        self._tidy()
 
     def _file(self, block: Block) -> Path:
         return self.path / f"block-{block.index:03}.safetensors"

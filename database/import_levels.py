@@ -88,7 +88,8 @@ def read_levels(checkpoints: Mapping[str, Checkpoint], name: str, weight: torch.
             parts = [part.to(weight.device) for part in (checkpoint.codes(name), grid.scales, grid.zeros)]
             packed = pack_quantized(*parts, bits)
             entry = {"bits": weight.numel() * bits, "overhead_bits": 8 * sum(part.nbytes for part in parts[1:]),
-                     "group_size": grid.group_size}
+                     "group_size": grid.group_size, "sym": bool((grid.zeros == 1 << bits - 1).all()),
+                     **scales_kept(grid.scales)}
         level = unpack(packed, entry, weight.shape, bits)
         if (weight * level).sum() < LEAST_COSINE * weight.norm() * level.norm():
             raise ValueError(f"--checkpoints {path}: its weights are nothing like the model's; give a checkpoint of "
@@ -99,6 +100,12 @@ def read_levels(checkpoints: Mapping[str, Checkpoint], name: str, weight: torch.
     for (_, entry), error in zip(levels.values(), errors, strict=True):
         entry["error"] = error
     return levels, None
+
+
+def scales_kept(scales: torch.Tensor) -> dict:
+    """For the manifest, where they are not in half precision: their dtype, and whether that would hold them."""
+    dtype = str(scales.dtype).removeprefix("torch.")
+    return {} if dtype == "float16" else {"scales": dtype, "half": torch.equal(scales, scales.half().to(scales.dtype))}
 
 
 def unpack(packed: Packed, entry: dict, shape: tuple[int, int], bits: float) -> torch.Tensor:

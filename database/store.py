@@ -6,8 +6,9 @@ manifest.json
   sha256: of all the rest
   layers: name -> null while the layer is not built, then
     shape [out, in]; bytes and sha256 of its file; levels: level -> {kept or bits and overhead_bits, error}, and
-    group_size where it is not the one of the flags, or type, of blocks as GGUF has them (formats/kquants.py); end,
-    of the embedding or the head;
+    of imported ones group_size, sym (all zeros are in the middle), and of scales that are not in half precision their
+    dtype and half (it would hold them), or type, of blocks as GGUF has them (formats/kquants.py); end, of the embedding
+    or the head;
     calibrated: false where it saw too few tokens for a Hessian
 The method "gptq" stands for quantized levels, those of other tools included (import_levels.py). A layer file has a
 level's tensors under "<level>.<part>" (parts: see packing.py; of a type, its blocks). Files appear whole or not at all,
@@ -123,6 +124,15 @@ class Database:
         """Input columns that share a scale (gptq): the whole row without --group_size."""
         size = self._level(name, level).get("group_size") or self.manifest["flags"].get("group_size")
         return size or self.shape(name)[1]
+
+    def symmetric(self, name: str, level: float) -> bool:
+        """Whether all zeros of a level are in the middle of its codes (gptq)."""
+        return bool(self._level(name, level).get("sym", self.manifest["flags"].get("sym")))
+
+    def scales(self, name: str, level: float) -> tuple[torch.dtype, bool]:
+        """(dtype of a level's scales, whether half precision holds them) (gptq)."""
+        entry = self._level(name, level)
+        return getattr(torch, entry.get("scales", "float16")), entry.get("half", True)
 
     def check_weights(self, fingerprint: str | None) -> None:
         """Raises ValueError when the database was built for other weights than these, as far as that is known."""

@@ -96,15 +96,20 @@ def _narrowest(bits: int, widths: Collection[int]) -> int:
 
 def experts_scheme(layers: Collection[Quantized], widths: Collection[int] = range(1, 9)) -> Scheme:
     """How all of a model's experts are packed: transformers reads them by one scheme, and a symmetric one. It is the
-    narrowest of `widths` that changes no weight; raises ValueError where there is none."""
+    narrowest of `widths` that changes no weight; raises ValueError where there is none, see `check_expert`."""
     bits = max(layer.bits + (not layer.symmetric) for layer in layers)
-    if bits > 8:
-        raise ValueError("--format compressed-tensors: transformers reads experts from symmetric integers of up to 8 "
-                         "bits, and asymmetric ones of 8 need 9; use --format dense, or search with --bounds "
-                         "'*.experts.*=2:7', or on a database built with --sym")
     sizes = {_even_group_size(layer) for layer in layers}
     group_size = math.gcd(*(_even_group_size(layer) or layer.codes.shape[1] for layer in layers))
     return Scheme(_narrowest(bits, widths), True, None if sizes == {None} else group_size)
+
+
+def check_expert(name: str, bits: int, symmetric: bool) -> None:
+    """Raise ValueError for an expert's layer that no scheme of `experts_scheme` holds."""
+    if bits + (not symmetric) > 8:
+        raise ValueError(f"--format compressed-tensors: {name} has asymmetric integers of {bits} bits, which need "
+                         f"{bits + 1} as the symmetric ones from which transformers reads experts, and it reads up to "
+                         f"8; use --format dense, or search with --bounds '*.experts.*=2:7', or on a database built "
+                         f"with --sym")
 
 
 def fused_layers(names: Iterable[str]) -> list[list[str]]:

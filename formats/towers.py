@@ -1,5 +1,6 @@
 """Checkpoints of several modalities: the text model that was searched goes back into the class that the checkpoint is
 of, beside its vision or audio tower, or is taken out of it."""
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -8,9 +9,12 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.utils import cached_file
 
 from formats.regroup import Regrouped
 from utils.model import load_whole
+
+PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
 
 def is_wrapped(config) -> bool:
@@ -30,6 +34,15 @@ def with_tower(regrouped: Regrouped, name: str | Path, config) -> Regrouped:
     if not is_wrapped(config) or own is None or isinstance(regrouped.model, own):
         return regrouped
     return _transplanted(regrouped, load_whole(own, name, regrouped.model.dtype).to(regrouped.model.device))
+
+
+def copy_processors(name: str | Path, folder: Path, config) -> None:
+    """What prepares images and sound goes along with a checkpoint, of configuration `config`, that has a tower. `name`:
+    of the one it was made from."""
+    for file in PROCESSORS if is_wrapped(config) else ():
+        path = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+        if path:
+            shutil.copy(path, folder / file)
 
 
 def without_tower(regrouped: Regrouped) -> Regrouped:

@@ -204,6 +204,20 @@ def test_finished_build_says_so_and_changes_nothing(built, model, tmp_path, caps
     assert "finished" in capsys.readouterr().out and contents(folder) == before
 
 
+def test_what_another_process_built_between_start_and_lock_is_not_written_over(built, model, tmp_path, monkeypatch):
+    folder, before = tmp_path / "db", contents(built)
+    documents_of = build.documents_of
+
+    def meanwhile(*args):
+        shutil.copytree(built, folder)
+        return documents_of(*args)
+
+    monkeypatch.setattr(build, "documents_of", meanwhile)
+    with pytest.raises(ValueError, match="another process has just written there; run the same command again"):
+        run(built.name, model, folder, "--calibration_tokens", "64")
+    assert contents(folder) == before
+
+
 def test_a_model_larger_than_the_device_is_probed_and_built_block_by_block(built, model, tmp_path, monkeypatch):
     run_block, seen = Decoder.run_block, []
 

@@ -21,6 +21,7 @@ import families
 import finish
 import plain_solvers
 from database import gptq, sparsegpt
+from database.exported import exportable_levels
 from database.hessian import LEAST_TOKENS
 from database.store import Database
 from database.trained import ExpertsWeight
@@ -249,6 +250,21 @@ def test_what_exports_cannot_hold_or_count_is_refused(mixture, tmp_path):
     with pytest.raises(SystemExit, match=r"lacks model\.layers\.0\.mlp\.experts\.0\.gate_proj"):
         export.main(["--model_name_or_path", str(mixture), "--quant_weights_path", str(tmp_path / "db"), "--device",
                      "cpu", "--quant_config_path", "3", "--save_dir", str(tmp_path / "packed")])
+
+
+@pytest.mark.parametrize("mixture", ["qwen3_moe"], indirect=True)
+def test_levels_of_experts_that_their_one_scheme_cannot_hold_are_not_searched(mixture, tmp_path, capsys):
+    build("quant", mixture, tmp_path / "db", "--bitwidth_options", "7", "8", "--calibration_bitwidth", "7",
+          "--calibration_tokens", "64")
+    levels = exportable_levels(Database.open(tmp_path / "db"), "compressed-tensors")
+    assert {name: known for name, known in levels.items() if ".experts." in name} and all(
+        known == ([7] if ".experts." in name else [7, 8]) for name, known in levels.items())
+    assert "asymmetric integers of 8 bits, which need 9" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"experts\.0\..* has asymmetric integers of 8 bits, which need 9 .*--bounds"):
+        export.main(["--model_name_or_path", str(mixture), "--quant_weights_path", str(tmp_path / "db"), "--device",
+                     "cpu", "--quant_config_path", "8", "--save_dir", str(tmp_path / "packed")])
+    export.main(["--model_name_or_path", str(mixture), "--quant_weights_path", str(tmp_path / "db"), "--device",
+                 "cpu", "--quant_config_path", "7", "--save_dir", str(tmp_path / "packed")])
 
 
 @pytest.mark.parametrize("mixture", ["gpt_oss"], indirect=True)

@@ -1,9 +1,12 @@
 """Depth and sparsity exports: reloaded in a fresh process by plain transformers, they are the searched model."""
 import errno
+import fcntl
 import json
 import multiprocessing
+import os
 import shutil
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -228,6 +231,40 @@ def test_killed_export_leaves_nothing_that_looks_finished_and_the_next_one_clean
     assert not out.exists() and (partial / "model.safetensors").exists() and not (partial / "export.json").exists()
     export.main(command)
     assert (out / "export.json").exists() and not partial.exists()
+
+
+def test_two_exports_into_one_folder_are_refused(tmp_path, checkpoint, monkeypatch):
+    """The second while the first is at work, and where the first has finished after the second had looked."""
+    write_drop_config(tmp_path / "drop.txt", DROPPED)
+    out = tmp_path / "out"
+    command = ["--model_name_or_path", checkpoint, "--drop_config", str(tmp_path / "drop.txt"), "--save_dir", str(out),
+               "--device", "cpu"]
+    partial = tmp_path / ".out.partial"
+    partial.mkdir()
+    (partial / "model.safetensors").touch()
+    with partial_locked(partial), pytest.raises(SystemExit, match="--save_dir .*: another process is at work there"):
+        export.main(command)
+    assert [file.name for file in partial.iterdir()] == ["model.safetensors"]
+    check_room = export.check_room
+
+    def meanwhile(*args):
+        out.mkdir()
+        (out / "export.json").write_text("{}")
+        check_room(*args)
+
+    monkeypatch.setattr(export, "check_room", meanwhile)
+    with pytest.raises(SystemExit, match="--save_dir .*: is there already; add --overwrite"):
+        export.main(command)
+    assert [file.name for file in out.iterdir()] == ["export.json"]
+
+
+@contextmanager
+def partial_locked(folder):
+    """As another process has it."""
+    handle = os.open(folder, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    yield
+    os.close(handle)
 
 
 # ---- user errors -----------------------------------------------------------------------------------------------------

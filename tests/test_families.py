@@ -3,8 +3,10 @@ import pytest
 import torch
 from transformers import Gemma3ForCausalLM, Gemma3ForConditionalGeneration, LlamaConfig
 
+import evo_drop
 import export
 import families
+import finish
 from benchmarks.families import DONE, FAMILIES, NUM_BLOCKS, same, save_family, try_family
 from database.hessian import Calibration
 from formats.compressed_tensors import check_loadable
@@ -101,7 +103,7 @@ def test_layers_that_predict_several_tokens_are_not_counted_in_what_is_saved(tmp
     assert "num_nextn_predict_layers: 0 instead of 1" in capsys.readouterr().out
 
 
-def test_text_alone_is_exported_of_a_model_with_a_tower(tmp_path):
+def test_text_alone_is_exported_of_a_model_with_a_tower(tmp_path, text):
     model = save_family("gemma3", tmp_path / "model")
     (tmp_path / "model" / "preprocessor_config.json").write_text("{}")
     write_drop_config(tmp_path / "drop.txt", [(True, False), *[(False, False)] * 5])
@@ -110,10 +112,19 @@ def test_text_alone_is_exported_of_a_model_with_a_tower(tmp_path):
     export.main([*flags, "--save_dir", str(tmp_path / "text"), "--text_only"])
     assert (tmp_path / "whole" / "preprocessor_config.json").is_file()
     assert not (tmp_path / "text" / "preprocessor_config.json").exists()
+    finish.main([*flags, "--calibration_data", text, "--calibration_tokens", "64", "--batch_size", "2", "--steps",
+                 "1", "--calibration_sequence_length", "32", "--save_dir", str(tmp_path / "finished")])
+    evo_drop.main([*flags[:4], "--sparsity", "0.2", "--calibration_data", text, "--calibration_tokens", "64",
+                   "--no_eval", "--calibration_sequence_length", "32", "--generations", "1", "--offspring", "2",
+                   "--output_dir", str(tmp_path / "run"), "--survivors_per_selection", "1", "--tokens_per_selection",
+                   "32", "--initially_generated", "2", "--initial_tokens", "32", "--save_dir", str(tmp_path / "saved")])
+    for name in ("finished", "saved"):
+        assert (tmp_path / name / "preprocessor_config.json").is_file()
+        Gemma3ForConditionalGeneration.from_pretrained(tmp_path / name)
     whole = Gemma3ForConditionalGeneration.from_pretrained(tmp_path / "whole")
-    text, report = Gemma3ForCausalLM.from_pretrained(tmp_path / "text", output_loading_info=True)
+    alone, report = Gemma3ForCausalLM.from_pretrained(tmp_path / "text", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
-    assert torch.equal(logits(text), logits(whole))
+    assert torch.equal(logits(alone), logits(whole))
     source = Gemma3ForConditionalGeneration.from_pretrained(model).model.vision_tower.state_dict()
     assert all(torch.equal(source[key], value) for key, value in whole.model.vision_tower.state_dict().items())
 

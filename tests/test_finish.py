@@ -1,5 +1,8 @@
 """finish.py: training a found configuration lowers its loss and changes neither budget nor format."""
 import json
+import os
+import shutil
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -250,6 +253,15 @@ def test_killed_while_all_are_trained_it_leaves_the_same_bytes(finished, tmp_pat
     assert capsys.readouterr().out.strip().endswith("finished")
 
 
+def test_damaged_after_all_were_trained_together_it_is_the_same_again(finished, tmp_path, capsys):
+    folder, more = tmp_path / "database", ["--steps", "3", "--end_to_end_steps", "2"]
+    whole = contents(finished("quant", folder, *more))
+    min(folder.glob("*.safetensors")).unlink()
+    finished("quant", folder, *more)
+    assert "blocks were trained together, so all are trained again" in capsys.readouterr().out
+    assert contents(folder) == whole
+
+
 SHARING = {name: FAMILIES[name] for name in ("gemma3n_text", "gemma4_text")}       # keys and values among blocks
 
 
@@ -465,6 +477,60 @@ def test_killed_and_resumed_it_leaves_the_same_bytes(finished, tmp_path, monkeyp
     capsys.readouterr()
     finished(kind, tmp_path / kind)
     assert capsys.readouterr().out.strip().endswith("finished") and len(calls) == 6 + 2 - (kind == "drop")
+
+
+@pytest.mark.parametrize("damage", [
+    lambda content: content[:-1], lambda content: content[:-1] + bytes([content[-1] ^ 1]), None])
+def test_damaged_blocks_of_a_checkpoint_are_named_and_trained_again(finished, tmp_path, monkeypatch, capsys, damage):
+    folder, whole, train, calls = tmp_path / "drop", contents(finished.once("drop")), HiddenStates.train, []
+
+    def dying(self, *args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return train(self, *args)
+
+    monkeypatch.setattr(HiddenStates, "train", dying)
+    with pytest.raises(KeyboardInterrupt):
+        finished("drop", folder)
+    file = folder / "block-001.safetensors"
+    file.write_bytes(damage(file.read_bytes())) if damage else file.unlink()
+    finished("drop", folder)
+    assert f"{file}: {'not the file that was written' if damage else 'missing'}" in capsys.readouterr().out
+    assert len(calls) == 3 + 4 and contents(folder) == whole
+
+
+def test_killed_while_the_checkpoint_takes_its_place_it_is_the_same(finished, tokenizer, checkpoint, tmp_path,
+                                                                     monkeypatch):
+    """Anywhere among its files, with some in a folder of their own, and after the last of them."""
+    model = tmp_path / "model"
+    shutil.copytree(checkpoint, model)
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates" / "tool.jinja").write_text("{{ messages }}")
+    (model / "chat_template.jinja").write_text("{{ messages }}")
+    more = ["--model_name_or_path", str(model), "--steps", "1"]
+    whole = contents(finished("drop", tmp_path / "whole", *more))
+    assert "additional_chat_templates/tool.jinja" in whole
+    replace, unlink, moved = os.replace, Path.unlink, []
+
+    def dying(source, target):
+        if ".model" in str(source):
+            moved.append(source)
+            if len(moved) in (2, 5):
+                raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", dying)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            finished("drop", tmp_path / "killed", *more)
+    monkeypatch.setattr(Path, "unlink", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        finished("drop", tmp_path / "killed", *more)
+    assert list((tmp_path / "killed").glob("block-*"))
+    monkeypatch.setattr(Path, "unlink", unlink)
+    finished("drop", tmp_path / "killed", *more)
+    assert contents(tmp_path / "killed") == whole
 
 
 @pytest.mark.parametrize("kind", ["quant", "drop"])

@@ -23,12 +23,14 @@ import families
 import finish
 import plain_solvers
 from database import build, gptq, import_levels
+from database.exported import exportable_levels, layer_bytes
 from database.store import Database
 from exports import reload, save_model
-from formats.compressed_tensors import Quantized
+from formats import compressed_tensors, gguf
+from formats.compressed_tensors import Quantized, Scheme
 from formats.gguf import decode, encode
 from utils.data import calibration_documents
-from utils.model import load_tokenizer
+from utils.model import load_decoder, load_tokenizer
 
 needs_gguf = pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason=(
     "the gguf package is not installed: pip install -r requirements-gguf.txt"))
@@ -379,6 +381,32 @@ def test_exported_again_it_has_the_same_codes_and_scales_and_loads_to_the_bit(mo
         assert torch.equal(loaded[f"weight {name}.weight"], layer.weight), name
 
 
+def test_sizes_are_promised_by_what_each_level_is(model, tmp_path):
+    """Not by a flag: an imported database has none that says that its zeros are in the middle, or wider scales."""
+    weight = {name: layer.weight.data for name, layer in load_decoder(model, device="cpu").layers.items()}
+    made = {bits: {name: rounded(value, bits, 32, dtype, sym=sym) for name, value in weight.items()}
+            for bits, dtype, sym in ((4, torch.float16, True), (8, torch.float16, True), (3, torch.float32, False))}
+    imported = run(model, tmp_path / "db", [write_gptq(tmp_path / f"W{bits}", model, layers, bits, version=2)
+                                            for bits, layers in made.items()])
+    for bits in made:
+        pack = Quantized(*imported.codes(UP, bits), bits, imported.group_size(UP, bits))
+        packed = compressed_tensors.pack(UP, pack, Scheme(bits, pack.symmetric, 32))
+        assert layer_bytes(imported, UP, bits, "compressed-tensors") == sum(part.nbytes for part in packed.values())
+        kind, data = encode(pack)
+        if kind == "F32":
+            with pytest.raises(ValueError, match=f"{UP} has scales that float16 cannot hold"):
+                layer_bytes(imported, UP, bits, "gguf")
+        else:
+            assert layer_bytes(imported, UP, bits, "gguf") == gguf.padded(data.nbytes)
+    assert exportable_levels(imported, "gguf")[UP] == [4, 8]
+    finish.main(["--model_name_or_path", model, "--quant_weights_path", str(imported.path), "--quant_config_path", "3",
+                 "--calibration_data", f"{model}/text.jsonl", "--calibration_tokens", "128",
+                 "--calibration_sequence_length", "32", "--batch_size", "2", "--steps", "1", "--save_dir",
+                 str(tmp_path / "finished")])
+    finished = Database.open(tmp_path / "finished")
+    assert finished.scales(UP, 3) == (torch.float16, True) and exportable_levels(finished, "gguf")[UP] == [3]
+
+
 def test_scales_that_loading_rounds_are_said_and_those_that_gguf_cannot_hold_written_as_f32(
         model, checkpoints, tmp_path, capsys):
     half, imported = tmp_path / "half", tmp_path / "imported"
@@ -413,6 +441,15 @@ def test_a_search_and_an_evaluation_run_on_it(model, imported, weights, levels, 
     plain = save_model(tmp_path / "mixed", mixed, load_tokenizer(model))
     expected = eval_config.main(["--model_name_or_path", plain, "--eval_datasets", text])["dense"][text]["ppl"]
     assert summary["evaluation"]["search"][text]["ppl"] == pytest.approx(expected, rel=1e-6)
+    [configuration] = (tmp_path / "run").glob("evo-*.txt")
+    flags = ["--model_name_or_path", model, "--quant_config_path", str(configuration), "--quant_weights_path"]
+    finish.main([*flags, str(imported), "--calibration_data", text, "--calibration_tokens", "128",
+                 "--calibration_sequence_length", "32", "--batch_size", "2", "--steps", "1", "--save_dir",
+                 str(tmp_path / "finished")])
+    for folder, own in ((imported, True), (tmp_path / "finished", False)):       # whose quality was measured
+        export.main([*flags, str(folder), "--format", "dense", "--save_dir", str(tmp_path / f"out-{own}")])
+        card = (tmp_path / f"out-{own}" / "README.md").read_text()
+        assert ("Not measured" in card) != own and (f"{expected:,.2f}" in card) == own
 
 
 def test_finished_it_counts_the_scales_that_are_stored_then(model, imported, text, tmp_path):

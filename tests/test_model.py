@@ -1,4 +1,5 @@
 """A model is loaded as the flags say, or refused by its flag; what is saved is what was found."""
+import shutil
 from copy import deepcopy
 
 import pytest
@@ -8,7 +9,7 @@ from transformers import AutoModelForCausalLM
 import families
 from families import VOCABULARY
 from utils.decoder import Decoder
-from utils.model import default_device, load_config, load_decoder, load_tokenizer, save_dropped
+from utils.model import default_device, load_config, load_decoder, load_tokenizer, save_dropped, weights_fingerprint
 
 TOKENS = torch.randint(3, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(5))
 STATES = [(True, False), (False, True), (True, True), (False, False)]
@@ -31,6 +32,20 @@ def test_checkpoint_is_loaded_in_the_dtype_asked_for(checkpoint):
 def test_what_is_no_checkpoint_is_refused_naming_the_flag(load, flag, tmp_path):
     with pytest.raises(ValueError, match=rf"{flag} {tmp_path}: cannot be loaded .*; give a folder"):
         load(str(tmp_path))
+
+
+@pytest.mark.parametrize("content, message", [
+    (lambda whole: b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 538090408\n",
+     "is not a safetensors file, or damaged"),
+    (lambda whole: b"", "is not a safetensors file, or damaged"), (lambda whole: whole[:500], "is not a safetensors"),
+    (lambda whole: whole[:-1], "is cut off")])
+def test_a_damaged_checkpoint_is_named_before_it_is_loaded(checkpoint, tmp_path, content, message):
+    shutil.copytree(checkpoint, tmp_path / "model")
+    assert weights_fingerprint(str(tmp_path / "model")) == weights_fingerprint(str(checkpoint))
+    file = tmp_path / "model" / "model.safetensors"
+    file.write_bytes(content(file.read_bytes()))
+    with pytest.raises(ValueError, match=f"--model_name_or_path .*: model.safetensors {message}.*; fetch it again"):
+        weights_fingerprint(str(tmp_path / "model"))
 
 
 @pytest.mark.parametrize("offload", [False, True])

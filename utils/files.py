@@ -61,6 +61,15 @@ def naming(path: str | Path) -> Iterator[None]:
         raise
 
 
+def move_checkpoint(source: Path, folder: Path) -> None:
+    """Move all files of a checkpoint into `folder`, config.json last, and remove `source`."""
+    for file in sorted(filter(Path.is_file, source.rglob("*")), key=lambda file: file.name == "config.json"):
+        target = folder / file.relative_to(source)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(file, target)
+    shutil.rmtree(source)
+
+
 def check_writable(folder: str | Path, flag: str) -> None:
     """Create `folder`. Raises ValueError naming `flag` when that, or writing a file in it, fails."""
     try:

@@ -17,7 +17,7 @@ from transformers.utils import cached_file
 
 from utils import distributed
 from utils.decoder import Decoder
-from utils.files import PARTIAL, naming
+from utils.files import PARTIAL, move_checkpoint, naming
 from utils.fitness import out_of_memory
 
 MORE_TOKENS = re.compile(r"nextn_predict|mtp")   # fields that count layers which predict more than the next token
@@ -35,12 +35,18 @@ def load_config(name: str, trust_remote_code: bool = False):
 def weights_fingerprint(name: str) -> str | None:
     """Tells models of one configuration apart, in seconds whatever their size: a hash of the name, dtype and shape of
     every tensor of a checkpoint, and of three samples of each. None where it has no safetensors."""
-    files = _safetensors(name)
     digest, tensors = hashlib.sha256(), []
-    for file in files:
+    for file in _safetensors(name):
         with file.open("rb") as stream:
             size = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(size))
+            try:                                     # a page of git-lfs begins with no size
+                header = json.loads(stream.read(min(size, file.stat().st_size)))
+                ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                raise ValueError(f"--model_name_or_path {name}: {file.name} is not a safetensors file, or damaged; "
+                                 f"fetch it again") from error
+            if 8 + size + max(ends, default=0) != file.stat().st_size:
+                raise ValueError(f"--model_name_or_path {name}: {file.name} is cut off; fetch it again")
         tensors += [(key, entry, file, 8 + size) for key, entry in header.items() if key != "__metadata__"]
     for key, entry, file, start in sorted(tensors, key=lambda tensor: tensor[0]):        # however they are split
         digest.update(json.dumps([key, entry["dtype"], entry["shape"]]).encode())
@@ -209,12 +215,8 @@ def save_dropped(decoder: Decoder, tokenizer, folder: str | Path, dtype: torch.d
     try:
         decoder.model.to(dtype or decoder.dtype)
         save_pretrained(complete(decoder), tokenizer, partial)
-        files = [file for file in partial.rglob("*") if file.is_file()]
-        for stale in {file.name for file in Path(folder).glob("*.safetensors*")} - {file.name for file in files}:
+        for stale in {file.name for file in Path(folder).glob("*.safetensors*")} - {*os.listdir(partial)}:
             Path(folder, stale).unlink()
-        for file in sorted(files, key=lambda file: file.name == "config.json"):
-            target = Path(folder) / file.relative_to(partial)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(file, target)
+        move_checkpoint(partial, Path(folder))
     finally:
         shutil.rmtree(partial, ignore_errors=True)
