@@ -24,10 +24,11 @@ ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3"
 BLOCK = ALIGNMENT = 32
 HALF_RANGES = {"Q4_0": 8, "Q5_0": 16, "Q8_0": 128}      # a type holds integers from minus this to this less one
 BITS = {"Q4_0": 4, "Q4_1": 4, "Q5_0": 5, "Q5_1": 5, "Q8_0": 8}      # of a code in the types that `decode` reads
-# regular expressions with which tokenizers split text, and llama.cpp's names for them
+# how tokenizers split text, see `split_steps`, and llama.cpp's names for that
 _SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
           r"\s+(?!\S)|\s+")
-SPLITS = {None: "gpt-2", _SPLIT % "{1,3}": "llama-bpe", _SPLIT % "": "qwen2"}
+SPLITS = {("bytes by words",): "gpt-2", (_SPLIT % "{1,3}", "bytes"): "llama-bpe", (_SPLIT % "", "bytes"): "qwen2",
+          ("digits", "bytes by words"): "smollm"}
 
 
 def check_gguf(config, tokenizer) -> None:
@@ -293,17 +294,37 @@ def split_name(description: dict) -> str | None:
 
     Raises ValueError for others: they would tokenize differently there.
     """
-    model, splitter = description["model"], description["pre_tokenizer"]
-    if model["type"] == "BPE" and model.get("byte_fallback"):
+    if description["model"]["type"] == "BPE" and description["model"].get("byte_fallback"):
         return None
-    steps = (splitter or {}).get("pretokenizers", [splitter or {}])
-    if model["type"] == "BPE" and steps[-1].get("type") == "ByteLevel":
-        patterns = [step["pattern"].get("Regex") for step in steps if step["type"] == "Split"]
-        pattern = patterns[0] if patterns else None
-        if pattern in SPLITS:
-            return SPLITS[pattern]
-    raise ValueError("--format gguf: llama.cpp would split text unlike this tokenizer; supported are BPE tokenizers "
-                     "with byte fallback and the byte-level ones of GPT-2, Llama 3 and Qwen 2, so use another --format")
+    name = SPLITS.get(split_steps(description)) if description["model"]["type"] == "BPE" else None
+    if name is None:
+        raise ValueError("--format gguf: llama.cpp would split text unlike this tokenizer; supported are BPE "
+                         "tokenizers with byte fallback and the byte-level ones of GPT-2, Llama 3, Qwen 2 and SmolLM, "
+                         "so use another --format")
+    return name
+
+
+def split_steps(description: dict) -> tuple[str, ...]:
+    """A tokenizer's pre-tokenizers, each as what tells it from others of its type."""
+    def word(step: dict) -> str:
+        if step["type"] == "ByteLevel" and not step.get("add_prefix_space"):
+            return "bytes by words" if step.get("use_regex", True) else "bytes"
+        if step["type"] == "Digits" and step["individual_digits"]:
+            return "digits"
+        if step["type"] == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
+            return step["pattern"].get("Regex", "")
+        return step["type"]
+
+    splitter = description["pre_tokenizer"] or {"pretokenizers": []}
+    return tuple(map(word, splitter.get("pretokenizers", [splitter])))
+
+
+def begins_with_a_space(description: dict) -> bool:
+    """Whether a tokenizer with byte fallback puts a space before a text."""
+    splitter = description["pre_tokenizer"] or {}
+    schemes = {step["prepend_scheme"] for step in splitter.get("pretokenizers", [splitter])
+               if step.get("type") == "Metaspace"}
+    return '"prepend"' in json.dumps(description["normalizer"]) or bool(schemes - {"never"})
 
 
 def write_tokenizer(writer, tokenizer, vocab_size: int) -> None:
@@ -325,7 +346,7 @@ def write_tokenizer(writer, tokenizer, vocab_size: int) -> None:
         writer.add_tokenizer_model("llama")
         writer.add_token_list(tokens)
         writer.add_token_scores([ranks.get(token, -1e6) for token in tokens])
-        writer.add_add_space_prefix('"prepend"' in json.dumps(description["normalizer"]))
+        writer.add_add_space_prefix(begins_with_a_space(description))
         if tokenizer.unk_token_id is not None:
             types[tokenizer.unk_token_id] = TokenType.UNKNOWN
     else:

@@ -5,7 +5,8 @@
 #   TASKS      lm-eval tasks, or nothing (default: the paper's five)
 #   LEVELS     of the table, e.g. LEVELS="50 70" (default: the paper's)
 #   SCALE=64   of every search the 64th part of the paper's tokens (token counts and generations divided by 8 each), of
-#              databases the 64th part of the calibration text; documents of 8,192 / 8 tokens (default: 1, the paper)
+#              databases the 64th part of the calibration text, of what is measured one by one the 8th; documents of
+#              8,192 / 8 tokens, or of the model's context where that is shorter (default: 1, the paper)
 #   ESTIMATE=1 print what it would take and stop
 #   SMALL=1    the demo model, Python's own library as text and scaled-down counts, without network or GPU: the same
 #              code path in minutes, a test of these scripts and no result of the paper
@@ -32,7 +33,7 @@ if [ -z "$SMALL" ]; then
     evaluation=(--eval_datasets ${EVAL_DATA:-wikitext2 c4 fineweb_edu})
     TASKS=${TASKS-arc_challenge,arc_easy,hellaswag,piqa,winogrande}
     tasks=(--tasks "$TASKS" --batch_size auto)
-    length=()                             # the paper's: the context length, at most 8,192
+    length=() eval_length=()              # the paper's: the context length, at most 8,192; of Phi-3 4,096
     depth_search=(--calibration_tokens $(less 131072) --offspring 32 --initially_generated 64
                   --initial_tokens $(less 2048) --survivors_per_selection 2 1
                   --tokens_per_selection $(less 2048) $(less 32768))
@@ -48,18 +49,18 @@ if [ -z "$SMALL" ]; then
     owl_grid=(--calibration_tokens $(less 524288))
     database=(--calibration_tokens $(awk -v scale="$SCALE" 'BEGIN { print int(8388608 / scale) }') --rel_damp 0.01
               --block_size 128 --cpu_offload_activations)
-    if [ "$SCALE" != 1 ]; then
-        length=(--calibration_sequence_length $(less 8192))
-        evaluation+=(--eval_tokens $(less 524288) --eval_sequence_length $(less 8192))
-    fi
+    singles=$(less 16384)                 # on which layers or blocks are measured one by one
+    sets=$(less 8192)                     # on which every one of several thousand sets of blocks is measured
+    [ "$SCALE" = 1 ] || evaluation+=(--eval_tokens $(less 524288))
 else
     OUT=${OUT:-results/tables-small}
     DATA=${DATA:-stdlib}
     MODEL=${MODEL:-demo/model}
-    evaluation=(--eval_datasets ${EVAL_DATA:-stdlib} --eval_tokens 4096 --eval_sequence_length 256)
+    evaluation=(--eval_datasets ${EVAL_DATA:-stdlib} --eval_tokens 4096)
     TASKS=${TASKS-next_line}
     tasks=(--tasks "$TASKS" --include_path "$OUT/small_task" --limit 16)
-    length=(--calibration_sequence_length 256)
+    length=(--calibration_sequence_length 256) eval_length=(--eval_sequence_length 256)
+    singles=1024 sets=512
     SCALE=1
     depth_search=(--calibration_tokens 4096 --generations 6 --offspring 8 --initially_generated 8
                   --initial_tokens 256 --survivors_per_selection 2 1 --tokens_per_selection 256 1024)
@@ -105,6 +106,14 @@ begin() {
     runs=$OUT/$(basename "$1")
     rows=()
     base=(--model_name_or_path "$1")
+    if [ "$SCALE" != 1 ]; then            # of a model with a shorter context that
+        local tokens
+        tokens=$($PYTHON -c "
+from utils.data import default_sequence_length
+from utils.model import load_config
+print(min($(less 8192 2), default_sequence_length(load_config('$1'))))")
+        length=(--calibration_sequence_length "$tokens") eval_length=(--eval_sequence_length "$tokens")
+    fi
     calibrated=("${base[@]}" --calibration_data "$DATA" "${length[@]}")
     case $(basename "$1") in              # a step of the paper's models; of others, as it relates to their layers
         Llama-2-7b-hf | Meta-Llama-3-8B | Llama-3.1-8B | Mistral-7B-v0.3 | Phi-3-medium-128k-instruct)
@@ -148,7 +157,7 @@ part() {
 measured() {
     local table=$1 level=$2 method=$3 name=eval${TASKS:+-tasks}/$4
     shift 4
-    part "$name" eval_config.py "${base[@]}" "${evaluation[@]}" "${tasks[@]}" "$@" --output "$runs/$name.json"
+    part "$name" eval_config.py "${base[@]}" "${evaluation[@]}" "${eval_length[@]}" "${tasks[@]}" "$@" --output "$runs/$name.json"
     rows+=(--row "$table" "$level" "$method" "$runs/$name.json")
 }
 

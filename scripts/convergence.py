@@ -68,6 +68,9 @@ def main(argv: list[str] | None = None) -> dict:
     with user_errors():
         config = load_config(args.model_name_or_path, args.trust_remote_code)
         check_calibration_flags(args)
+        if not 2 <= args.brute_force_tokens <= args.calibration_tokens:
+            raise ValueError(f"--brute_force_tokens {args.brute_force_tokens}: from 2 to the {args.calibration_tokens} "
+                             f"--calibration_tokens are needed")
         check_writable_file(args.output, "--output")
         winners = [record["dropped"] for record in map(json.loads, read_log(args.search).splitlines())
                    if "dropped" in record]

@@ -5,7 +5,7 @@ TASKS=${TASKS-}
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 MODEL=${MODEL:-$llama3}
 budget=(--sparsity 0.375)
-all=(--brute_force_tokens 8192)
+all=(--brute_force_tokens "$sets")
 [ -z "$SMALL" ] || all=(--brute_force_tokens 1024)
 
 table() {

@@ -4,7 +4,7 @@
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 MODEL=${MODEL:-"$llama31 $mistral"}
 LEVELS=${LEVELS:-70 2.5}                  # below 10: bits
-single_layers=(--errors kl --calibration_tokens $([ -n "$SMALL" ] && echo 1024 || echo 16384))
+single_layers=(--errors kl --calibration_tokens "$singles")
 
 table() {
     local level errors kind table weights budget grid

@@ -6,10 +6,11 @@ import importlib.util
 import json
 import sys
 import urllib.request
+from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 import export
@@ -18,8 +19,9 @@ from database import packing
 from database.store import Database
 from exports import random_quantized, save_model, write_database, write_levels
 from formats.compressed_tensors import Quantized
-from formats.gguf import encode, interleaved_rows
+from formats.gguf import encode, interleaved_rows, split_name
 from utils.configs import read_level_config, write_drop_config
+from utils.model import load_tokenizer
 
 needs_gguf = pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason=(
     "the gguf package is not installed: pip install -r requirements-gguf.txt"))
@@ -184,16 +186,53 @@ def with_byte_fallback() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
+def with_digits() -> PreTrainedTokenizerFast:
+    """A byte-level one of SmolLM's kind: every digit by itself, whatever stands before it."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
+                                                  pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    core.decoder = decoders.ByteLevel()
+    core.train_from_iterator(["a = 1\n\n    b =    22\n\n\n3. one  two"] * 9, trainers.BpeTrainer(
+        vocab_size=280, special_tokens=["<s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False))
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>")
+
+
 @needs_llama_cpp
-@pytest.mark.parametrize("fallback", [False, True])
-def test_llama_cpp_tokenizes_alike(tmp_path, tokenizer, fallback):
-    tokenizer = with_byte_fallback() if fallback else tokenizer
+@pytest.mark.parametrize("kind", ["bytes", "digits", "Prepend", "first", "always", "never", "LlamaTokenizer"])
+def test_llama_cpp_tokenizes_alike(tmp_path, tokenizer, kind):
+    if kind == "digits":
+        tokenizer = with_digits()
+    elif kind != "bytes":
+        tokenizer = with_byte_fallback()
+    if kind in ("first", "always", "never"):
+        tokenizer.backend_tokenizer.normalizer = None
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind, split=False)
     folder = families.save_llama(tmp_path / "m", tokenizer, num_hidden_layers=2)
+    if kind == "LlamaTokenizer":                     # the class that Llama 2's checkpoints name, which builds its own
+        file = Path(folder, "tokenizer_config.json")
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"tokenizer_class": kind}))
+        tokenizer = load_tokenizer(folder)
+        assert type(tokenizer).__name__ == kind
     write_drop_config(tmp_path / "drop.txt", [(True, False)] * 2)
     path, _ = export_gguf(tmp_path, "--model_name_or_path", folder, "--drop_config", str(tmp_path / "drop.txt"))
     runtime = LlamaCpp(path)
-    for text in ("the other thinner theory", "def bisect(a, x):\n    return a[x]  # it's 1234 naïve words"):
+    for text in ("the other thinner theory", "def bisect(a, x):\n    return a[x]  # it's 1234 naïve words",
+                 "Steps:\n\n1. one", "x =    12"):
         assert runtime.tokenize(text) == tokenizer(text).input_ids
+
+
+def test_a_tokenizer_that_splits_like_none_that_is_known_is_refused(tokenizer):
+    whole = json.loads(tokenizer.backend_tokenizer.to_str())
+    for splitter in (pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=False),
+                                              pre_tokenizers.ByteLevel(add_prefix_space=False)]),
+                     pre_tokenizers.Sequence([pre_tokenizers.Punctuation(),
+                                              pre_tokenizers.ByteLevel(add_prefix_space=False)]),
+                     pre_tokenizers.ByteLevel(add_prefix_space=True), pre_tokenizers.Whitespace()):
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = splitter
+        with pytest.raises(ValueError, match="llama.cpp would split text unlike this tokenizer"):
+            split_name(whole | {"pre_tokenizer": json.loads(tokenizer.to_str())["pre_tokenizer"]})
 
 
 @needs_gguf

@@ -6,6 +6,7 @@ import math
 import random
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -246,7 +247,8 @@ def test_shell_parses(script):
 def planned(script: Path, tmp_path: Path, **environment) -> list[list[str]]:
     """The commands of a script, as it hands them to estimate.py; nothing is run."""
     stub = tmp_path / "stub.sh"
-    stub.write_text('#!/bin/sh\n[ "$1" != scripts/estimate.py ] || cat "$2"\n')
+    stub.write_text('#!/bin/sh\ncase "$1" in\nscripts/estimate.py) cat "$2" ;;\n'
+                    f'-c) exec {sys.executable} "$@" ;;\nesac\n')
     stub.chmod(0o755)
     out = subprocess.run(["bash", script], check=True, capture_output=True, text=True, cwd=tmp_path,
                          env={"PATH": "/usr/bin:/bin", "PYTHON": str(stub), "OUT": str(tmp_path / "out"),
@@ -277,7 +279,16 @@ def test_one_dial_divides_what_the_searches_and_databases_of_the_paper_take(tmp_
     assert value(scaled, "evo_quant.py", "--generations") == [19]
     assert value(scaled, "evo_quant.py", "--offspring") == [128]
     assert value(scaled, "database.gptq", "--calibration_tokens") == [131072]
-    assert value(scaled, "database.gptq", "--calibration_sequence_length") == [1024]
+    for program, flag in (("database.gptq", "--calibration_sequence_length"),
+                          ("eval_config.py", "--eval_sequence_length")):
+        assert value(scaled, program, flag) == [512]                     # the model's context, not 8192 / 8
+    shorter = planned(SCRIPTS / "convergence.sh", tmp_path, MODEL="demo/model", SCALE="1024")
+    assert value(shorter, "evo_drop.py", "--calibration_sequence_length") == [256]
+    assert value(shorter, "scripts/convergence.py", "--brute_force_tokens") == [256]
+    assert value(planned(SCRIPTS / "nonmonotonicity.sh", tmp_path, MODEL="demo/model", SCALE="64"),
+                 "scripts/nonmonotonicity.py", "--calibration_tokens") == [1024]
+    assert value(planned(SCRIPTS / "table_dp.sh", tmp_path, MODEL="demo/model", SCALE="64", LEVELS="70")[2:],
+                 "baselines.dp", "--calibration_tokens") == [2048]
     paper = planned(SCRIPTS / "table_quant.sh", tmp_path, MODEL="demo/model", LEVELS="3")
     assert value(paper, "evo_quant.py", "--tokens_per_selection") == [2048, 16384, 131072]
     assert not any("--calibration_sequence_length" in command for command in paper)
@@ -378,6 +389,9 @@ def test_brute_force_ranks_every_winner_of_a_search(checkpoint, tmp_path):
     assert result["optimum"] == summary["dropped"]
     assert result["KL"][-1] == pytest.approx(summary["fitness"], rel=1e-4)
     assert sum(map(all, read_drop_config(tmp_path / "convergence-optimum.txt"))) == 2
+    with pytest.raises(SystemExit, match="--brute_force_tokens 512: from 2 to the 256 --calibration_tokens are needed"):
+        convergence.main([*model, "--brute_force_tokens", "512", "--search", str(tmp_path / "run"), "--output",
+                          str(tmp_path / "convergence.json")])
     assert convergence.first_reached([5, 5, 2, 2, 1]) == [(0, 5), (2, 2), (4, 1)]
 
 
