@@ -25,7 +25,7 @@ from utils.configs import drop_words, read_drop_config, write_drop_config
 from utils.errors import RunError, user_errors
 from utils.files import check_writable
 from utils.interactions import descend, pairs_of
-from utils.model import load_config, save_dropped
+from utils.model import dtype_in, load_config, save_dropped
 from utils.screening import AdditiveModel
 from utils.search import Search
 
@@ -552,7 +552,7 @@ def main(argv: list[str] | None = None) -> dict:
         write_drop_config(copies["save_dir"], [])            # the winner, once all that is saved is there
         for index, state in enumerate(winner):
             set_block(index, state)
-        dtype = search.config.dtype if args.dtype == "auto" else None
+        dtype = dtype_in(search.config) if args.dtype == "auto" else None
         save_dropped(search.decoder, search.tokenizer, args.save_dir, dtype,
                      lambda decoder: with_tower(whole(decoder), args.model_name_or_path, search.config).model)
         if distributed.is_main():

@@ -26,7 +26,7 @@ from utils.configs import check_configuration_name, write_level_config
 from utils.errors import RunError, user_errors
 from utils.experts import ExpertLayer
 from utils.files import check_writable
-from utils.model import load_config
+from utils.model import dtype_in, load_config
 from utils.screening import AdditiveModel
 from utils.search import Search
 from utils.units import Unit, add_unit_flags, build_units, check_unit_flags, level_map, units_of
@@ -132,7 +132,7 @@ def build_space(args: argparse.Namespace, database: Database, units: list[Unit],
     weights = [sum(math.prod(database.shape(name)) for name in unit.names) for unit in units]
     if whole_file(args):
         model, most = search.decoder.model, {name: unit.levels[-1] for unit in units for name in unit.names}
-        other = 8 * other_bytes(model, search.tokenizer, search.config.dtype or torch.float32, database, most,
+        other = 8 * other_bytes(model, search.tokenizer, dtype_in(search.config) or torch.float32, database, most,
                                 args.for_format)
         bits = [{level: 8 * sum(layer_bytes(database, name, level, args.for_format) for name in unit.names)
                  for level in unit.levels} for unit in units]

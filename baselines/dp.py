@@ -99,6 +99,9 @@ def solve(database: Database, errors: Errors, target: float | None, count_overhe
     costs = costs_of(database, count_overhead)
     weights = sum(math.prod(database.shape(name)) for name in database.layers)
     lowest, highest = (sum(pick(cost.values()) for cost in costs) for pick in (min, max))
+    if target is None and not all(0 in cost for cost in costs):
+        raise ValueError(f"--target_sparsity: {database.path} has layers without level 0, whose sparsity is what is "
+                         f"taken where there is none; give one")
     if target is None:
         budget = sum(cost[0] for cost in costs)
     else:

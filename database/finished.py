@@ -23,7 +23,7 @@ from utils.data import documents_sha256
 from utils.decoder import Block, Decoder
 from utils.experts import ExpertLayer
 from utils.files import PARTIAL, move_checkpoint, read_sealed, seal, write_atomic
-from utils.model import save_pretrained
+from utils.model import dtype_in, save_pretrained
 
 MARK = "finish.json"             # what a checkpoint that is being finished depends on
 TOGETHER = "trained_together"    # in a manifest whose blocks were trained together after each was by itself
@@ -221,7 +221,7 @@ class FinishedCheckpoint:
         self.path, self.decoder, self.dropped = args.save_dir, decoder, dropped
         self.model, self.config = args.model_name_or_path, config
         self.learning_rate = {} if args.learning_rate is None else {"learning_rate": args.learning_rate}
-        self.dtype = (config.dtype if args.dtype == "auto" else None) or decoder.dtype      # to be saved in
+        self.dtype = (dtype_in(config) if args.dtype == "auto" else None) or decoder.dtype      # to be saved in
         self._mark = self._begin(json.loads(json.dumps(header, default=str)))
 
     @distributed.from_main

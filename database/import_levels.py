@@ -12,8 +12,8 @@ import torch
 from database.build import add_build_flags, build, run
 from database.packing import Packed, pack_quantized, unpack_quantized
 from database.solver import output_errors
-from formats.kquants import dequantize
-from formats.quantized_checkpoints import Checkpoint, fingerprint, open_checkpoint
+from formats.kquants import dequantize, level_of
+from formats.quantized_checkpoints import Checkpoint, Gguf, fingerprint, open_checkpoint
 from utils.decoder import Decoder
 from utils.experts import Layer
 
@@ -28,6 +28,11 @@ def open_checkpoints(checkpoints: dict[str, Checkpoint], args: argparse.Namespac
             checkpoints[path] = open_checkpoint(path, config)
         except ValueError as error:
             raise ValueError(f"--checkpoints {path}: {error}") from error
+    for path, found in checkpoints.items() if any(found.k_quant for found in checkpoints.values()) else ():
+        if not found.k_quant and not (isinstance(found, Gguf) and found.read_as_blocks()):
+            raise ValueError(f"--checkpoints {path}: levels are called by the bits of their codes there, and by all "
+                             f"that they take in the K-quants beside it; with those, give GGUF files of Q8_0, Q4_0, "
+                             f"Q5_0 or Q5_1 alone")
     args.checkpoints = sorted(f"{found.path.resolve().name} ({found.format}, sha256 {fingerprint(found)[:16]})"
                               for found in checkpoints.values())
 
@@ -36,7 +41,7 @@ def check(checkpoints: Mapping[str, Checkpoint], decoder: Decoder, layers: list[
     """Raise ValueError, naming the checkpoint and the layer, where they do not all hold the decoder's layers, each in
     one format and in bitwidths that differ."""
     names = {name: layer for block in layers for name, layer in block.items()}
-    seen: dict[float | str, str] = {}
+    seen: dict[float, str] = {}
     for path, checkpoint in checkpoints.items():
         first = None
         for name, layer in names.items():
@@ -54,10 +59,10 @@ def check(checkpoints: Mapping[str, Checkpoint], decoder: Decoder, layers: list[
             except ValueError as error:
                 raise ValueError(f"--checkpoints {path}: {name}: {error}") from error
             first = first or (name, stored)
-        level = checkpoint.k_quant or first[1].bits
+        level = level_of(checkpoint.k_quant) if checkpoint.k_quant else first[1].bits
         if level in seen:
-            raise ValueError(f"--checkpoints {seen[level]} {path}: both have {first[1].bits} bits in "
-                             f"{first[0]}, and a database has one level a bitwidth; leave one of them out")
+            raise ValueError(f"--checkpoints {seen[level]} {path}: both have {level:g} bits, and a database has one "
+                             f"level a bitwidth; leave one of them out")
         seen[level] = path
         for name, parameter in decoder.model.named_parameters():
             theirs = checkpoint.vector(name) if parameter.dim() == 1 else None

@@ -10,7 +10,7 @@ import torch
 from database.store import Database, LevelCache
 from utils.configs import check_level_config, parse_level, read_drop_config, read_level_config
 from utils.decoder import Decoder
-from utils.model import weights_fingerprint
+from utils.model import dtype_in, weights_fingerprint
 
 GIGABYTE = 10**9
 METHODS = {"sparse": "sparsegpt", "quant": "gptq"}     # kind of level -> what builds a database of it
@@ -127,7 +127,7 @@ def describe_whole(decoder: Decoder, config, database: Database, levels: Mapping
     if database.method == "sparsegpt":
         pruned = searched - sum(database.kept(name, level) for name, level in levels.items())
         return f"sparsity {pruned / weights:.4%}; {share}"
-    bits = 8 * getattr(torch, str(config.dtype or decoder.dtype).removeprefix("torch.")).itemsize
+    bits = 8 * getattr(torch, str(dtype_in(config) or decoder.dtype).removeprefix("torch.")).itemsize
     stored = sum(database.bits(name, level, overhead=True) for name, level in levels.items())
     return (f"{(stored + (weights - searched) * bits) / weights:.4f} bits a weight with scales and zeros; {share}, the "
             f"others have {bits} bits")

@@ -31,6 +31,16 @@ SPLITS = {("bytes by words",): "gpt-2", (_SPLIT % "{1,3}", "bytes"): "llama-bpe"
           ("digits", "bytes by words"): "smollm"}
 
 
+def check_block(config, format: str) -> None:
+    """Raise ValueError for blocks that llama.cpp and mlx-lm take to be as usual, and are not."""
+    if config.hidden_act not in ("silu", "swish"):
+        raise ValueError(f"--format {format}: MLPs are taken to have SiLU there, and this model's have "
+                         f"{config.hidden_act}; use another --format")
+    if config.model_type == "qwen3" and config.attention_bias:
+        raise ValueError(f"--format {format}: has no place for biases in the attention of qwen3 models; use another "
+                         f"--format")
+
+
 def check_gguf(config, tokenizer) -> None:
     """Raise ValueError where the package is missing, or llama.cpp would not run such a model or tokenizer alike."""
     try:
@@ -41,6 +51,7 @@ def check_gguf(config, tokenizer) -> None:
     if config.model_type not in ARCHITECTURES:
         raise ValueError(f"--format gguf: {config.model_type} models are not supported, only "
                          f"{', '.join(ARCHITECTURES)}; use another --format")
+    check_block(config, "gguf")
     if sliding_window(config):
         raise ValueError(f"--format gguf: llama.cpp would ignore this model's sliding window of "
                          f"{sliding_window(config)} tokens; use another --format")

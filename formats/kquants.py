@@ -36,7 +36,8 @@ TYPES = {
     "F16": BlockType(16, 1, 1, None, None, "", ()),
 }
 K_QUANTS = {2: "Q2_K", 3: "Q3_K", 4: "Q4_K", 5: "Q5_K", 6: "Q6_K", 8: "Q8_0"}
-_FALLBACK = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}      # llama.cpp's
+# llama.cpp's, which has IQ4_NL of the same size instead of Q4_0
+_FALLBACK = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 
 
 class Blocks(NamedTuple):

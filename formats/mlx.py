@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from formats.compressed_tensors import Quantized, bits_a_weight
-from formats.gguf import sliding_window
+from formats.gguf import check_block, sliding_window
 from utils.model import save_pretrained
 
 BITS = (2, 3, 4, 5, 6, 8)
@@ -46,6 +46,11 @@ def check_model(config) -> None:
     if config.model_type not in MODELS:
         raise ValueError(f"--format mlx: {config.model_type} models have not been tried, only {', '.join(MODELS)}; use "
                          f"another --format")
+    check_block(config, "mlx")
+    usual = config.hidden_size // config.num_attention_heads
+    if config.model_type in ("phi3", "qwen2") and (getattr(config, "head_dim", None) or usual) != usual:
+        raise ValueError(f"--format mlx: mlx-lm takes the heads of {config.model_type} models to have {usual} columns, "
+                         f"hidden size over heads, and this one's have {config.head_dim}; use another --format")
     if sliding_window(config):
         raise ValueError(f"--format mlx: mlx-lm would ignore this model's sliding window of {sliding_window(config)} "
                          f"tokens; use another --format")
@@ -84,7 +89,7 @@ def write_mlx(folder: Path, model: nn.Module, tokenizer, quantized: Mapping[str,
     usual = max(schemes.values(), key=list(schemes.values()).count)
     config["quantization"] = config["quantization_config"] = {**usual, "mode": "affine", **schemes}
     rope = config["rope_parameters"]                 # mlx-lm's classes look for it where transformers 4 had it
-    config["rope_theta"] = rope["rope_theta"]
+    config |= {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
     if rope.get("rope_type", "default") != "default":
         config["rope_scaling"] = rope
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -233,7 +233,15 @@ class Gguf:
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
         types = Counter(tensor.tensor_type.name for tensor in reader.tensors if tensor.name.startswith("blk."))
         # of a file that is uniform: the rows of some layers may need another type
-        self.k_quant = next((kind for kind, _ in types.most_common() if kind.endswith("_K") and kind in TYPES), None)
+        usual = [kind for kind, _ in types.most_common() if kind in TYPES and kind != "F16"]
+        self.k_quant = next((kind for kind in usual if kind.endswith("_K")), None)
+        self._plain = next(iter(usual), None)
+
+    def read_as_blocks(self) -> bool:
+        """Read the layers of a file that has no K-quants as it would those, by their bytes, in bits that count
+        everything. Whether that can be done."""
+        self.k_quant = self._plain
+        return self.k_quant is not None
 
     def _tensor(self, name: str):
         return self._tensors.get(self._names(name))

@@ -77,6 +77,7 @@ def main(argv: list[str] | None = None) -> dict:
         check_winners(winners, args, config.get_text_config(decoder=True).num_hidden_layers)
         documents = documents_of(args, config, tokenizer_of(args))
         decoder = decoder_of(args)
+        decoder.check_dropped([(True, True)] * len(decoder.blocks))
     num_blocks = len(decoder.blocks)
     fitness = Fitness(decoder, documents, lambda i, state: decoder.blocks[i].drop(*state),
                       microbatch_tokens=args.microbatch_tokens, progress="uncompressed model on calibration data")

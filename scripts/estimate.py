@@ -28,6 +28,7 @@ from baselines import dp, drop_scores, owl
 from database import gptq, sparsegpt
 from scripts import convergence, nonmonotonicity
 from utils.data import default_sequence_length
+from utils.decoder import find_blocks
 from utils.errors import user_errors
 from utils.model import load_config
 from utils.report import format_table
@@ -78,7 +79,7 @@ def shape_of(name: str, trust_remote_code: bool = False) -> Shape:
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     text_config = config.get_text_config(decoder=True)
     layers = []
-    for layer_name, layer in model.get_decoder().layers.named_modules():
+    for layer_name, layer in find_blocks(model)[1].named_modules():
         if isinstance(layer, nn.Linear):
             parent, _, last = layer_name.rpartition(".")
             fused = next((f"{parent}.{tie}" for tie, sets in FUSED.items() if last in sets[0]), layer_name)

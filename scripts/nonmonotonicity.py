@@ -60,6 +60,7 @@ def main(argv: list[str] | None = None) -> list[tuple[float, Blocks, Blocks]]:
         check_writable(args.save_dir, "--save_dir")
         documents = documents_of(args, config, tokenizer_of(args))
         decoder = decoder_of(args)
+        decoder.check_dropped([(True, True)] * len(decoder.blocks))
     num_blocks = len(decoder.blocks)
     fitness = Fitness(decoder, documents, lambda i, state: decoder.blocks[i].drop(*state),
                       microbatch_tokens=args.microbatch_tokens, progress="uncompressed model on calibration data")

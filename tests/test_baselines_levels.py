@@ -1,6 +1,7 @@
 """OWL and dynamic programming against their formulas written out on whole models, and against enumeration."""
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -252,6 +253,14 @@ def test_dp_refuses_bad_flags_in_one_sentence(kind, flags, message, checkpoint, 
         dp.main(["--model_name_or_path", checkpoint, f"--{kind}_weights_path", str(database.path), *flags, "--save_dir",
                  str(tmp_path)])
     assert str(stop.value).startswith(f"error: {message}")
+
+
+def test_a_target_is_asked_for_where_levels_have_no_zero():
+    database = SimpleNamespace(method="sparsegpt", path="db", layers=["a"], shape=lambda name: (4, 4),
+                               levels=lambda name: [1], kept=lambda name, level: 7)
+    with pytest.raises(ValueError, match="--target_sparsity: db has layers without level 0, .*; give one"):
+        dp.solve(database, {"a": {1: 0.5}}, None)
+    assert dp.solve(database, {"a": {1: 0.5}}, 9 / 16) == {"a": 1}
 
 
 def test_owl_refuses_a_database_of_bits_and_a_range_of_nothing(checkpoint, small_quant_database, tmp_path):

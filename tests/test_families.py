@@ -1,6 +1,9 @@
 """Families that are unlike Llama: through every program, as benchmarks/families.py does with all of them, and apart."""
+import json
+
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import Gemma3ForCausalLM, Gemma3ForConditionalGeneration, LlamaConfig
 
 import evo_drop
@@ -101,6 +104,18 @@ def test_layers_that_predict_several_tokens_are_not_counted_in_what_is_saved(tmp
     saved = type(decoder.model).from_pretrained(tmp_path)
     assert saved.config.num_nextn_predict_layers == 0 and saved.dtype == torch.bfloat16
     assert "num_nextn_predict_layers: 0 instead of 1" in capsys.readouterr().out
+
+
+def test_a_dtype_that_only_the_text_model_has_is_the_checkpoints(tmp_path):
+    model = save_family("gemma3", tmp_path / "model")
+    Gemma3ForConditionalGeneration.from_pretrained(model, dtype=torch.bfloat16).save_pretrained(model)
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["text_config"]["dtype"] = config.pop("dtype")
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    write_drop_config(tmp_path / "drop.txt", [(True, False), *[(False, False)] * 5])
+    export.main(["--model_name_or_path", model, "--device", "cpu", "--drop_config", str(tmp_path / "drop.txt"),
+                 "--save_dir", str(tmp_path / "out")])
+    assert {value.dtype for value in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.bfloat16}
 
 
 def test_text_alone_is_exported_of_a_model_with_a_tower(tmp_path, text):

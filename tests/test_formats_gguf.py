@@ -266,7 +266,8 @@ def test_missing_package_is_named_before_the_model_is_loaded(tmp_path, tokenizer
 @needs_gguf
 @pytest.mark.parametrize("family, overrides, message", [
     ("gemma2", {}, "gemma2 models are not supported"), ("mistral", {}, "sliding window of 8"),
-    ("llama", dict(vocab_size=96), "has 320 tokens"),
+    ("llama", dict(vocab_size=96), "has 320 tokens"), ("llama", dict(hidden_act="relu"), "this model's have relu"),
+    ("qwen3", dict(attention_bias=True), "has no place for biases in the attention of qwen3"),
     ("llama", dict(rope_parameters=dict(rope_type="yarn", rope_theta=10000.0, factor=4.0)), "type yarn")])
 def test_what_llama_cpp_would_run_otherwise_is_refused(tmp_path, tokenizer, monkeypatch, family, overrides, message):
     model = families.build(family, **dict(vocab_size=len(tokenizer)) | overrides)

@@ -52,7 +52,8 @@ def weight(model, name: str) -> np.ndarray:
     ("llama", 32, dict(rope_parameters=dict(rope_type="llama3", rope_theta=500000.0, factor=8.0, low_freq_factor=1.0,
                                             high_freq_factor=4.0, original_max_position_embeddings=16))),
     ("qwen2", 32, dict(use_sliding_window=False, layer_types=None)), ("qwen3", 128, dict(hidden_size=128)),
-    ("phi3", 64, {}), ("olmo2", 32, {})])
+    ("phi3", 64, {}), ("olmo2", 32, {}),
+    ("phi3", 64, dict(rope_parameters=dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.5)))])
 def test_mlx_computes_what_the_searched_model_does(tmp_path, tokenizer, family, group_size, overrides):
     import mlx.core as mx
     model = families.build(family, **SIZES | dict(vocab_size=len(tokenizer)) | overrides)
@@ -93,13 +94,17 @@ def test_half_precision_scales_round_and_dropped_halves_are_zero(tmp_path, token
         loaded, "model.layers.1.mlp.down_proj").any()
 
 
-@pytest.mark.parametrize("family, bits, size, message", [
-    ("llama", 7, 32, "q_proj has 7 bits, and MLX has 2, 3, 4, 5, 6, 8"), ("llama", 4, 16, "rows of 64 in groups of 16"),
-    ("llama", 4, 48, "groups of 48"), ("mistral", 4, 32, "sliding window of 8"),
-    ("opt", 4, 32, "opt models have not been tried")])
+@pytest.mark.parametrize("family, bits, size, overrides, message", [
+    ("llama", 7, 32, {}, "q_proj has 7 bits, and MLX has 2, 3, 4, 5, 6, 8"),
+    ("llama", 4, 16, {}, "rows of 64 in groups of 16"), ("llama", 4, 48, {}, "groups of 48"),
+    ("mistral", 4, 32, {}, "sliding window of 8"), ("opt", 4, 32, {}, "opt models have not been tried"),
+    ("llama", 4, 32, dict(hidden_act="gelu"), "this model's have gelu"),
+    ("qwen3", 4, 32, dict(attention_bias=True), "has no place for biases in the attention of qwen3"),
+    ("phi3", 4, 32, dict(head_dim=32), "takes the heads of phi3 models to have 16 columns")])
 def test_what_mlx_does_not_have_is_refused_before_the_model_is_loaded(tmp_path, tokenizer, monkeypatch, family, bits,
-                                                                      size, message):
-    folder = save_model(tmp_path / "m", families.build(family, **SIZES | dict(vocab_size=len(tokenizer))), tokenizer)
+                                                                      size, overrides, message):
+    model = families.build(family, **SIZES | dict(vocab_size=len(tokenizer)) | overrides)
+    folder = save_model(tmp_path / "m", model, tokenizer)
     monkeypatch.setattr(export, "load_decoder", lambda *args, **kwargs: pytest.fail("the model was loaded"))
     with pytest.raises(SystemExit) as error:
         export_mlx(tmp_path, folder, [bits], size, lambda number, name: bits)

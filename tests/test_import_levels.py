@@ -580,8 +580,7 @@ def test_two_checkpoints_of_equal_bits_are_refused(model, checkpoints, levels, t
     with pytest.raises(ValueError, match=f"^--checkpoints {checkpoints[0]}: given twice"):
         run(model, tmp_path / "db", [checkpoints[0], checkpoints[0]])
     other = write_gptq(tmp_path / "other", model, levels[2], 2)
-    with pytest.raises(ValueError, match=f"^--checkpoints {checkpoints[0]} {other}: both have 2 bits in "
-                                         f"model.layers.0.self_attn.q_proj"):
+    with pytest.raises(ValueError, match=f"^--checkpoints {checkpoints[0]} {other}: both have 2 bits, "):
         run(model, tmp_path / "db", [checkpoints[0], other])
 
 

@@ -3,6 +3,8 @@
 What reads files with others' code needs the packages of requirements-gguf.txt, and says so where it is skipped.
 """
 import re
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -182,7 +184,7 @@ def test_a_searched_mixture_is_the_same_model_in_llama_cpp(model, database, text
 
 @needs_gguf
 def test_gguf_files_of_k_quants_are_taken_over_byte_for_byte(model, database, text, tmp_path):
-    files, kinds = [], ("Q2_K", "Q5_K")
+    files, kinds = [], ("Q2_K", "Q5_K", "Q8_0")          # the last is 8.5 bits beside K-quants, not 8
     for kind in kinds:
         write_level_config(tmp_path / f"{kind}.txt", {
             name: level_of(fitting(kind, database.shape(name)[1])) for name in database.layers})
@@ -197,6 +199,16 @@ def test_gguf_files_of_k_quants_are_taken_over_byte_for_byte(model, database, te
         for level in imported.levels(name):
             assert imported.type(name, level) == database.type(name, level)
             assert torch.equal(imported.packed(name, level)["blocks"], database.packed(name, level)["blocks"])
+
+
+def test_what_counts_its_bits_otherwise_is_not_imported_beside_k_quants(monkeypatch):
+    of_k_quants = SimpleNamespace(k_quant="Q4_K", path=Path("k.gguf"), format="GGUF")
+    other = SimpleNamespace(k_quant=None, path=Path("other"), format="GPTQ")
+    monkeypatch.setattr(import_levels, "open_checkpoint", lambda path, config: {"k": of_k_quants, "other": other}[path])
+    monkeypatch.setattr(import_levels, "fingerprint", lambda found: "0" * 64)
+    import_levels.open_checkpoints({}, SimpleNamespace(checkpoints=["other"]), None)
+    with pytest.raises(ValueError, match="^--checkpoints other: levels are called by the bits of their codes there"):
+        import_levels.open_checkpoints({}, SimpleNamespace(checkpoints=["k", "other"]), None)
 
 
 def rounded_k(inputs: torch.Tensor) -> tuple[torch.Tensor]:

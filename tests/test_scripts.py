@@ -1,5 +1,6 @@
 """scripts/: the shell is sound, reports fail on empty rows, estimates are the arithmetic they claim to be."""
 import csv
+import hashlib
 import itertools
 import json
 import math
@@ -16,11 +17,13 @@ import evo_drop
 import evo_quant
 import evo_unstructured
 from benchmarks import scaling
+from benchmarks.families import save_family
 from scripts import convergence, estimate, nonmonotonicity, report, small_task
 from utils.configs import read_drop_config
 from utils.data import stdlib_texts
+from utils.files import seal
 from utils.flags import check_search_flags
-from utils.model import load_decoder
+from utils.model import load_config, load_decoder
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 TABLES = sorted(path for path in SCRIPTS.glob("*.sh") if path.name != "common.sh")
@@ -113,6 +116,13 @@ def test_shape_is_that_of_the_model(checkpoint):
     assert shape.weights == sum(layer.weight.numel() for layer in decoder.layers.values())
     assert shape.blocks == len(decoder.blocks) == 6
     assert len({key for key, *_ in shape.layers}) == 4 * 6       # q, k and v share a Hessian, gate and up too
+
+
+def test_shape_is_found_wherever_a_family_has_its_blocks(tmp_path):
+    decoder = load_decoder(save_family("gpt2", tmp_path), device="cpu")
+    shape = estimate.shape_of(str(tmp_path))
+    assert shape.blocks == len(decoder.blocks) and shape.weights == sum(
+        layer.weight.numel() for layer in decoder.layers.values())
 
 
 SHAPE = estimate.Shape(blocks=32, hidden=4096, vocabulary=128256, context=8192, parameters=8_030_261_248,
@@ -393,6 +403,23 @@ def test_brute_force_ranks_every_winner_of_a_search(checkpoint, tmp_path):
         convergence.main([*model, "--brute_force_tokens", "512", "--search", str(tmp_path / "run"), "--output",
                           str(tmp_path / "convergence.json")])
     assert convergence.first_reached([5, 5, 2, 2, 1]) == [(0, 5), (2, 2), (4, 1)]
+
+
+def test_blocks_that_others_read_from_are_not_dropped_one_by_one(tmp_path):
+    """What later ones would read is left of whatever was measured before."""
+    model = ["--model_name_or_path", save_family("gemma4_text", tmp_path / "model"), *TEXT]
+    with pytest.raises(SystemExit, match="error: .*read"):
+        nonmonotonicity.main([*model, "--most", "2", "--save_dir", str(tmp_path / "out")])
+    blocks = load_config(model[1]).num_hidden_layers
+    (tmp_path / "run").mkdir()
+    halves = " ".join(["attn+mlp"] * 2 + ["none"] * (blocks - 2))
+    log = json.dumps({"generation": 0, "dropped": halves}) + "\n"
+    (tmp_path / "run" / "log.jsonl").write_text(log)
+    (tmp_path / "run" / "checkpoint.json").write_text(seal({
+        "log_bytes": len(log), "log_sha256": hashlib.sha256(log.encode()).hexdigest()}))
+    with pytest.raises(SystemExit, match="error: .*read"):
+        convergence.main([*model, "--sparsity", str(2 / blocks), "--brute_force_tokens", "64", "--search",
+                          str(tmp_path / "run"), "--output", str(tmp_path / "convergence.json")])
 
 
 def test_small_task_is_one_the_harness_reads(tmp_path):

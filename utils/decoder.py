@@ -132,7 +132,7 @@ class Decoder:
         self.config = model.config
         self.device = next(model.parameters()).device
         self.dtype = next(model.parameters()).dtype
-        self.body, layers = _find_blocks(model)
+        self.body, layers = find_blocks(model)
         names = {module: name for name, module in model.named_modules()}
         self.blocks = [_take_apart(index, names[module], module) for index, module in enumerate(layers)]
         self.states: list = [None] * len(self.blocks)   # the state a search has put each block in; None: as loaded
@@ -501,7 +501,7 @@ def _forwards(replacements: dict[nn.Module, object]):
             del module.forward
 
 
-def _find_blocks(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
+def find_blocks(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
     """(the module that runs the blocks, the blocks)."""
     body = model.get_decoder() if hasattr(model, "get_decoder") else None
     layers = getattr(body, "layers", None)

@@ -32,6 +32,11 @@ def load_config(name: str, trust_remote_code: bool = False):
         return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
 
 
+def dtype_in(config) -> torch.dtype | None:
+    """Of a checkpoint's weights, where its configuration says it: of all of it, or of the text model alone."""
+    return config.dtype or config.get_text_config(decoder=True).dtype
+
+
 def weights_fingerprint(name: str) -> str | None:
     """Tells models of one configuration apart, in seconds whatever their size: a hash of the name, dtype and shape of
     every tensor of a checkpoint, and of three samples of each. None where it has no safetensors."""
