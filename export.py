@@ -36,7 +36,7 @@ from utils.decoder import Decoder
 from utils.errors import RunError, user_errors
 from utils.experts import ExpertLayer
 from utils.files import check_writable, lock, write_atomic
-from utils.model import DTYPES, dtype_in, load_config, load_decoder, load_tokenizer, save_pretrained
+from utils.model import DTYPES, check_unpacked, dtype_in, load_config, load_decoder, load_tokenizer, save_pretrained
 from utils.report import evaluation_rows, format_table
 
 MARK = "export.json"             # in every finished export: --overwrite replaces nothing else
@@ -101,6 +101,7 @@ def main(argv: list[str] | None = None) -> dict:
                 layer_bytes(opened[0], name, level, args.format)
         dtype = args.dtype if args.dtype != "auto" else str(dtype_in(config) or torch.float32).removeprefix("torch.")
         decoder = load_decoder(args.model_name_or_path, dtype, args.device, trust_remote_code=args.trust_remote_code)
+        check_unpacked(decoder.model, "--model_name_or_path", args.model_name_or_path)
         if args.format == "compressed-tensors":
             check_experts(decoder, opened[0])
         dense = count(decoder.model)

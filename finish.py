@@ -28,7 +28,7 @@ from utils.files import check_writable, lock
 from utils.fitness import default_microbatch_tokens, out_of_memory
 from utils.flags import add_calibration_flags, add_model_flags
 from utils.inputs import decoder_of, documents_of, tokenizer_of
-from utils.model import load_config
+from utils.model import check_unpacked, load_config
 
 SEED_STRIDE = 1_000_003          # from one block's batches to the next one's
 SEQUENCE_LENGTH = 2048           # of calibration documents by default: gradients need memory
@@ -157,6 +157,7 @@ def main(argv: list[str] | None = None) -> None:
         tokenizer = tokenizer_of(args)
         documents = documents_of(args, config, tokenizer)
         decoder = decoder_of(args)
+        check_unpacked(decoder.model, "--model_name_or_path", args.model_name_or_path)
         device = decoder.device
         home = torch.device("cpu") if decoder.offloaded else device
         decoder.end_offloading()

@@ -23,7 +23,7 @@ from utils.files import check_writable, lock
 from utils.fitness import out_of_memory
 from utils.flags import add_calibration_flags, add_model_flags, check_calibration_flags
 from utils.inputs import decoder_of, documents_of, tokenizer_of
-from utils.model import default_device, load_config, weights_fingerprint
+from utils.model import check_unpacked, default_device, load_config, weights_fingerprint
 from utils.runs import open_wandb
 
 # what decides where and how a build runs or what it is called, but not what is built
@@ -143,6 +143,7 @@ def build(args: argparse.Namespace, method: str, layers_flag: str, solve_layer: 
         check_writable(args.activations_dir, "--activations_dir")
     wandb = open_wandb(args.log_wandb, vars(args))
     decoder = decoder_of(args)
+    check_unpacked(decoder.model, "--model_name_or_path", args.model_name_or_path)
     if decoder.offloaded:
         decoder.offloaded.restore()              # their weights are read next
     layers = choose_layers(decoder, pattern, f"--{layers_flag}")

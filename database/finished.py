@@ -23,7 +23,7 @@ from utils.data import documents_sha256
 from utils.decoder import Block, Decoder
 from utils.experts import ExpertLayer
 from utils.files import PARTIAL, move_checkpoint, read_sealed, seal, write_atomic
-from utils.model import dtype_in, save_pretrained
+from utils.model import cast, dtype_in, save_pretrained
 
 MARK = "finish.json"             # what a checkpoint that is being finished depends on
 TOGETHER = "trained_together"    # in a manifest whose blocks were trained together after each was by itself
@@ -280,7 +280,8 @@ class FinishedCheckpoint:
 
     @distributed.from_main
     def _write(self, block: Block, trained: Mapping[str, Weight]) -> dict[str, str]:
-        content = save({name: weight.value().detach().to(self.decoder.dtype).cpu().contiguous()
+        dtypes = {name: parameter.dtype for name, parameter in block.module.named_parameters()}
+        content = save({name: weight.value().detach().to(dtypes[name]).cpu().contiguous()
                         for name, weight in trained.items()})
         own = {self._file(block).name: hashlib.sha256(content).hexdigest()}
         write_atomic(self._file(block), content)
@@ -305,7 +306,7 @@ class FinishedCheckpoint:
         blocks = next(self.decoder.blocks[0].module.parameters())
         self.decoder.move_surroundings(blocks.device)            # which is the host's with --cpu_offload_modules
         model = with_tower(regroup(self.decoder, self.dropped), self.model, self.config).model
-        save_pretrained(model.to(self.dtype), tokenizer, partial)
+        save_pretrained(cast(model, self.dtype), tokenizer, partial)
         copy_processors(self.model, partial, model.config)
         move_checkpoint(partial, self.path)
         self._tidy()

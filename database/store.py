@@ -311,7 +311,7 @@ def check_no_foreign_files(path: Path, names: list[str]) -> None:
 
 def config_sha256(config) -> str:
     """Hash of a decoder's configuration: its architecture, not where it was loaded from or how it is run."""
-    ignored = ("transformers_version", "dtype", "torch_dtype", "use_cache")
+    ignored = ("transformers_version", "dtype", "torch_dtype", "use_cache", "quantization_config")
     values = {key: value for key, value in config.get_text_config(decoder=True).to_dict().items()
               if key[0] != "_" and key not in ignored}
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()

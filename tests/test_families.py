@@ -4,13 +4,13 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import Gemma3ForCausalLM, Gemma3ForConditionalGeneration, LlamaConfig
+from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3ForConditionalGeneration, LlamaConfig
 
 import evo_drop
 import export
 import families
 import finish
-from benchmarks.families import DONE, FAMILIES, NUM_BLOCKS, same, save_family, try_family
+from benchmarks.families import DONE, FAMILIES, NUM_BLOCKS, PLAIN, same, save_family, try_family
 from database.hessian import Calibration
 from formats.compressed_tensors import check_loadable
 from formats.regroup import regroup, whole
@@ -18,7 +18,7 @@ from formats.towers import with_tower
 from utils.configs import write_drop_config
 from utils.decoder import Decoder
 from utils.fitness import Fitness
-from utils.model import save_dropped
+from utils.model import load_decoder, save_dropped
 
 TOKENS = torch.randint(2, 1000, (2, 24), generator=torch.Generator().manual_seed(5))
 
@@ -30,6 +30,73 @@ def decoder_of(family: str, **overrides) -> Decoder:
 def logits(model) -> torch.Tensor:
     with torch.no_grad():
         return model(input_ids=TOKENS, use_cache=False).logits
+
+
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3", "glm4_moe", "minimax"])
+def test_mixtures_in_half_precision_are_compared_with_what_they_compute_otherwise(family):
+    """Experts in plain products, which tell their layers, round otherwise, and then other ones are chosen."""
+    decoder = Decoder(families.build(family, **FAMILIES[family]).to(torch.bfloat16))
+    assert any(".experts." in name for name in decoder.layers)
+    assert torch.equal(decoder.logits(decoder._last_hidden_states(TOKENS)), logits(decoder.model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_channel_that_is_larger_than_all_others_hides_no_state_that_runs_on(dtype):
+    """As pretrained models have them, with norms that see past it: documents of a hybrid are not packed."""
+    model, outlier = families.build("lfm2", **FAMILIES["lfm2"]), 200.0
+    with torch.no_grad():
+        model.get_input_embeddings().weight[:, 5] = outlier
+        for name, norm in model.named_parameters():
+            if "norm" in name and norm.shape == (32,):
+                norm.mul_(outlier / 32**0.5)
+                norm[5] = 0
+    assert Decoder(model.to(dtype)).packed_rows == 0
+
+
+def test_attention_in_chunks_of_a_row_is_not_packed():
+    model = families.build("llama4_text", **PLAIN | dict(
+        num_local_experts=4, num_experts_per_tok=1, intermediate_size_mlp=64, interleave_moe_layer_step=2,
+        attention_chunk_size=32, no_rope_layers=[1, 0] * 3))
+    assert Decoder(model).packed_rows == 0           # exact on the few tokens that are tried, which fit a chunk
+
+
+def test_what_follows_the_mlp_is_dropped_with_it_even_if_it_has_a_cache():
+    decoder = Decoder(families.build("inkling_text", **PLAIN | dict(
+        moe_intermediate_size=24, num_experts_per_tok=2, sliding_window=8, n_routed_experts=4, n_shared_experts=1)))
+    block = decoder.blocks[2]
+    assert block.attn.modules == [block.module.self_attn, block.module.attn_sconv]
+    assert block.mlp.modules == [block.module.mlp, block.module.mlp_sconv]
+    hook = block.module.attn_sconv.register_forward_hook(lambda module, inputs, output: torch.zeros_like(output))
+    silenced = logits(decoder.model)
+    hook.remove()
+    block.drop(True, False)
+    assert torch.equal(logits(decoder.model), silenced)
+
+
+def test_what_its_class_keeps_in_float32_is_saved_so(tmp_path, tokenizer, text):
+    model = save_family("glm4_moe", tmp_path / "model")
+    dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+    biases = {name: bias for name, bias in dense.state_dict().items() if name.endswith("e_score_correction_bias")}
+    for bias in biases.values():
+        bias.copy_(7 + 0.02 * torch.randn(bias.shape))
+    dense.save_pretrained(model)
+    assert {bias.dtype for bias in biases.values()} == {torch.float32}
+    save_dropped(load_decoder(model, "bfloat16", "cpu"), tokenizer, tmp_path / "saved")
+    write_drop_config(tmp_path / "drop.txt", [(True, False), *[(False, False)] * 5])
+    finish.main(["--model_name_or_path", model, "--dtype", "bfloat16", "--drop_config", str(tmp_path / "drop.txt"),
+                 "--calibration_data", text, "--calibration_tokens", "64", "--calibration_sequence_length", "32",
+                 "--batch_size", "2", "--steps", "1", "--save_dir", str(tmp_path / "finished")])
+    for folder in ("saved", "finished"):
+        found = load_file(tmp_path / folder / "model.safetensors")
+        assert all(torch.equal(found[name], bias) for name, bias in biases.items())
+        assert found["model.embed_tokens.weight"].dtype == torch.bfloat16
+
+
+def test_blocks_with_ways_of_their_own_end_in_a_sentence(tmp_path, monkeypatch):
+    model = save_family("lfm2", tmp_path)
+    monkeypatch.setattr(Decoder, "_probe", lambda *args: None + 1)
+    with pytest.raises(ValueError, match="the blocks of Lfm2ForCausalLM cannot be run one by one .TypeError: "):
+        load_decoder(model, device="cpu")
 
 
 @pytest.mark.parametrize("family", ["lfm2", "gemma4_text", "qwen3_5"])

@@ -29,8 +29,9 @@ from exports import reload, save_model
 from formats import compressed_tensors, gguf
 from formats.compressed_tensors import Quantized, Scheme
 from formats.gguf import decode, encode
+from utils.configs import write_drop_config
 from utils.data import calibration_documents
-from utils.model import load_decoder, load_tokenizer
+from utils.model import load_config, load_decoder, load_tokenizer
 
 needs_gguf = pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason=(
     "the gguf package is not installed: pip install -r requirements-gguf.txt"))
@@ -379,6 +380,20 @@ def test_exported_again_it_has_the_same_codes_and_scales_and_loads_to_the_bit(mo
     loaded = reload(out, torch.randint(3, 90, (2, 8)))
     for name, layer in levels[bits].items():
         assert torch.equal(loaded[f"weight {name}.weight"], layer.weight), name
+
+
+def test_a_model_that_is_quantized_already_is_refused_where_its_weights_are_needed(model, imported, text, tmp_path):
+    packed = export_level(model, imported, 4, tmp_path / "packed")
+    write_drop_config(tmp_path / "drop.txt", [(False, True), *[(False, False)] * (load_config(packed).num_hidden_layers
+                                                                                 - 1)])
+    own = ["--model_name_or_path", packed, "--save_dir", str(tmp_path / "out")]
+    calibration = ["--calibration_data", text, "--calibration_tokens", "64", "--calibration_sequence_length", "32"]
+    drop = ["--drop_config", str(tmp_path / "drop.txt")]
+    for run_program in (lambda: export.main([*own, *drop]), lambda: finish.main([*own, *drop, *calibration,
+                                                                                  "--batch_size", "2"]),
+                        lambda: gptq.main(gptq.make_parser().parse_args([*own, *calibration]))):
+        with pytest.raises((SystemExit, ValueError), match="quantized already .compressed-tensors., and stay so; give"):
+            run_program()
 
 
 def test_sizes_are_promised_by_what_each_level_is(model, tmp_path):

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import families
+from database.store import config_sha256
 from families import VOCABULARY
 from utils.decoder import Decoder
 from utils.model import default_device, load_config, load_decoder, load_tokenizer, save_dropped, weights_fingerprint
@@ -25,6 +26,26 @@ def test_checkpoint_is_loaded_in_the_dtype_asked_for(checkpoint):
     assert load_decoder(checkpoint, "bfloat16", "cpu").dtype == torch.bfloat16
     with pytest.raises(ValueError, match="--dtype int7: use one of auto, float16"):
         load_decoder(checkpoint, "int7", "cpu")
+
+
+def test_weights_that_were_unpacked_to_another_dtype_are_loaded_in_the_one_asked_for(checkpoint, monkeypatch):
+    load = AutoModelForCausalLM.from_pretrained
+
+    def unpacked(*args, **options):
+        model, found = load(*args, **options)
+        model.lm_head.weight.data = model.lm_head.weight.data.bfloat16()
+        return model, found
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", unpacked)
+    decoder = load_decoder(str(checkpoint), "float32", "cpu")
+    assert {parameter.dtype for parameter in decoder.model.parameters()} == {torch.float32}
+
+
+def test_a_configuration_is_the_same_whatever_its_weights_were_stored_in(checkpoint):
+    config = load_config(str(checkpoint))
+    expected = config_sha256(config)
+    config.quantization_config = {"quant_method": "fp8"}
+    assert config_sha256(config) == expected
 
 
 @pytest.mark.parametrize("load, flag", [(load_config, "--model_name_or_path"), (load_tokenizer, "--tokenizer_name"),

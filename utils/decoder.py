@@ -7,7 +7,7 @@ module puts into a cache, and what blocks pass each other besides hidden states,
 """
 import inspect
 from collections import UserDict
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -290,8 +290,11 @@ class Decoder:
         vocabulary = self.config.get_text_config(decoder=True).vocab_size
         tokens = torch.randint(vocabulary, (2, 16), generator=generator).to(self.device)
         first, second = tokens[:, :7], tokens[:, 7:]
-        with self._each_block_once(), orientations(self.model, [block.module for block in self.blocks]) as experts:
+        with self._each_block_once():
             logits = self.model(input_ids=second, use_cache=False).logits
+        with orientations(self.model, [block.module for block in self.blocks]) as experts:
+            if any(weights.dim() == 3 for block in self.blocks for weights in block.module.parameters()):
+                self.model(input_ids=second, use_cache=False)    # in plain products, which round otherwise
         for hook in hooks:
             hook.remove()
         if experts:
@@ -316,16 +319,20 @@ class Decoder:
         self._ask_for_no_mask(alone)
         restarting = torch.cat([torch.arange(7), torch.arange(9)]).expand(2, 16)
         try:
-            joined = self._last_hidden_states(tokens)[:, 7:]
-            leak = (joined - alone).abs().max()
-            exact = 0.1 * torch.maximum(leak, 100 * torch.finfo(self.dtype).eps * alone.abs().max())
-            for rows in (2, 1):
-                packed = self._last_hidden_states(tokens[:rows], restarting[:rows])[:, 7:]
-                if (packed - alone[:rows]).abs().max() < exact:
-                    self.packed_rows = 1 if rows == 1 else 1_000_000
-                    break
+            expected = self.logits(alone)
+            leak = _distances(self.logits(self._last_hidden_states(tokens)[:, 7:]), expected).median()
+            size = _distances(expected, torch.zeros_like(expected)).median()
+            exact = 0.1 * torch.maximum(leak, 100 * torch.finfo(self.dtype).eps * size)
+
+            def packs(rows: int) -> bool:
+                packed = self.logits(self._last_hidden_states(tokens[:rows], restarting[:rows])[:, 7:])
+                return bool(_distances(packed, expected[:rows]).max() < exact)
+
+            self.packed_rows = 1_000_000 if packs(2) else 1 if packs(1) else 0
+            if "chunked_attention" in self._layer_types:     # cut by the place in a row, which is more than 16 tokens
+                self.packed_rows = 0
             if by_document:
-                self._attend_by_document(tokens, restarting, alone, exact)
+                self._attend_by_document(packs)
         except TypeError:  # the family takes no position ids: documents of equal length are batched instead
             pass
 
@@ -399,6 +406,11 @@ class Decoder:
         for block in self.blocks:
             after = ran[min(map(ran.index, block.attn.modules)):] if {*block.attn.modules} <= {*ran} else []
             block.mlp.modules = [module for module in block.mlp.modules if module in after] or block.mlp.modules
+            late = [module for module in block.attn.modules if module in
+                    after[min(map(after.index, block.mlp.modules)):]] if {*block.mlp.modules} <= {*after} else []
+            if len(late) < len(block.attn.modules):          # a convolution with a cache, behind the MLP
+                block.attn.modules = [module for module in block.attn.modules if module not in late]
+                block.mlp.modules += late
         read = {key for mapping in notes.values() for key in mapping.read}
         self.shares_notes = bool(read)
         for key in read:
@@ -415,17 +427,18 @@ class Decoder:
         if not same:
             self._unmasked = {}
 
-    def _attend_by_document(self, tokens: torch.Tensor, position_ids: torch.Tensor, alone: torch.Tensor,
-                            exact: torch.Tensor) -> None:
-        """Attend by document from now on where that gives what documents alone give, up to `exact`."""
-        kinds = getattr(self.config.get_text_config(decoder=True), "layer_types", None) or ()
-        if self.config._attn_implementation != "sdpa" or set(kinds) - {"full_attention"}:
+    @property
+    def _layer_types(self) -> set[str]:
+        return {*(getattr(self.config.get_text_config(decoder=True), "layer_types", None) or ())}
+
+    def _attend_by_document(self, packs: Callable[[int], bool]) -> None:
+        """Attend by document from now on where that gives what documents alone give, as packs(rows) finds."""
+        if self.config._attn_implementation != "sdpa" or self._layer_types - {"full_attention"}:
             return
         attention.enable()
         self.by_document = True
         try:
-            packed = self._last_hidden_states(tokens, position_ids)[:, -alone.shape[1]:]
-            self.by_document = bool((packed - alone).abs().max() < exact)
+            self.by_document = packs(2)
         except torch.OutOfMemoryError:
             raise
         except (TypeError, ValueError, RuntimeError):        # arguments, an attention or heads of a kind of their own
@@ -478,6 +491,12 @@ def _recorded(at_work: list[nn.Module]):
     finally:
         for method, original in originals.items():
             setattr(Cache, method, original)
+
+
+def _distances(logits: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Of every token's logits, root mean square over the vocabulary [batch, tokens]: what a hidden state's largest
+    channels are, and a first token's, does not matter."""
+    return (logits.float() - others.float()).square().mean(-1).sqrt()
 
 
 def _no_mask(device: torch.device) -> dict:

@@ -37,6 +37,25 @@ def dtype_in(config) -> torch.dtype | None:
     return config.dtype or config.get_text_config(decoder=True).dtype
 
 
+def check_unpacked(model: nn.Module, flag: str, name: str) -> None:
+    """Raise ValueError for a model whose weights are in fewer bits already and stay so when they are loaded."""
+    found = getattr(model.config, "quantization_config", None)
+    if found is not None:
+        method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", "")
+        raise ValueError(f"{flag} {name}: its weights are quantized already ({getattr(method, 'value', method)}), and "
+                         f"stay so; give the checkpoint that it was made from")
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The model in `dtype`, but for what its class keeps in float32, as transformers loads it."""
+    kept = {*(getattr(model, "_keep_in_fp32_modules_strict", None) or ()),
+            *((getattr(model, "_keep_in_fp32_modules", None) or ()) if dtype == torch.float16 else ())}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point() and not any(f".{part}." in f".{name}." for part in kept):
+            tensor.data = tensor.data.to(dtype)
+    return model
+
+
 def weights_fingerprint(name: str) -> str | None:
     """Tells models of one configuration apart, in seconds whatever their size: a hash of the name, dtype and shape of
     every tensor of a checkpoint, and of three samples of each. None where it has no safetensors."""
@@ -148,15 +167,22 @@ def load_decoder(name: str, dtype: str = "auto", device: str | torch.device | No
             use_safetensors=None if trust_remote_code else True, output_loading_info=True)
         if found["missing_keys"]:
             raise ValueError(f"its weights lack {min(found['missing_keys'])}")
+    for parameter in model.parameters():             # what was stored in fewer bits may have been unpacked to another
+        if torch_dtype != "auto" and parameter.dtype in (torch.float16, torch.bfloat16):
+            parameter.data = parameter.data.to(torch_dtype)
     try:
         # torch.compile would have a variant for every number of documents
         decoder = Decoder(model if offload_blocks else model.to(device), device if offload_blocks else None,
                           by_document=device.type == "cuda" and not compile_blocks)
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        raise ValueError(f"{flag} {name}: too large for the device; add --cpu_offload_modules, or use "
-                         f"--dtype bfloat16") from error
+    except ValueError:
+        raise
+    except Exception as error:           # a family with ways of its own ends in whatever these stumble over
+        if out_of_memory(error):
+            raise ValueError(f"{flag} {name}: too large for the device; add --cpu_offload_modules, or use "
+                             f"--dtype bfloat16") from error
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+        raise ValueError(f"{flag} {name}: the blocks of {type(model).__name__} cannot be run one by one ({reason}); "
+                         f"give a model of another family") from error
     if compile_blocks:
         decoder.compile_blocks()
     return decoder
@@ -218,7 +244,7 @@ def save_dropped(decoder: Decoder, tokenizer, folder: str | Path, dtype: torch.d
     partial = Path(folder) / f".model{PARTIAL}"
     shutil.rmtree(partial, ignore_errors=True)       # of a run that was killed
     try:
-        decoder.model.to(dtype or decoder.dtype)
+        cast(decoder.model, dtype or decoder.dtype)
         save_pretrained(complete(decoder), tokenizer, partial)
         for stale in {file.name for file in Path(folder).glob("*.safetensors*")} - {*os.listdir(partial)}:
             Path(folder, stale).unlink()
