@@ -10,7 +10,7 @@ import evo_drop
 import export
 import families
 import finish
-from benchmarks.families import DONE, FAMILIES, NUM_BLOCKS, PLAIN, same, save_family, try_family
+from benchmarks.families import DONE, FAMILIES, NUM_BLOCKS, same, save_family, try_family
 from database.hessian import Calibration
 from formats.compressed_tensors import check_loadable
 from formats.regroup import regroup, whole
@@ -54,15 +54,12 @@ def test_a_channel_that_is_larger_than_all_others_hides_no_state_that_runs_on(dt
 
 
 def test_attention_in_chunks_of_a_row_is_not_packed():
-    model = families.build("llama4_text", **PLAIN | dict(
-        num_local_experts=4, num_experts_per_tok=1, intermediate_size_mlp=64, interleave_moe_layer_step=2,
-        attention_chunk_size=32, no_rope_layers=[1, 0] * 3))
-    assert Decoder(model).packed_rows == 0           # exact on the few tokens that are tried, which fit a chunk
+    # exact on the few tokens that are tried, which fit a chunk
+    assert decoder_of("llama4_text", attention_chunk_size=32).packed_rows == 0
 
 
 def test_what_follows_the_mlp_is_dropped_with_it_even_if_it_has_a_cache():
-    decoder = Decoder(families.build("inkling_text", **PLAIN | dict(
-        moe_intermediate_size=24, num_experts_per_tok=2, sliding_window=8, n_routed_experts=4, n_shared_experts=1)))
+    decoder = decoder_of("inkling_text")
     block = decoder.blocks[2]
     assert block.attn.modules == [block.module.self_attn, block.module.attn_sconv]
     assert block.mlp.modules == [block.module.mlp, block.module.mlp_sconv]
