@@ -109,9 +109,9 @@ begin() {
     if [ "$SCALE" != 1 ]; then            # of a model with a shorter context that
         local tokens
         tokens=$($PYTHON -c "
+from transformers import AutoConfig
 from utils.data import default_sequence_length
-from utils.model import load_config
-print(min($(less 8192 2), default_sequence_length(load_config('$1'))))")
+print(min($(less 8192 2), default_sequence_length(AutoConfig.from_pretrained('$1'))))")
         length=(--calibration_sequence_length "$tokens") eval_length=(--eval_sequence_length "$tokens")
     fi
     calibrated=("${base[@]}" --calibration_data "$DATA" "${length[@]}")
