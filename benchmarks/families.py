@@ -103,7 +103,6 @@ FAMILIES: dict[str, dict] = {
     "mimo_v2_flash": PLAIN | ROUTED | SLIDING | dict(
         n_routed_experts=4, num_experts=4, v_head_dim=8, swa_v_head_dim=8, swa_head_dim=8, swa_num_attention_heads=4,
         swa_num_key_value_heads=2, n_group=1, topk_group=1),
-    "inkling_text": PLAIN | ROUTED | dict(sliding_window=8, n_routed_experts=4, n_shared_experts=1),
     # hybrids
     "qwen3_next": PLAIN | ROUTED | LINEAR | dict(num_experts=4, shared_expert_intermediate_size=24),
     "qwen3_5_text": PLAIN | LINEAR, "lfm2": PLAIN | dict(layer_types=["conv", "full_attention"] * (NUM_BLOCKS // 2),

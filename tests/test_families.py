@@ -10,7 +10,7 @@ import evo_drop
 import export
 import families
 import finish
-from benchmarks.families import DONE, FAMILIES, NUM_BLOCKS, same, save_family, try_family
+from benchmarks.families import DONE, FAMILIES, NUM_BLOCKS, PLAIN, same, save_family, try_family
 from database.hessian import Calibration
 from formats.compressed_tensors import check_loadable
 from formats.regroup import regroup, whole
@@ -59,7 +59,8 @@ def test_attention_in_chunks_of_a_row_is_not_packed():
 
 
 def test_what_follows_the_mlp_is_dropped_with_it_even_if_it_has_a_cache():
-    decoder = decoder_of("inkling_text")
+    decoder = Decoder(families.build("inkling_text", **PLAIN | dict(
+        moe_intermediate_size=24, num_experts_per_tok=2, sliding_window=8, n_routed_experts=4, n_shared_experts=1)))
     block = decoder.blocks[2]
     assert block.attn.modules == [block.module.self_attn, block.module.attn_sconv]
     assert block.mlp.modules == [block.module.mlp, block.module.mlp_sconv]
