@@ -179,8 +179,7 @@ def check_flags(args: argparse.Namespace, config) -> None:
     if not re.fullmatch(r"[1-9]\d*[KMGT]B", args.max_shard_size):
         raise ValueError(f"--max_shard_size {args.max_shard_size}: not a size; write it like 500MB or 5GB")
     folder = Path(args.save_dir)
-    check_replaced(folder, args.overwrite)
-    if folder.exists() and any(folder.iterdir()):
+    if replaces(folder, args.overwrite):
         if not (folder / MARK).is_file():
             raise ValueError(f"--save_dir {folder}: --overwrite replaces only finished exports, and there is no {MARK} "
                              f"in it; name another folder")
@@ -198,10 +197,12 @@ def check_flags(args: argparse.Namespace, config) -> None:
                          f"out")
 
 
-def check_replaced(folder: Path, overwrite: bool) -> None:
-    """Raise ValueError where there is something that may not be replaced."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir()) and not overwrite):
+def replaces(folder: Path, overwrite: bool) -> bool:
+    """Whether there is something in its place. Raises ValueError where that may not be replaced."""
+    found = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    if found and not overwrite:
         raise ValueError(f"--save_dir {folder}: is there already; add --overwrite to replace it, or name another")
+    return found
 
 
 def read_evaluation(args: argparse.Namespace) -> dict | None:
@@ -251,7 +252,7 @@ def finished_or_nothing(save_dir: str, overwrite: bool) -> Iterator[Path]:
         partial.mkdir(exist_ok=True)
         lock(partial, "--save_dir")
         put_back()                                   # of an export that was killed
-        check_replaced(target, overwrite)
+        replaces(target, overwrite)
     for path in partial.iterdir():                   # what that one had written
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     try:

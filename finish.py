@@ -21,12 +21,12 @@ from database.levels import add_configuration_flags, check_configuration_flags, 
 from database.tuning import PARTS, HiddenStates, Passed
 from utils import distributed
 from utils.configs import read_drop_config
-from utils.data import check_dataset, sequence_length
+from utils.data import sequence_length
 from utils.decoder import Decoder
 from utils.errors import RunError, user_errors
 from utils.files import check_writable, lock
 from utils.fitness import default_microbatch_tokens, out_of_memory
-from utils.flags import add_calibration_flags, add_model_flags
+from utils.flags import add_calibration_flags, add_model_flags, check_calibration_flags, check_least
 from utils.inputs import decoder_of, documents_of, tokenizer_of
 from utils.model import check_unpacked, load_config
 
@@ -63,17 +63,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def check_flags(args: argparse.Namespace, config) -> None:
     """Raise ValueError, naming the flag, its value and the remedy. Sets the sequence length where it was left out."""
-    for flag, least in (("steps", 1), ("end_to_end_steps", 0), ("batch_size", 1), ("calibration_tokens", 2),
-                        ("microbatch_tokens", 1), ("calibration_sequence_length", 2)):
-        value = getattr(args, flag)
-        if value is not None and value < least:
-            raise ValueError(f"--{flag} {value}: must be at least {least}")
+    check_calibration_flags(args)
+    check_least(args, steps=1, end_to_end_steps=0, batch_size=1)
     if args.end_to_end_steps and args.cpu_offload_modules:
         raise ValueError(f"--end_to_end_steps {args.end_to_end_steps}: trains the whole model on the device; leave it "
                          f"or --cpu_offload_modules out")
     if args.learning_rate is not None and not 0 < args.learning_rate <= 1:
         raise ValueError(f"--learning_rate {args.learning_rate:g}: must be above 0 and at most 1, e.g. 0.02")
-    check_dataset(args.calibration_data, "--calibration_data")
     args.calibration_sequence_length = args.calibration_sequence_length or min(
         SEQUENCE_LENGTH, sequence_length(None, config, "--calibration_sequence_length"))
     if args.batch_size * args.calibration_sequence_length > args.calibration_tokens:

@@ -157,7 +157,8 @@ part() {
 measured() {
     local table=$1 level=$2 method=$3 name=eval${TASKS:+-tasks}/$4
     shift 4
-    part "$name" eval_config.py "${base[@]}" "${evaluation[@]}" "${eval_length[@]}" "${tasks[@]}" "$@" --output "$runs/$name.json"
+    part "$name" eval_config.py "${base[@]}" "${evaluation[@]}" "${eval_length[@]}" "${tasks[@]}" "$@" \
+        --output "$runs/$name.json"
     rows+=(--row "$table" "$level" "$method" "$runs/$name.json")
 }
 

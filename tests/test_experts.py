@@ -234,6 +234,8 @@ def test_what_a_search_finds_is_tied_meets_its_budget_and_comes_back_from_every_
 def test_a_sparse_search_comes_back_from_its_export(mixture, tmp_path):
     tokens = torch.randint(3, 200, (2, 24), generator=torch.Generator().manual_seed(0))
     levels = searched(mixture, tmp_path / "run", "sparse")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["database_sha256"] == Database.open(mixture / "sparse").sha256
     assert sum(levels.values()) == 0 and any(levels.values())
     export.main(["--model_name_or_path", str(mixture), "--sparse_weights_path", str(mixture / "sparse"), "--device",
                  "cpu", "--sparse_config_path", str(tmp_path / "run" / "final_configuration.txt"),

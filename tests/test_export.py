@@ -180,6 +180,12 @@ def test_overwrite_deletes_nothing_but_exports(tmp_path, checkpoint):
     with pytest.raises(SystemExit, match="replaces only finished exports"):
         export_dropped(tmp_path, checkpoint, DROPPED, "--overwrite")
     assert (out / "thesis.txt").read_text() == "years of work"
+    (out / "thesis.txt").replace(tmp_path / "thesis.txt")
+    out.rmdir()
+    (tmp_path / "thesis.txt").replace(out)               # a file of that name
+    with pytest.raises(SystemExit, match="replaces only finished exports"):
+        export_dropped(tmp_path, checkpoint, DROPPED, "--overwrite")
+    assert out.read_text() == "years of work"
 
 
 def test_overwrite_does_not_delete_what_it_reads(tmp_path, checkpoint):

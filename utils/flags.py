@@ -177,18 +177,19 @@ def flag_defaults(parser: argparse.ArgumentParser) -> dict:
 
 def check_calibration_flags(args: argparse.Namespace) -> None:
     """Raise ValueError for model and calibration flags that no model and no data could satisfy."""
-    _check_least(args, calibration_tokens=2, calibration_sequence_length=2, microbatch_tokens=1)
+    check_least(args, calibration_tokens=2, calibration_sequence_length=2, microbatch_tokens=1)
     check_dataset(args.calibration_data, "--calibration_data")
 
 
 def check_evaluation_flags(args: argparse.Namespace) -> None:
     """Raise ValueError for model and evaluation flags that no model and no data could satisfy."""
-    _check_least(args, eval_tokens=2, eval_sequence_length=2, microbatch_tokens=1)
+    check_least(args, eval_tokens=2, eval_sequence_length=2, microbatch_tokens=1)
     for name in args.eval_datasets:
         check_dataset(name, "--eval_datasets")
 
 
-def _check_least(args: argparse.Namespace, **least: int) -> None:
+def check_least(args: argparse.Namespace, **least: int) -> None:
+    """Raise ValueError for a flag, of those named, that is below the number beside it."""
     for flag, number in least.items():
         value = getattr(args, flag)
         if value is not None and value < number:
