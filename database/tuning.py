@@ -52,8 +52,9 @@ class HiddenStates:
         """own_ends(): a context in which embedding and head are those of what is trained, not of its teacher."""
         self.own_ends = own_ends
         self.decoder, self.documents, self.device = decoder, documents, device
-        self.rows = microbatches([(i, len(document)) for i, document in enumerate(documents)], tokens,
-                                 decoder.packed_rows)
+        # a microbatch's documents are not neighbours, which are often pieces of one text
+        order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(0)).tolist()
+        self.rows = microbatches([(i, len(documents[i])) for i in order], tokens, decoder.packed_rows)
         hidden_size = decoder.config.get_text_config(decoder=True).hidden_size
         needed = 3 * sum(map(len, documents)) * hidden_size * decoder.dtype.itemsize     # two streams, one being made
         needed *= 1 + decoder.shares_notes
@@ -177,7 +178,7 @@ class HiddenStates:
                               *_flat(gradients, values, scale)])
 
         summed = self._sum(len(batch), share)
-        self._check(summed.isfinite().all())
+        self._check(summed.sum().isfinite())
         loss, size = summed[:2]
         gradients = (summed[2:] / size).split([value.numel() for value in values])
         torch.autograd.backward(values, [gradient.view_as(value) for value, gradient in zip(values, gradients)])
@@ -264,7 +265,7 @@ class HiddenStates:
                 return torch.cat([torch.zeros(1, device=self.device), *_flat(gradients, values, scale)])
 
             summed = self._sum(len(batch), share)
-            finite &= summed.isfinite().all()
+            finite &= summed.sum().isfinite()
             parts = (summed[1:] / self._predicted(batch)).split([value.numel() for value in values])
             torch.autograd.backward(values, [part.view_as(value) for part, value in zip(parts, values)])
             ended(index)

@@ -365,6 +365,15 @@ def test_every_microbatch_is_seen_before_any_is_seen_again(checkpoint):
         assert sorted(seen[start:start + len(calibration.rows)]) == list(range(len(calibration.rows)))
 
 
+def test_pieces_of_one_text_are_not_trained_on_together(checkpoint):
+    decoder = Decoder(AutoModelForCausalLM.from_pretrained(checkpoint))
+    pieces = [torch.zeros(16, dtype=torch.int64)] * 64           # of eight texts, one after the other
+    calibration = HiddenStates(decoder, pieces, 64, torch.device("cpu"))
+    texts = [{i // 8 for row in rows for i, _ in row} for rows in calibration.rows]
+    assert sum(map(len, texts)) / len(texts) > 3                 # of at most four
+    assert calibration.rows == HiddenStates(decoder, pieces, 64, torch.device("cpu")).rows
+
+
 def test_every_token_counts_alike_however_large_its_hidden_state_is(checkpoint):
     decoder = Decoder(AutoModelForCausalLM.from_pretrained(checkpoint))
     documents = [torch.arange(3 + i, 19 + i) for i in range(8)]
