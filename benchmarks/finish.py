@@ -31,6 +31,7 @@ LEVELS = ["--generations", 8, "--offspring", 24, "--tokens_per_selection", 512, 
           "--survivors_per_selection", 4, 2, 1, "--initial_tokens", 1024, "--init", "measured", "--screen", 4]
 RANDOM = ["--generations", 0, "--init", "random", "--initially_generated", 1, "--initial_tokens", 256, "--offspring", 1,
           "--survivors_per_selection", 1, "--tokens_per_selection", 256]
+SCORE_TOKENS = 16384
 FINISHED = ", finished"
 BITS = {"2 bits": 2, "2.25 bits": 2.25, "2.5 bits": 2.5, "3 bits": 3}
 SPARSITIES = {"50% sparsity": 0.5, "60% sparsity": 0.6, "70% sparsity": 0.7}
@@ -152,7 +153,7 @@ class Bench:
     def depth(self, budget: str, seed: int) -> dict[str, dict]:
         share = DEPTHS[budget]
         scores = self.once(f"shortgpt-{share}", [
-            "-m", "baselines.drop_scores", *self.text, "--calibration_tokens", 16384, "--scoring_method",
+            "-m", "baselines.drop_scores", *self.text, "--calibration_tokens", SCORE_TOKENS, "--scoring_method",
             "cosine_similarity", "--sparsities", share])
         files = {"uniform": scores / f"cosine_similarity-{share:g}.txt"}
         for way, flags in (("random", RANDOM), ("searched", DEPTH)):

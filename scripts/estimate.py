@@ -305,6 +305,11 @@ def estimate(commands: Iterable[list[str]]) -> dict[str, tuple[int, Need]]:
     return totals
 
 
+def amount(value: float) -> str:
+    """In two digits, or as an integer where that has more."""
+    return f"{value:,.0f}" if value >= 10 else "< 0.001" if 0 < value < 1e-3 else f"{value:.2g}"
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("plan", type=Path, help="file with a command a line")
@@ -317,9 +322,8 @@ def main(argv: list[str] | None = None) -> None:
     all_needs = sum((need for _, need in totals.values()), Need())
     rows = [["program", "runs", "PFLOP", "GPU GB", "host GB", "disk GB", "A100 hours (estimate)"]]
     for program, (count, need) in [*totals.items(), ("all", (len(commands), all_needs))]:
-        rows.append([program, count, *[f"{value:,.{1 if value < 100 else 0}f}" for value in (
-            sum(need.flop.values()) / 1e15, need.device / GB, need.host / GB, need.disk / GB)],
-            f"{need.seconds / 3600:.2f}"])
+        rows.append([program, count, *map(amount, (
+            sum(need.flop.values()) / 1e15, need.device / GB, need.host / GB, need.disk / GB, need.seconds / 3600))])
     print(format_table(rows))
     print(f"An estimate: counted FLOP, without subtracting what candidates share, at {UTILIZATION:.0%} of an A100's "
           f"{', '.join(f'{rate / 1e12:g} ({kind})' for kind, rate in RATES.items())} TFLOP/s, and files at "

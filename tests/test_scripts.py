@@ -109,6 +109,12 @@ def test_an_infinite_perplexity_is_a_measurement(tmp_path):
 # ---- estimate --------------------------------------------------------------------------------------------------------
 
 
+def test_amounts_of_a_small_model_are_not_rounded_to_nothing():
+    assert [*map(estimate.amount, (0, 3e-5, 0.0028, 1.44, 26.6, 1234.5))] == ["0", "< 0.001", "0.0028", "1.4", "27",
+                                                                              "1,234"]
+
+
+
 def test_shape_is_that_of_the_model(checkpoint):
     decoder = load_decoder(str(checkpoint), device="cpu")
     shape = estimate.shape_of(str(checkpoint))
