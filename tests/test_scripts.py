@@ -114,7 +114,6 @@ def test_amounts_of_a_small_model_are_not_rounded_to_nothing():
                                                                               "1,234"]
 
 
-
 def test_shape_is_that_of_the_model(checkpoint):
     decoder = load_decoder(str(checkpoint), device="cpu")
     shape = estimate.shape_of(str(checkpoint))
