@@ -4,10 +4,11 @@
         --quant_config_path evo-kl-configuration-2.5.txt --save_dir db/finished-2.5
     python finish.py --model_name_or_path meta-llama/Meta-Llama-3-8B --drop_config layer_drop_config.txt --save_dir out
 
-Each block is trained to give what the uncompressed model's block gave, on what the blocks finished so far pass to it;
-with --end_to_end_steps all are then trained together, to predict what it predicts. The budget stays. Of bits and
-sparsity comes a database with one level a layer, which eval_config.py and export.py take with the same configuration;
-of depth a checkpoint without what was dropped.
+Each block is trained to give what the uncompressed model's block gave, on what the blocks finished so far pass to it; a
+block before others that are dropped whole, to give what the last of those gave. With --end_to_end_steps all are then
+trained together, to predict what the model predicts. The budget stays. Of bits and sparsity comes a database with one
+level a layer, which eval_config.py and export.py take with the same configuration; of depth a checkpoint without what
+was dropped.
 """
 import argparse
 import time
@@ -89,7 +90,16 @@ def finish_blocks(args: argparse.Namespace, decoder: Decoder, documents: list[to
     decoder.blocks[0].module.to(device)
     batch_tokens = args.batch_size * args.calibration_sequence_length
     tokens = args.microbatch_tokens or min(default_microbatch_tokens(decoder), -(-batch_tokens // PARTS))
-    calibration = HiddenStates(decoder, documents, tokens, device, result.own_ends)
+    gone = {index for index, halves in enumerate(dropped) if all(halves)}
+    calibration = HiddenStates(decoder, documents, tokens, device, result.own_ends, streams=4 if gone else 2)
+
+    def after_dropped(states: list[Passed], index: int) -> list[Passed]:
+        """What the uncompressed blocks that are dropped right after block `index` make of its outputs `states`."""
+        while (index := index + 1) in gone:
+            decoder.blocks[index].module.to(device)
+            states = calibration.run(states, index)
+            decoder.blocks[index].module.to(home)
+        return states
 
     began, trained = time.time(), 0
     embedded = result.embedded(calibration)
@@ -98,11 +108,12 @@ def finish_blocks(args: argparse.Namespace, decoder: Decoder, documents: list[to
     for block in decoder.blocks:
         block.module.to(device)
         targets = calibration.run(given, block.index)
-        note = "dropped" if all(dropped[block.index]) else "finished before"
+        note = "dropped" if block.index in gone else "finished before"
         if not result.has(block):
             weights = result.weights(block)
+            goal = after_dropped(targets, block.index) if weights else targets
             block.drop(*dropped[block.index])
-            first, last = calibration.train(block.index, weights, passed, targets, args.steps, batch_tokens,
+            first, last = calibration.train(block.index, weights, passed, goal, args.steps, batch_tokens,
                                             args.seed + SEED_STRIDE * block.index) if weights else (0.0, 0.0)
             block.drop(False, False)
             result.save(block, weights, calibration, given)

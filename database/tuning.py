@@ -48,15 +48,16 @@ class HiddenStates:
     """
 
     def __init__(self, decoder: Decoder, documents: Sequence[torch.Tensor], tokens: int, device: torch.device,
-                 own_ends: Callable = nullcontext):
-        """own_ends(): a context in which embedding and head are those of what is trained, not of its teacher."""
+                 own_ends: Callable = nullcontext, streams: int = 2):
+        """own_ends(): a context in which embedding and head are those of what is trained, not of its teacher. streams:
+        how often what is passed of all documents is in memory, besides what is being made."""
         self.own_ends = own_ends
         self.decoder, self.documents, self.device = decoder, documents, device
         # a microbatch's documents are not neighbours, which are often pieces of one text
         order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(0)).tolist()
         self.rows = microbatches([(i, len(documents[i])) for i in order], tokens, decoder.packed_rows)
         hidden_size = decoder.config.get_text_config(decoder=True).hidden_size
-        needed = 3 * sum(map(len, documents)) * hidden_size * decoder.dtype.itemsize     # two streams, one being made
+        needed = (streams + 1) * sum(map(len, documents)) * hidden_size * decoder.dtype.itemsize
         needed *= 1 + decoder.shares_notes
         self.storage = storage_for(needed, device, 1 / 4)
 

@@ -98,6 +98,35 @@ def test_a_finished_depth_checkpoint_has_fewer_blocks_and_diverges_less(finished
     assert not list(finished.once("drop").glob("block-*"))
 
 
+def test_a_block_makes_up_for_those_that_are_dropped_after_it(checkpoint, text, finished, monkeypatch, tmp_path):
+    """It is trained to give what the last of them gave; where those are the last of the model, no other block could."""
+    goals, train = {}, HiddenStates.train
+
+    def spy(self, index: int, weights, states, targets, *rest):
+        goals[index] = targets
+        return train(self, index, weights, states, targets, *rest)
+
+    outputs, run = {}, HiddenStates.run
+
+    def run_and_keep(self, states, index: int):
+        kept = run(self, states, index)
+        outputs.setdefault(index, kept)                  # the first time, the uncompressed block's
+        return kept
+
+    monkeypatch.setattr(HiddenStates, "train", spy)
+    monkeypatch.setattr(HiddenStates, "run", run_and_keep)
+    config = tmp_path / "drop.txt"
+    write_drop_config(config, [(False, True), (True, True), (False, False), (True, False), (True, True), (True, True)])
+    folder = finished("drop", tmp_path / "out", "--drop_config", str(config))
+    assert [*goals] == [0, 2, 3]
+    for index, last in ((0, 1), (2, 2), (3, 5)):
+        assert all(torch.equal(goal.hidden_states, output.hidden_states)
+                   for goal, output in zip(goals[index], outputs[last]))
+    monkeypatch.undo()
+    assert divergence(checkpoint, text, "--checkpoint", folder) < 0.9 * divergence(checkpoint, text, "--drop_config",
+                                                                                   config)
+
+
 def test_a_finished_depth_checkpoint_is_of_the_dtype_of_its_model(checkpoint, tokenizer, finished, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
     save_pretrained(model, tokenizer, tmp_path / "model")
