@@ -21,6 +21,7 @@ sys.path[0] = str(ROOT)
 import matplotlib
 import torch
 from matplotlib import pyplot
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from benchmarks.finish import Bench
 from benchmarks.programs import claim, group_size, run, write_readme
@@ -75,7 +76,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=1, help="at once, one thread each")
     parser.add_argument("--write_readme", nargs="?", const="real", metavar="NAME",
-                        help="put the table between the <!-- NAME --> marks of benchmarks/README.md (default: real)")
+                        help="put the table between the <!-- NAME --> marks of benchmarks/README.md, and its picture "
+                             "there, too (default: real)")
     return parser.parse_args()
 
 
@@ -210,7 +212,7 @@ def winners_map(bench: Real, kind: str, target: float, file: Path) -> tuple[list
 
 def plot(bench: Real, results: dict[tuple[str, float], dict[str, dict]], text: str, path: Path) -> None:
     """A column a task: perplexity over the budget, by way, the uncompressed model as a line; below, what the
-    recommended search chose at the first budget."""
+    recommended search chose at the one in the middle."""
     matplotlib.use("Agg")
     kinds = list(dict.fromkeys(kind for kind, _ in results))
     figure, axes = pyplot.subplots(2, len(kinds), figsize=(4.6 * len(kinds), 5.2), layout="constrained", squeeze=False,
@@ -225,12 +227,16 @@ def plot(bench: Real, results: dict[tuple[str, float], dict[str, dict]], text: s
             axis.plot(*zip(*points), marker="o", label=way, color=COLORS.get(way))
         axis.axhline(results[kind, targets[0]]["recommended"]["values"][0][text]["dense"], color="black", linewidth=0.8,
                      linestyle="--", label="uncompressed")
-        axis.set(xlabel=labels[kind], ylabel="perplexity", xticks=targets)
+        axis.set(xlabel=labels[kind], ylabel="perplexity", xticks=targets, yscale="log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(ScalarFormatter())
+        axis.yaxis.set_minor_formatter(NullFormatter())
         axis.legend(fontsize=7)
-        values, rows = winners_map(bench, kind, targets[0], results[kind, targets[0]]["recommended"]["files"][0])
+        middle = targets[len(targets) // 2]
+        values, rows = winners_map(bench, kind, middle, results[kind, middle]["recommended"]["files"][0])
         image = picture.imshow(values, aspect="auto", interpolation="nearest")
         picture.set_yticks(range(len(rows)), [row.rpartition(".")[2] for row in rows], fontsize=7)
-        picture.set(xlabel="block", title=f"recommended, {targets[0]} {labels[kind]}")
+        picture.set(xlabel="block", title=f"recommended, {middle} {labels[kind]}")
         picture.title.set_fontsize(8)
         if kind != "depth":
             figure.colorbar(image, ax=picture)
@@ -282,8 +288,9 @@ def main() -> None:
     (args.out / "table.md").write_text(table + "\n")
     plot(bench, results, args.eval_data[0], args.out / "real.png")
     if args.write_readme:
-        plot(bench, results, args.eval_data[0], ROOT / "benchmarks" / "real.png")
-        write_readme(args.write_readme, table + "\n\n![Perplexity over budget, and what was chosen](real.png)")
+        picture = f"{args.write_readme}.png"
+        plot(bench, results, args.eval_data[0], ROOT / "benchmarks" / picture)
+        write_readme(args.write_readme, table + f"\n\n![Perplexity over budget, and what was chosen]({picture})")
 
 
 if __name__ == "__main__":
