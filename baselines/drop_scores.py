@@ -220,6 +220,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
     results = {}
     for method in args.scoring_method:
         scores: dict[str, object]
+        print(f"{method}, {sum(map(len, documents)):,} tokens", flush=True)
         if args.brute_force:
             found = {sparsity: brute_force(fitness, FITNESS[method], count) for sparsity, count in counts.items()}
             dropped = {sparsity: blocks for sparsity, (_, blocks) in found.items()}

@@ -33,6 +33,7 @@ RANDOM = ["--generations", 0, "--init", "random", "--initially_generated", 1, "-
           "--survivors_per_selection", 1, "--tokens_per_selection", 256]
 SCORE_TOKENS = 16384
 FINISHED = ", finished"
+WAYS = ("uniform", "random", "searched")
 BITS = {"2 bits": 2, "2.25 bits": 2.25, "2.5 bits": 2.5, "3 bits": 3}
 SPARSITIES = {"50% sparsity": 0.5, "60% sparsity": 0.6, "70% sparsity": 0.7}
 DEPTHS = {"25% depth": 0.25, "37.5% depth": 0.375}
@@ -64,6 +65,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--eval_tokens", type=int, default=16384)
     parser.add_argument("--budgets", nargs="+", default=[*BITS, *SPARSITIES, *DEPTHS], metavar="NAME",
                         help="e.g. '2.5 bits' '60%% sparsity' '25%% depth' (default: all)")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, metavar="WAY",
+                        help=f"of {', '.join(WAYS)}, for depth uniform being ShortGPT's (default: all)")
     parser.add_argument("--steps", type=int, default=100, help="of finish.py (default: 100)")
     parser.add_argument("--end_to_end_steps", type=int, default=0, help="of finish.py (default: 0)")
     parser.add_argument("--batch_size", type=int, default=4, help="of finish.py (default: 4)")
@@ -141,25 +144,27 @@ class Bench:
             return str(self.once(run_name, [*script, *self.text, "--no_eval", "--seed", seed, *flags, *own])
                        / f"{run_name}.txt")
 
-        if not bits or target == int(target):
+        if "uniform" in self.args.ways and (not bits or target == int(target)):
             both("uniform", database, uniform, "")
-        if target != 2:
-            both("random", database, search("random", database, RANDOM), f"-{seed}")
-            both("searched", database, search("searched", database, LEVELS), f"-{seed}")
+        for way, flags in (("random", RANDOM), ("searched", LEVELS)):
+            if way in self.args.ways and target != 2:
+                both(way, database, search(way, database, flags), f"-{seed}")
         if bits and target == int(target) and self.args.auto_round and not seed:
             found["auto-round"] = self.auto_round(int(target))
         return found
 
     def depth(self, budget: str, seed: int) -> dict[str, dict]:
         share = DEPTHS[budget]
-        scores = self.once(f"shortgpt-{share}", [
-            "-m", "baselines.drop_scores", *self.text, "--calibration_tokens", SCORE_TOKENS, "--scoring_method",
-            "cosine_similarity", "--sparsities", share])
-        files = {"uniform": scores / f"cosine_similarity-{share:g}.txt"}
+        files = {}
+        if "uniform" in self.args.ways:
+            files["uniform"] = self.once(f"shortgpt-{share}", [
+                "-m", "baselines.drop_scores", *self.text, "--calibration_tokens", SCORE_TOKENS, "--scoring_method",
+                "cosine_similarity", "--sparsities", share]) / f"cosine_similarity-{share:g}.txt"
         for way, flags in (("random", RANDOM), ("searched", DEPTH)):
-            files[way] = self.once(f"depth-{share}-{way}-{seed}", [
-                "evo_drop.py", *self.text, "--no_eval", "--seed", seed, "--sparsity", share, *flags]
-                ) / "layer_drop_config.txt"
+            if way in self.args.ways:
+                files[way] = self.once(f"depth-{share}-{way}-{seed}", [
+                    "evo_drop.py", *self.text, "--no_eval", "--seed", seed, "--sparsity", share, *flags]
+                    ) / "layer_drop_config.txt"
         found = {}
         for way, file in files.items():
             name = f"depth-{share}-{way}"

@@ -78,12 +78,18 @@ def test_what_finishing_is_worth_has_uniform_random_and_searched_before_and_afte
         monkeypatch.setattr(finish, name, few)
     monkeypatch.setattr(finish, "RANDOM", [*finish.RANDOM, "--initial_tokens", 32, "--tokens_per_selection", 32])
     monkeypatch.setattr(finish, "SCORE_TOKENS", 64)
-    rows = table_of(monkeypatch, capsys, finish, tmp_path, "--model_name_or_path", checkpoint, "--data", text,
-                    "--calibration_tokens", 256, "--sequence_length", 32, "--eval_tokens", 128, "--steps", 2,
-                    "--batch_size", 2, "--budgets", "2.5 bits", "50% sparsity", "25% depth")
+    flags = ["--model_name_or_path", checkpoint, "--data", text, "--calibration_tokens", 256, "--sequence_length", 32,
+             "--eval_tokens", 128, "--steps", 2, "--batch_size", 2,
+             "--budgets", "2.5 bits", "50% sparsity", "25% depth"]
+    rows = table_of(monkeypatch, capsys, finish, tmp_path, *flags)
     assert [(row["budget"], row["configuration"]) for row in rows] == [
         ("2.5 bits", "random"), ("2.5 bits", "searched"),
         *(("50% sparsity", way) for way in ("uniform", "random", "searched")),
         *(("25% depth", way) for way in ("ShortGPT", "random", "searched"))]
     assert all(float(row["finished: KL"]) > 0 and float(row["minutes to finish"]) > 0 for row in rows)
     assert all(row["finished: KL"] < row["KL"] for row in rows) and ran.count("finish.py") == len(rows)
+
+    before = len(ran)
+    kept = [row for row in rows if "random" not in row.values()]
+    assert table_of(monkeypatch, capsys, finish, tmp_path, *flags, "--ways", "uniform", "searched") == kept
+    assert len(ran) == before
