@@ -164,6 +164,8 @@ def main(argv: list[str] | None = None) -> dict:
     if args.select_by:
         for point, levels in zip(grid, configurations):    # one by one: each takes other levels of nearly all layers
             [(point[args.select_by],)] = fitness.measure([switcher.states(levels)], kinds=(args.select_by,))
+            print(f"lambda {point['lambda']:g}, M {point['m']:g}: {args.select_by} {point[args.select_by]:.5f}",
+                  flush=True)
         best = min(range(len(grid)), key=lambda i: grid[i][args.select_by])
         write_level_config(f"{args.save_dir}/owl.txt", configurations[best])
         result["best"] = grid[best]["file"]
