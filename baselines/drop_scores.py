@@ -112,7 +112,11 @@ AT_THE_END: dict[str, Measure] = {"l2": l2_distance, "l2_normalized": l2_distanc
 def walk(decoder: Decoder, documents: list[torch.Tensor], microbatch_tokens: int | None
          ) -> Iterator[tuple[BlockInputs, list[torch.Tensor]]]:
     """For each microbatch what the model passes to its blocks, and n + 1 hidden states [rows, tokens, hidden]: the
-    input of every block, and the last block's output as it is before the final norm."""
+    input of every block, and the last block's output as it is before the final norm. All blocks are put back first: a
+    candidate may have been measured without some."""
+    for block in decoder.blocks:
+        block.drop(False, False)
+    decoder.states[:] = [None] * len(decoder.blocks)
     whole = [(i, len(document)) for i, document in enumerate(documents)]
     for rows in microbatches(whole, microbatch_tokens or default_microbatch_tokens(decoder), decoder.packed_rows):
         input_ids, position_ids, _ = assemble(documents, rows)

@@ -98,6 +98,18 @@ def test_brute_force_finds_the_best_of_all_combinations(count, documents, monkey
     assert value == pytest.approx(values[dropped], rel=1e-4)
 
 
+def test_scores_do_not_depend_on_which_were_measured_before(checkpoint, tmp_path):
+    def scores(*methods):
+        found = drop_scores.main(["--model_name_or_path", checkpoint, "--calibration_data", "stdlib",
+                                  "--calibration_tokens", "200", "--calibration_sequence_length", "40", "--sparsities",
+                                  "0.2", "0.4", "--scoring_method", *methods, "--save_dir", str(tmp_path)])
+        return {method: result["scores"] for method, result in found.items()}
+
+    alone = {method: scores(method)[method] for method in drop_scores.METHODS}
+    assert scores(*drop_scores.METHODS, *reversed(drop_scores.METHODS)) == alone
+    assert scores(*reversed(drop_scores.METHODS)) == alone
+
+
 def test_drop_scores_writes_the_blocks_of_lowest_score(checkpoint, tmp_path):
     drop_scores.main(["--model_name_or_path", checkpoint, "--calibration_data", "stdlib", "--calibration_tokens", "200",
                       "--calibration_sequence_length", "40", "--scoring_method", "cosine_similarity",
