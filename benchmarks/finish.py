@@ -58,6 +58,7 @@ tokenizer.save_pretrained(out)
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name_or_path", default=str(ROOT / "demo" / "model"))
+    parser.add_argument("--dtype", default="auto", help="of everything (default: the scripts' own)")
     parser.add_argument("--data", default="stdlib", help="calibration and evaluation text")
     parser.add_argument("--other_data", help="evaluation text of another kind")
     parser.add_argument("--calibration_tokens", type=int, default=131072)
@@ -195,9 +196,11 @@ def main() -> None:
     unknown = [name for name in args.budgets if name not in {**BITS, **SPARSITIES, **DEPTHS}]
     if unknown:
         raise SystemExit(f"--budgets {unknown[0]}: use one of {', '.join({**BITS, **SPARSITIES, **DEPTHS})}")
-    claim(args.out.resolve(), args, ("model_name_or_path", "data", "other_data", "calibration_tokens",
+    claim(args.out.resolve(), args, ("model_name_or_path", "dtype", "data", "other_data", "calibration_tokens",
                                      "sequence_length", "eval_tokens", "steps", "end_to_end_steps", "batch_size"))
     bench = Bench(args)
+    for flags in (bench.model, bench.text):
+        flags += ["--dtype", args.dtype]
     jobs = [(budget, seed) for seed in range(args.seeds) for budget in args.budgets]
     with ThreadPoolExecutor(args.jobs) as pool:
         found = list(pool.map(lambda job: (bench.depth if job[0] in DEPTHS else bench.levels)(*job), jobs))

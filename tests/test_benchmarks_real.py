@@ -79,7 +79,7 @@ def test_what_finishing_is_worth_has_uniform_random_and_searched_before_and_afte
     monkeypatch.setattr(finish, "RANDOM", [*finish.RANDOM, "--initial_tokens", 32, "--tokens_per_selection", 32])
     monkeypatch.setattr(finish, "SCORE_TOKENS", 64)
     flags = ["--model_name_or_path", checkpoint, "--data", text, "--calibration_tokens", 256, "--sequence_length", 32,
-             "--eval_tokens", 128, "--steps", 2, "--batch_size", 2,
+             "--eval_tokens", 128, "--steps", 2, "--batch_size", 2, "--dtype", "float32",
              "--budgets", "2.5 bits", "50% sparsity", "25% depth"]
     rows = table_of(monkeypatch, capsys, finish, tmp_path, *flags)
     assert [(row["budget"], row["configuration"]) for row in rows] == [
