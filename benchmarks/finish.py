@@ -5,7 +5,7 @@
 At every budget: uniform (for depth ShortGPT's), random and searched, as they are and finished. Databases are built
 once, with --mse for bits; seeds differ in calibration text, search and training. --other_data is text of another kind,
 on which the same is evaluated. With --auto_round PYTHON, an interpreter that has auto-round 0.16.1, uniform bitwidths
-by that with its defaults. Finished parts are not run again.
+and the mixtures that the first seed's search has found, by that with its defaults. Finished parts are not run again.
 """
 import argparse
 import json
@@ -21,6 +21,7 @@ from threading import Lock
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 from benchmarks.programs import claim, group_size, run, sparsity_step, write_readme
+from utils.configs import read_level_config
 from utils.files import write_atomic
 from utils.report import format_table
 
@@ -41,13 +42,14 @@ AUTO_ROUND = """
 import json, sys, torch
 from auto_round import AutoRound
 from transformers import AutoModelForCausalLM, AutoTokenizer
-model, documents, bits, out = sys.argv[1:]
+model, documents, levels, out = sys.argv[1:]
+levels = json.loads(levels)
 documents = [d for d in json.load(open(documents)) if len(d) == max(map(len, json.load(open(documents))))]
 own, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
 data = [{"input_ids": torch.tensor([d]), "attention_mask": torch.ones(1, len(d), dtype=torch.int64)} for d in documents]
-tuned, _ = AutoRound(own, tokenizer, bits=int(bits), group_size=128, sym=False, iters=200, seqlen=len(documents[0]),
-                     nsamples=len(data), dataset=data, batch_size=8, enable_torch_compile=False,
-                     device_map="cpu").quantize()
+tuned, _ = AutoRound(own, tokenizer, bits=levels.pop("*", 2), layer_config={n: {"bits": b} for n, b in levels.items()},
+                     group_size=128, sym=False, iters=200, seqlen=len(documents[0]), nsamples=len(data), dataset=data,
+                     batch_size=8, enable_torch_compile=False, device_map="cpu").quantize()
 fresh = AutoModelForCausalLM.from_pretrained(model)
 fresh.load_state_dict(tuned.state_dict(), strict=False)
 fresh.save_pretrained(out)
@@ -150,8 +152,12 @@ class Bench:
         for way, flags in (("random", RANDOM), ("searched", LEVELS)):
             if way in self.args.ways and target != 2:
                 both(way, database, search(way, database, flags), f"-{seed}")
-        if bits and target == int(target) and self.args.auto_round and not seed:
-            found["auto-round"] = self.auto_round(int(target))
+        if bits and self.args.auto_round and not seed:
+            if target == int(target):
+                found["auto-round"] = self.auto_round(target, {"*": target})
+            elif "searched" in found:
+                file = next((self.out / f"quant-{target}-searched-0").glob("*.txt"))
+                found["searched, auto-round"] = self.auto_round(target, read_level_config(file))
         return found
 
     def depth(self, budget: str, seed: int) -> dict[str, dict]:
@@ -174,7 +180,8 @@ class Bench:
             found[way + FINISHED] = self.evaluate(f"{name}-finished-{seed}", ["--checkpoint", finished])
         return found
 
-    def auto_round(self, bits: int) -> dict:
+    def auto_round(self, bits: float, levels: dict[str, int]) -> dict:
+        """Of an average of `bits`; `levels`: of every layer, or of all under "*"."""
         folder, done = self.out / f"auto-round-{bits}", self.out / f"auto-round-{bits}.seconds"
         if not done.exists():
             from utils.data import calibration_documents
@@ -185,8 +192,8 @@ class Bench:
             began = time.time()
             with (self.out / "logs" / f"auto-round-{bits}.log").open("w") as log:
                 subprocess.run([self.args.auto_round, "-c", AUTO_ROUND, self.args.model_name_or_path,
-                                str(self.out / "documents.json"), str(bits), str(folder)], check=True, stdout=log,
-                               stderr=log)
+                                str(self.out / "documents.json"), json.dumps(levels), str(folder)],
+                               check=True, stdout=log, stderr=log)
             write_atomic(done, str(time.time() - began))
         return self.evaluate(f"auto-round-{bits}", ["--checkpoint", folder])
 
@@ -225,7 +232,7 @@ def main() -> None:
             kind = "depth" if budget in DEPTHS else "quant" if budget in BITS else "sparse"
             target = {**DEPTHS, **BITS, **SPARSITIES}[budget]
             seconds = [float(file.read_text()) for file in bench.out.glob(
-                f"auto-round-{target}.seconds" if way == "auto-round" else f"{kind}-{target}-{way}-finished-*.seconds")]
+                f"auto-round-{target}.seconds" if "auto-round" in way else f"{kind}-{target}-{way}-finished-*.seconds")]
             rows.append([*row, statistics.median(seconds) / 60 if seconds else "–"])
     table = format_table(rows)
     print(table)
