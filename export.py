@@ -15,12 +15,13 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import nn
+from transformers.core_model_loading import revert_weight_conversion
 
 from database.exported import check_experts, layer_bytes
 from database.levels import add_configuration_flags, check_configuration_flags, load_configuration, open_configuration
@@ -327,8 +328,8 @@ def write_checkpoint(folder: Path, model: nn.Module, tokenizer, quantized: Mappi
     """Write the files that `from_pretrained` reads; returns what to report of the quantized layers. experts: name of an
     expert's matrix -> the parameter that has it; `wrapped`: the checkpoint has a tower."""
     options = {"max_shard_size": max_shard_size}
-    if wrapped:                      # under the names that its class gives them, which quantization_config has, too
-        options["save_original_format"] = False
+    if wrapped or renamed(model, set(quantized) - set(experts)):
+        options["save_original_format"] = False      # names are those of its class, which quantization_config has, too
     if not quantized:
         save_pretrained(model, tokenizer, folder, **options)
         return {}
@@ -361,6 +362,13 @@ def write_checkpoint(folder: Path, model: nn.Module, tokenizer, quantized: Mappi
                      f"it in {exact}, or export with that --dtype, for the weights to the bit.")
     return {"vllm_fused_rule": not uneven, "unevenly_packed": uneven, "notes": notes,
             **compressed_tensors.bits_a_weight(quantized.values(), stored)}
+
+
+def renamed(model: nn.Module, names: Iterable[str]) -> bool:
+    """Whether checkpoints of the model call any of these layers otherwise. transformers leaves a packed layer's scales
+    that it renames in their dtype, which the model has to be in, then."""
+    weights = {f"{name}.weight": torch.empty(0) for name in names}
+    return revert_weight_conversion(model, dict(weights)).keys() != weights.keys()
 
 
 def linear_layers(model: nn.Module) -> list[str]:

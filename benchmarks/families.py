@@ -17,6 +17,7 @@ import re
 import shutil
 import sys
 import tempfile
+import textwrap
 import time
 import traceback
 from collections.abc import Callable
@@ -62,77 +63,135 @@ LINEAR = dict(linear_key_head_dim=8, linear_value_head_dim=8, linear_num_key_hea
 STATE_SPACE = dict(mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8, mamba_n_groups=1, mamba_expand=2,
                    mamba_chunk_size=8)
 
+EXPERTS = dict(num_local_experts=4, num_experts_per_tok=2)
+SHARED = dict(n_routed_experts=4, n_shared_experts=1)
+ONE_GROUP = dict(n_group=1, topk_group=1)
+INDEXED = dict(index_topk=24, index_head_dim=8, index_n_heads=2)     # more than are generated: transformers gives other
+# logits with a cache than without where scores of zero are as good as each other
+KIMI = {key: value for key, value in LATENT.items() if key != "q_lora_rank"} | dict(
+    moe_intermediate_size=24, num_experts_per_token=2, num_experts=4, linear_head_dim=8, linear_num_heads=4,
+    layer_types=LINEAR["layer_types"])
+GEMMA_4 = PLAIN | SLIDING | dict(global_head_dim=16)
+QWEN_MOE = PLAIN | ROUTED | LINEAR | dict(num_experts=4, shared_expert_intermediate_size=24)
+LLAMA_4 = PLAIN | dict(num_local_experts=4, num_experts_per_tok=1, intermediate_size_mlp=64, attention_chunk_size=8,
+                       interleave_moe_layer_step=2, no_rope_layers=[1, 0] * (NUM_BLOCKS // 2))
+PER_LAYER = dict(hidden_size_per_layer_input=8, vocab_size_per_layer_input=VOCABULARY, num_kv_shared_layers=2)
+VISION = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+IMAGES = VISION | dict(image_size=28, patch_size=14)
+QWEN_VISION = dict(hidden_size=16, intermediate_size=16, depth=2, num_heads=2, out_hidden_size=32,
+                   num_position_embeddings=16)
+STATES = dict(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=NUM_BLOCKS)
+
 # model_type -> configuration
 FAMILIES: dict[str, dict] = {
-    "llama": PLAIN, "mistral": PLAIN | dict(sliding_window=8), "qwen2": PLAIN, "qwen3": PLAIN,
-    "gemma2": PLAIN | SLIDING, "gemma3_text": PLAIN | SLIDING, "phi": WITHOUT_HEADS, "phi3": PLAIN, "olmo2": PLAIN,
-    "olmo3": PLAIN | SLIDING, "opt": WITHOUT_HEADS | dict(ffn_dim=64, word_embed_proj_dim=32),
-    "gpt_neox": WITHOUT_HEADS,
-    "gpt2": WITHOUT_HEADS,
+    **dict.fromkeys(("llama", "qwen2", "qwen3", "gemma", "phi3", "olmo", "olmo2", "cohere", "granite", "glm", "glm4",
+                     "helium", "ernie4_5", "nemotron", "ministral3", "smollm3", "hunyuan_v1_dense", "diffllama", "doge",
+                     "apertus", "arcee", "seed_oss", "bitnet", "jais2", "hyperclovax"), PLAIN),
+    **dict.fromkeys(("gemma2", "gemma3_text", "olmo3", "cohere2", "exaone4", "ministral", "vaultgemma", "cwm",
+                     "granite_swa", "modernbert-decoder"), PLAIN | SLIDING),
+    **dict.fromkeys(("mistral", "starcoder2"), PLAIN | dict(sliding_window=8)),
+    **dict.fromkeys(("minicpm3", "youtu"), PLAIN | LATENT),
+    **dict.fromkeys(("phi", "gpt_neox", "gpt2", "falcon", "bloom", "persimmon", "biogpt", "nanochat"), WITHOUT_HEADS),
+    **dict.fromkeys(("gptj", "codegen", "gpt_bigcode"), WITHOUT_HEADS | dict(
+        n_embd=32, n_layer=NUM_BLOCKS, n_head=4, rotary_dim=8)),
+    "stablelm": WITHOUT_HEADS | dict(num_key_value_heads=2),
+    "opt": WITHOUT_HEADS | dict(ffn_dim=64, word_embed_proj_dim=32),
     "gpt_neo": WITHOUT_HEADS | dict(attention_types=[[["global", "local"], 3]], window_size=8),
-    "falcon": WITHOUT_HEADS, "bloom": WITHOUT_HEADS,
-    "cohere2": PLAIN | SLIDING, "granite": PLAIN, "glm4": PLAIN,
-    "smollm3": PLAIN, "exaone4": PLAIN | SLIDING, "hunyuan_v1_dense": PLAIN,
-    "minicpm3": PLAIN | LATENT, "diffllama": PLAIN, "doge": PLAIN, "apertus": PLAIN, "arcee": PLAIN, "seed_oss": PLAIN,
-    "starcoder2": PLAIN | dict(sliding_window=8),
+    "xglm": dict(vocab_size=VOCABULARY, d_model=32, num_layers=NUM_BLOCKS, attention_heads=4, ffn_dim=64,
+                 max_position_embeddings=128),
+    "mpt": dict(vocab_size=VOCABULARY, d_model=32, n_layers=NUM_BLOCKS, n_heads=4, max_seq_len=128),
     # mixtures of experts
-    "mixtral": PLAIN | dict(num_local_experts=4), "qwen2_moe": PLAIN | ROUTED | dict(
-        num_experts=4, shared_expert_intermediate_size=24, mlp_only_layers=[1]),
-    "qwen3_moe": PLAIN | ROUTED | dict(num_experts=4), "olmoe": PLAIN | dict(num_experts=4, num_experts_per_tok=2),
-    "gpt_oss": PLAIN | SLIDING | dict(num_local_experts=4, num_experts_per_tok=2),
-    "glm4_moe": PLAIN | ROUTED | dict(n_routed_experts=4, n_shared_experts=1, first_k_dense_replace=1),
-    "deepseek_v2": PLAIN | ROUTED | LATENT | dict(n_routed_experts=4, n_shared_experts=1, first_k_dense_replace=1,
-                                                  n_group=1, topk_group=1),
-    "deepseek_v3": PLAIN | ROUTED | LATENT | dict(n_routed_experts=4, n_shared_experts=1, first_k_dense_replace=1,
-                                                  n_group=1, topk_group=1),
-    "granitemoe": PLAIN | dict(num_local_experts=4, num_experts_per_tok=2),
+    **dict.fromkeys(("mixtral", "granitemoe", "minimax_m2", "phimoe"), PLAIN | EXPERTS),
+    "granitemoe_swa": PLAIN | SLIDING | EXPERTS,
+    "granitemoeshared": PLAIN | EXPERTS | dict(shared_intermediate_size=24),
+    "gpt_oss": PLAIN | SLIDING | EXPERTS,
+    "qwen2_moe": PLAIN | ROUTED | dict(num_experts=4, shared_expert_intermediate_size=24, mlp_only_layers=[1]),
+    **dict.fromkeys(("qwen3_moe", "hy_v3"), PLAIN | ROUTED | dict(num_experts=4)),
+    **dict.fromkeys(("olmoe", "flex_olmo"), PLAIN | dict(num_experts=4, num_experts_per_tok=2)),
+    "cohere2_moe": PLAIN | SLIDING | dict(num_experts=4, num_experts_per_tok=2),
+    **dict.fromkeys(("mellum", "kolibri1", "laguna"), PLAIN | ROUTED | SLIDING | dict(
+        num_experts=4, num_local_experts=4, shared_expert_intermediate_size=24)),
+    "glm4_moe": PLAIN | ROUTED | SHARED | dict(first_k_dense_replace=1),
+    "solar_open": PLAIN | ROUTED | SHARED | ONE_GROUP,
+    "dots1": PLAIN | ROUTED | SHARED | ONE_GROUP | dict(first_k_dense_replace=1, num_key_value_heads=4),
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "axk1"), PLAIN | ROUTED | LATENT | SHARED
+                    | ONE_GROUP | dict(first_k_dense_replace=1)),
+    **dict.fromkeys(("deepseek_v32", "glm_moe_dsa"), PLAIN | ROUTED | LATENT | SHARED | ONE_GROUP | INDEXED),
+    "axk2": PLAIN | ROUTED | LATENT | SHARED | INDEXED | dict(gated_norm_rank=4),
+    "deepseek_v4": PLAIN | ROUTED | SHARED | INDEXED | dict(
+        index_topk=8, q_lora_rank=16, num_key_value_heads=1, sliding_window=8, o_groups=2, o_lora_rank=8,
+        num_nextn_predict_layers=0, partial_rotary_factor=0.5,
+        layer_types=["heavily_compressed_attention", "compressed_sparse_attention"] * (NUM_BLOCKS // 2),
+        mlp_layer_types=["hash_moe", *["moe"] * (NUM_BLOCKS - 1)],
+        compress_rates=dict(compressed_sparse_attention=4, heavily_compressed_attention=8)),
     "minimax": PLAIN | dict(num_local_experts=4, block_size=8, layer_types=LINEAR["layer_types"]),
-    "minimax_m2": PLAIN | dict(num_local_experts=4, num_experts_per_tok=2),
-    "llama4_text": PLAIN | dict(num_local_experts=4, num_experts_per_tok=1, intermediate_size_mlp=64,
-                                interleave_moe_layer_step=2, attention_chunk_size=8,
-                                no_rope_layers=[1, 0] * (NUM_BLOCKS // 2)),
+    "minimax_m3_vl_text": PLAIN | EXPERTS | dict(
+        intermediate_size=24, dense_intermediate_size=64, shared_intermediate_size=24, rotary_dim=4, index_n_heads=2,
+        index_head_dim=8, index_block_size=8, index_topk_blocks=2),
+    "llama4_text": LLAMA_4,
     "ernie4_5_moe": PLAIN | dict(moe_num_experts=4, moe_k=2, moe_intermediate_size=24, moe_num_shared_experts=1,
                                  moe_layer_start_index=1, moe_layer_end_index=5),
     "hunyuan_v1_moe": PLAIN | dict(num_experts=4, moe_topk=2),
-    "dots1": PLAIN | ROUTED | dict(n_routed_experts=4, n_shared_experts=1, first_k_dense_replace=1, n_group=1,
-                                   topk_group=1, num_key_value_heads=4),
-    "exaone_moe": PLAIN | SLIDING | ROUTED | dict(num_experts=4, num_shared_experts=1, n_group=1, topk_group=1,
-                                                  first_k_dense_replace=1),
+    "exaone_moe": PLAIN | SLIDING | ROUTED | ONE_GROUP | dict(num_experts=4, num_shared_experts=1,
+                                                              first_k_dense_replace=1),
     "afmoe": PLAIN | ROUTED | SLIDING | dict(num_experts=4, num_local_experts=4, num_shared_experts=1,
                                              num_dense_layers=1),
-    "mimo_v2_flash": PLAIN | ROUTED | SLIDING | dict(
+    "mimo_v2_flash": PLAIN | ROUTED | SLIDING | ONE_GROUP | dict(
         n_routed_experts=4, num_experts=4, v_head_dim=8, swa_v_head_dim=8, swa_head_dim=8, swa_num_attention_heads=4,
-        swa_num_key_value_heads=2, n_group=1, topk_group=1),
+        swa_num_key_value_heads=2),
+    "aria_text": PLAIN | dict(moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1),
+    "jetmoe": STATES | EXPERTS | dict(num_key_value_heads=2, kv_channels=8, intermediate_size=24,
+                                      max_position_embeddings=128),
     # hybrids
-    "qwen3_next": PLAIN | ROUTED | LINEAR | dict(num_experts=4, shared_expert_intermediate_size=24),
-    "qwen3_5_text": PLAIN | LINEAR, "lfm2": PLAIN | dict(layer_types=["conv", "full_attention"] * (NUM_BLOCKS // 2),
-                                                         block_auto_adjust_ff_dim=False),
-    "qwen3_5_moe_text": PLAIN | ROUTED | LINEAR | dict(num_experts=4, shared_expert_intermediate_size=24),
+    "qwen3_next": QWEN_MOE, "qwen3_5_moe_text": QWEN_MOE, "qwen3_5_text": PLAIN | LINEAR, "olmo_hybrid": PLAIN | LINEAR,
+    "qwen4_exp_text": QWEN_MOE | dict(
+        layer_types=["linear_attention", "indexed_attention"] * (NUM_BLOCKS // 2), hc_lowrank=8, ple_embed_dim=8,
+        ngram_vocab_size_base=64, split_ngram_parts=2, indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=8,
+        indexer_budget=8, indexer_compress_ratio=4),
+    "lfm2": PLAIN | dict(layer_types=["conv", "full_attention"] * (NUM_BLOCKS // 2), block_auto_adjust_ff_dim=False),
     "lfm2_moe": PLAIN | ROUTED | dict(num_experts=4, num_dense_layers=1,
                                       layer_types=["conv", "full_attention"] * (NUM_BLOCKS // 2)),
+    "inkling_text": PLAIN | ROUTED | SHARED | dict(
+        sliding_window_size=8, swa_num_attention_heads=4, swa_num_key_value_heads=2, swa_head_dim=8, d_rel=4,
+        rel_extent=16, logits_mup_width_multiplier=1.0, layer_types=["hybrid_sliding", "hybrid"] * (NUM_BLOCKS // 2)),
+    "kimi_linear": PLAIN | KIMI,
+    "bailing_hybrid": PLAIN | KIMI | dict(num_expert_group=1, topk_group=1, num_nextn_predict_layers=0),
     "bamba": PLAIN | STATE_SPACE | dict(attn_layer_indices=[1, 4]),
     "granitemoehybrid": PLAIN | STATE_SPACE | dict(num_local_experts=0, shared_intermediate_size=64,
                                                    layer_types=["mamba", "attention"] * (NUM_BLOCKS // 2)),
     "jamba": PLAIN | dict(num_experts=1, attn_layer_period=2, attn_layer_offset=1, mamba_d_state=8, mamba_dt_rank=4,
                           use_mamba_kernels=False),
-    "olmo_hybrid": PLAIN | LINEAR, "falcon_h1": PLAIN | STATE_SPACE | dict(mamba_d_ssm=64),
+    "falcon_h1": PLAIN | STATE_SPACE | dict(mamba_d_ssm=64),
     "recurrent_gemma": PLAIN | dict(lru_width=32, attention_window_size=8,
                                     block_types=["recurrent", "recurrent", "attention"]),
-    # blocks that share keys and values
-    "gemma3n_text": PLAIN | dict(
-        sliding_window=8, layer_types=["sliding_attention", "full_attention"] * 3, num_kv_shared_layers=2,
-        hidden_size_per_layer_input=8, vocab_size_per_layer_input=VOCABULARY, laurel_rank=4,
-        activation_sparsity_pattern=[0.0] * NUM_BLOCKS, intermediate_size=[64] * NUM_BLOCKS),
-    "gemma4_text": PLAIN | SLIDING | dict(num_kv_shared_layers=2, hidden_size_per_layer_input=8, global_head_dim=8,
-                                          vocab_size_per_layer_input=VOCABULARY),
+    # blocks that share keys and values, or have heads of their own
+    "gemma3n_text": PLAIN | SLIDING | PER_LAYER | dict(
+        laurel_rank=4, activation_sparsity_pattern=[0.0] * NUM_BLOCKS, intermediate_size=[64] * NUM_BLOCKS),
+    "gemma4_text": GEMMA_4 | PER_LAYER, "gemma4_unified_text": GEMMA_4,
     # with a tower
-    "gemma3": dict(text_config=PLAIN | SLIDING, vision_config=dict(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14),
-        mm_tokens_per_image=4),
-    "qwen3_5": dict(text_config=PLAIN | LINEAR, vision_config=dict(
-        hidden_size=16, intermediate_size=16, depth=2, num_heads=2, out_hidden_size=32, num_position_embeddings=16)),
+    "gemma3": dict(text_config=PLAIN | SLIDING, vision_config=IMAGES, mm_tokens_per_image=4),
+    "gemma4": dict(text_config=GEMMA_4 | PER_LAYER, audio_config=None, vision_config=VISION | dict(
+        num_key_value_heads=2, head_dim=8, global_head_dim=8)),
+    "llama4": dict(text_config=LLAMA_4, vision_config=IMAGES | dict(
+        intermediate_size=64, vision_output_dim=16, projector_input_dim=16, projector_output_dim=16)),
+    "qwen3_5": dict(text_config=PLAIN | LINEAR, vision_config=QWEN_VISION),
+    "qwen3_5_moe": dict(text_config=QWEN_MOE, vision_config=QWEN_VISION),
     # what is refused
-    "mamba": dict(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=NUM_BLOCKS, state_size=4),
+    **dict.fromkeys(("mamba", "falcon_mamba"), STATES | dict(state_size=4)),
+    "mamba2": STATES | dict(state_size=4, num_heads=8, head_dim=8),
+    "rwkv": STATES,
+    "nemotron_h": PLAIN | ROUTED | SHARED | dict(
+        layers_block_type=["linear_attention", "moe", "full_attention", "mlp", "linear_attention", "moe"],
+        ssm_state_size=8, mamba_num_heads=4, mamba_head_dim=16, n_groups=1, chunk_size=8, use_mamba_kernels=False,
+        moe_shared_expert_intermediate_size=24),
+    "zamba2": WITHOUT_HEADS | dict(num_key_value_heads=4, layers_block_type=["linear_attention", "hybrid"] * 3,
+                                   mamba_d_state=8, n_mamba_heads=4, chunk_size=8, use_mamba_kernels=False,
+                                   hybrid_layer_ids=[1, 3, 5], adapter_rank=4),
+    "zaya": PLAIN | ROUTED | dict(num_experts=4, num_experts_per_tok=1, router_hidden_size=16),
+    "hy_v4": PLAIN | ROUTED | LATENT | SHARED | ONE_GROUP | INDEXED | dict(
+        indexer_types=["full", "shared"] * (NUM_BLOCKS // 2)),
+    "longcat_flash": PLAIN | LATENT | dict(num_layers=3, ffn_hidden_size=64, expert_ffn_hidden_size=24,
+                                           n_routed_experts=4, zero_expert_num=2, moe_topk=2),
     "hrm_text": PLAIN,
 }
 TEXT = (ROOT / "benchmarks" / "README.md").read_text()
@@ -391,13 +450,29 @@ def try_family(name: str, work: Path) -> dict[str, str]:
 
 
 def table(results: dict[str, dict[str, str]]) -> str:
-    """Markdown: a row a family; what was said, below it."""
+    """Markdown: which families do all of it, and a row of each other one; what was said, below."""
+    def done(value: str) -> bool:
+        return value == DONE or value.endswith("%")
+
     sentences: dict[str, int] = {}
-    rows = [["", *COLUMNS]]
+    rows, whole = [["", *COLUMNS]], []
     for name, cells in results.items():
-        rows.append([name, *(value if value == DONE or value[0] == FAILED or value.endswith("%") else
+        if all(map(done, cells.values())):
+            whole.append(name)
+            continue
+        rows.append([name, *(value if done(value) or value[0] == FAILED else
                              f"[{sentences.setdefault(value, len(sentences) + 1)}]" for value in cells.values())])
-    return "\n".join([format_table(rows), "", *(f"{number}. {sentence}" for sentence, number in sentences.items())])
+    least = min((int(value[:-1]) for name in whole for value in results[name].values() if value.endswith("%")),
+                default=100)
+    parts = [fill(f"All of it, their databases with {least}% or more of the blocks' weights: {', '.join(whole)}.")
+             ] if whole else []
+    parts += [format_table(rows)] if len(rows) > 1 else []
+    parts += ["\n".join(fill(f"{number}. {sentence}", "   ") for sentence, number in sentences.items())]
+    return "\n\n".join(filter(None, parts))
+
+
+def fill(text: str, indent: str = "") -> str:
+    return textwrap.fill(text, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, str]]:

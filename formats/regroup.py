@@ -195,8 +195,13 @@ def follow(config, donors: Donors, num_blocks: int):
             changed[key] = [value[donor] for donor in halves]
         elif key.endswith("_layers"):
             changed[key] = [new for new, donor in enumerate(halves) if donor in value]
+    single = {int(index): fields for index, fields in (text_config.to_dict().get("per_layer_config") or {}).items()}
     for key, value in {**changed, "num_hidden_layers": len(donors)}.items():
         setattr(text_config, key, value)
+    if single:                       # fields of single blocks, which transformers checks against all others
+        text_config.per_layer_config = {new: {
+            key: value for speaks_of_mlp, donor in enumerate(halves) for key, value in single.get(donor, {}).items()
+            if bool(MLP_FIELDS.search(key)) == speaks_of_mlp} for new, halves in enumerate(donors)}
     return config
 
 

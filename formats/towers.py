@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import cached_file
 
 from formats.regroup import Regrouped
+from utils.decoder import find_blocks
 from utils.model import load_whole
 
 PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
@@ -58,9 +59,9 @@ def without_tower(regrouped: Regrouped) -> Regrouped:
 def _transplanted(regrouped: Regrouped, target: nn.Module) -> Regrouped:
     """`target` with the searched model's decoder and head in the place of its own."""
     model = regrouped.model
-    body, own_body = model.get_decoder(), target.get_decoder()
-    before, after = (next(name for name, module in whole.named_modules() if module is part)
-                     for whole, part in ((model, body), (target, own_body)))
+    body, _ = find_blocks(model)
+    before, after = (next(name for name, module in whole.named_modules() if type(module) is type(body))
+                     for whole in (model, target))       # get_decoder() of Llama 4 is the text model with its head
     target.set_submodule(after, body)
     target.set_output_embeddings(model.get_output_embeddings())
     text_config = model.config.get_text_config(decoder=True)

@@ -4,7 +4,13 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3ForConditionalGeneration, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
+    Llama4ForConditionalGeneration,
+    LlamaConfig,
+)
 
 import evo_drop
 import export
@@ -71,6 +77,57 @@ def test_what_follows_the_mlp_is_dropped_with_it_even_if_it_has_a_cache():
     assert torch.equal(logits(decoder.model), silenced)
 
 
+@pytest.mark.parametrize("family", ["deepseek_v4", "qwen4_exp_text"])
+def test_what_mixes_residual_streams_is_no_sub_block(family):
+    decoder = decoder_of(family)
+    block = decoder.blocks[3]
+    assert block.attn.modules == [block.module.self_attn] and block.mlp.modules == [block.module.mlp]
+    hooks = [half.modules[0].register_forward_hook(lambda module, inputs, output: tuple(
+        torch.zeros_like(part) if place == 0 else part for place, part in enumerate(output))
+        if isinstance(output, tuple) else torch.zeros_like(output)) for half in (block.attn, block.mlp)]
+    silenced = logits(decoder.model)
+    for hook in hooks:
+        hook.remove()
+    block.drop(True, True)
+    assert torch.equal(logits(decoder.model), silenced)
+    torch.testing.assert_close(decoder.logits(decoder._last_hidden_states(TOKENS)), silenced)
+
+
+def test_experts_whose_output_is_flat_are_the_mlp():
+    decoder = decoder_of("llama4_text")
+    assert all(block.mlp.modules == [block.module.feed_forward] for block in decoder.blocks)
+
+
+def test_fields_of_single_blocks_follow_them(tmp_path):
+    """Gemma 4's attention to everything has heads of another size, which its config says by the block's number."""
+    decoder = decoder_of("gemma4_unified_text")
+    states = [(True, True), *[(False, False)] * 4, (False, True)]
+    for block, state in zip(decoder.blocks, states):
+        block.drop(*state)
+    regrouped = regroup(decoder, states)
+    assert [config.head_dim for config in regrouped.model.config.per_layer_config] == [16, 8, 16, 8, 16]
+    regrouped.model.save_pretrained(tmp_path)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(decoder.model))
+
+
+def test_a_text_model_with_its_head_inside_another_goes_back_there(tmp_path):
+    model = save_family("llama4", tmp_path / "model")
+    write_drop_config(tmp_path / "drop.txt", [(False, False), (True, False), (False, True), *[(False, False)] * 3])
+    export.main(["--model_name_or_path", model, "--drop_config", str(tmp_path / "drop.txt"), "--save_dir",
+                 str(tmp_path / "out")])
+    dropped, report = Llama4ForConditionalGeneration.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    decoder = load_decoder(model, "float32", "cpu")
+    decoder.blocks[1].drop(True, False)
+    decoder.blocks[2].drop(False, True)
+    torch.testing.assert_close(logits(dropped), logits(decoder.model))
+
+
+def test_blocks_that_hand_each_other_more_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="blocks of HYV4ForCausalLM cannot be run one by one .RuntimeError: Shared"):
+        load_decoder(save_family("hy_v4", tmp_path), device="cpu")
+
+
 def test_what_its_class_keeps_in_float32_is_saved_so(tmp_path, tokenizer, text):
     model = save_family("glm4_moe", tmp_path / "model")
     dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
@@ -97,7 +154,7 @@ def test_blocks_with_ways_of_their_own_end_in_a_sentence(tmp_path, monkeypatch):
         load_decoder(model, device="cpu")
 
 
-@pytest.mark.parametrize("family", ["lfm2", "gemma4_text", "qwen3_5"])
+@pytest.mark.parametrize("family", ["lfm2", "gemma4_text", "qwen3_5", "laguna"])
 def test_hybrids_shared_keys_and_towers_go_through_every_program(family, tmp_path):
     cells = try_family(family, tmp_path / family)
     assert all(value == DONE or value in ("99%", "100%") for value in cells.values()), cells

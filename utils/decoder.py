@@ -140,6 +140,7 @@ class Decoder:
         self.by_document = False         # then rows of any number of tokens cost no more than their documents
         self.identity_when_dropped = False
         self.streams = 0                 # that blocks take: [streams, batch, tokens, hidden], or without any streams
+        self.streams_last = False        # or [batch, tokens, streams, hidden]
         self.shares_notes = False        # blocks read in their arguments what earlier ones have left there
         self.offloaded: OffloadedBlocks | None = None
         self.give_back = lambda: 0       # frees memory that can be done without; returns the bytes
@@ -198,16 +199,21 @@ class Decoder:
         with _forwards({block.module: recorder(block.module) for block in self.blocks}):
             # no attention mask and no cache: only then do restarting positions keep packed documents apart
             self.body(input_ids=input_ids.to(self.device, non_blocking=True), use_cache=False, **positions)
-        self.streams = len(embedded[0]) if embedded[0].dim() == 4 else 0
+        self.streams_last = embedded[0].dim() == 4 and embedded[0].shape[:2] == input_ids.shape
+        self.streams = embedded[0].shape[2 if self.streams_last else 0] if embedded[0].dim() == 4 else 0
         return BlockInputs(self.joined(embedded[0]), calls)
 
     def joined(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """What a block returns, as it is kept: [batch, tokens, hidden], with streams beside each other."""
-        return hidden_states.permute(1, 2, 0, 3).flatten(2) if self.streams else hidden_states
+        if self.streams and not self.streams_last:
+            hidden_states = hidden_states.permute(1, 2, 0, 3)
+        return hidden_states.flatten(2)
 
     def parted(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The inverse of `joined`: what a block takes."""
-        return hidden_states.unflatten(2, (self.streams, -1)).permute(2, 0, 1, 3) if self.streams else hidden_states
+        if self.streams:
+            hidden_states = hidden_states.unflatten(2, (self.streams, -1))
+        return hidden_states.permute(2, 0, 1, 3) if self.streams and not self.streams_last else hidden_states
 
     def move_surroundings(self, device: torch.device) -> None:
         """Move everything but the blocks: embeddings, norms, head."""
@@ -278,8 +284,12 @@ class Decoder:
         """Find out, on a dozen tokens, what differs between families: what modules return, whether documents can be
         packed into rows, whether a block without attention and MLP is the identity. Raises ValueError when running
         the blocks one by one does not give what the model gives."""
+        connections = set()              # which split residual streams up, and add nothing to them
+
         def count_outputs(module, args, output):
             module.extra_outputs = len(output) - 1 if isinstance(output, tuple) else None
+            if isinstance(output, tuple) and args and args[0].numel() != output[0].numel():
+                connections.add(module)
 
         watched = [module for block in self.blocks
                    for module in (block.module, *block.attn.modules, *block.mlp.modules)]
@@ -297,6 +307,8 @@ class Decoder:
                 self.model(input_ids=second, use_cache=False)    # in plain products, which round otherwise
         for hook in hooks:
             hook.remove()
+        for block in self.blocks:
+            block.mlp.modules = [module for module in block.mlp.modules if module not in connections]
         if experts:
             self._add_experts(experts)
         if logits.isnan().any():
@@ -309,7 +321,10 @@ class Decoder:
                              f"{type(self.model).__name__}: gives NaN in {self.dtype}; use --dtype bfloat16 or "
                              f"float32")
         self._watch(second)
-        alone = self._last_hidden_states(second)
+        try:
+            alone = self._last_hidden_states(second)
+        except ValueError as error:                  # the model's own
+            raise RuntimeError(str(error)) from error
         if not torch.allclose(self.logits(alone), logits, rtol=1e-2, atol=1e-2 * float(logits.abs().max()),
                               equal_nan=True):
             raise ValueError(f"{type(self.model).__name__}: running its {len(self.blocks)} blocks one by one does not "
