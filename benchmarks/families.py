@@ -27,7 +27,7 @@ from unittest.mock import patch
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)      # and not benchmarks/, which has a database.py of its own
@@ -46,7 +46,7 @@ from utils.data import calibration_documents
 from utils.decoder import Decoder
 from utils.files import write_atomic
 from utils.fitness import Fitness, assemble, microbatches
-from utils.model import load_decoder, load_tokenizer
+from utils.model import load_decoder, load_tokenizer, model_class
 from utils.report import commit, format_table
 
 NUM_BLOCKS, VOCABULARY = 6, 1024
@@ -71,6 +71,10 @@ INDEXED = dict(index_topk=24, index_head_dim=8, index_n_heads=2)     # more than
 KIMI = {key: value for key, value in LATENT.items() if key != "q_lora_rank"} | dict(
     moe_intermediate_size=24, num_experts_per_token=2, num_experts=4, linear_head_dim=8, linear_num_heads=4,
     layer_types=LINEAR["layer_types"])
+DEEPSEEK = PLAIN | ROUTED | LATENT | SHARED | ONE_GROUP | dict(first_k_dense_replace=1)
+MINIMAX_3 = PLAIN | EXPERTS | dict(intermediate_size=24, dense_intermediate_size=64, shared_intermediate_size=24,
+                                   rotary_dim=4, index_n_heads=2, index_head_dim=8, index_block_size=8,
+                                   index_topk_blocks=2)
 GEMMA_4 = PLAIN | SLIDING | dict(global_head_dim=16)
 QWEN_MOE = PLAIN | ROUTED | LINEAR | dict(num_experts=4, shared_expert_intermediate_size=24)
 LLAMA_4 = PLAIN | dict(num_local_experts=4, num_experts_per_tok=1, intermediate_size_mlp=64, attention_chunk_size=8,
@@ -80,6 +84,7 @@ VISION = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_att
 IMAGES = VISION | dict(image_size=28, patch_size=14)
 QWEN_VISION = dict(hidden_size=16, intermediate_size=16, depth=2, num_heads=2, out_hidden_size=32,
                    num_position_embeddings=16)
+ROPE_3D = dict(rope_type="default", rope_theta=10000.0, mrope_section=[1, 1, 2])
 STATES = dict(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=NUM_BLOCKS)
 
 # model_type -> configuration
@@ -114,8 +119,7 @@ FAMILIES: dict[str, dict] = {
     "glm4_moe": PLAIN | ROUTED | SHARED | dict(first_k_dense_replace=1),
     "solar_open": PLAIN | ROUTED | SHARED | ONE_GROUP,
     "dots1": PLAIN | ROUTED | SHARED | ONE_GROUP | dict(first_k_dense_replace=1, num_key_value_heads=4),
-    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "axk1"), PLAIN | ROUTED | LATENT | SHARED
-                    | ONE_GROUP | dict(first_k_dense_replace=1)),
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "axk1"), DEEPSEEK),
     **dict.fromkeys(("deepseek_v32", "glm_moe_dsa"), PLAIN | ROUTED | LATENT | SHARED | ONE_GROUP | INDEXED),
     "axk2": PLAIN | ROUTED | LATENT | SHARED | INDEXED | dict(gated_norm_rank=4),
     "deepseek_v4": PLAIN | ROUTED | SHARED | INDEXED | dict(
@@ -125,9 +129,7 @@ FAMILIES: dict[str, dict] = {
         mlp_layer_types=["hash_moe", *["moe"] * (NUM_BLOCKS - 1)],
         compress_rates=dict(compressed_sparse_attention=4, heavily_compressed_attention=8)),
     "minimax": PLAIN | dict(num_local_experts=4, block_size=8, layer_types=LINEAR["layer_types"]),
-    "minimax_m3_vl_text": PLAIN | EXPERTS | dict(
-        intermediate_size=24, dense_intermediate_size=64, shared_intermediate_size=24, rotary_dim=4, index_n_heads=2,
-        index_head_dim=8, index_block_size=8, index_topk_blocks=2),
+    "minimax_m3_vl_text": MINIMAX_3,
     "llama4_text": LLAMA_4,
     "ernie4_5_moe": PLAIN | dict(moe_num_experts=4, moe_k=2, moe_intermediate_size=24, moe_num_shared_experts=1,
                                  moe_layer_start_index=1, moe_layer_end_index=5),
@@ -168,7 +170,7 @@ FAMILIES: dict[str, dict] = {
     "gemma3n_text": PLAIN | SLIDING | PER_LAYER | dict(
         laurel_rank=4, activation_sparsity_pattern=[0.0] * NUM_BLOCKS, intermediate_size=[64] * NUM_BLOCKS),
     "gemma4_text": GEMMA_4 | PER_LAYER, "gemma4_unified_text": GEMMA_4,
-    # with a tower
+    # with a tower; of those from Mistral 3 on, transformers has no text model alone
     "gemma3": dict(text_config=PLAIN | SLIDING, vision_config=IMAGES, mm_tokens_per_image=4),
     "gemma4": dict(text_config=GEMMA_4 | PER_LAYER, audio_config=None, vision_config=VISION | dict(
         num_key_value_heads=2, head_dim=8, global_head_dim=8)),
@@ -176,6 +178,33 @@ FAMILIES: dict[str, dict] = {
         intermediate_size=64, vision_output_dim=16, projector_input_dim=16, projector_output_dim=16)),
     "qwen3_5": dict(text_config=PLAIN | LINEAR, vision_config=QWEN_VISION),
     "qwen3_5_moe": dict(text_config=QWEN_MOE, vision_config=QWEN_VISION),
+    "mistral3": dict(text_config=PLAIN | dict(model_type="ministral3"), vision_config=IMAGES | dict(
+        model_type="pixtral", head_dim=8)),
+    "qwen2_5_vl": dict(text_config=WITHOUT_HEADS | dict(num_key_value_heads=2, rope_parameters=ROPE_3D),
+                       vision_config=dict(hidden_size=16, intermediate_size=16, depth=2, num_heads=2,
+                                          out_hidden_size=32, fullatt_block_indexes=[1])),
+    "qwen3_vl": dict(text_config=PLAIN | dict(rope_parameters=ROPE_3D), vision_config=QWEN_VISION | dict(
+        deepstack_visual_indexes=[0, 1])),
+    "qwen3_vl_moe": dict(text_config=PLAIN | ROUTED | dict(num_experts=4, rope_parameters=ROPE_3D),
+                         vision_config=QWEN_VISION | dict(deepstack_visual_indexes=[0, 1])),
+    "glm4v": dict(text_config=PLAIN | dict(rope_parameters=ROPE_3D), vision_config=IMAGES | dict(
+        depth=2, num_heads=2, out_hidden_size=32)),
+    **{family: dict(text_config=PLAIN | SLIDING | dict(model_type=text) if text == "cohere2" else
+                    PLAIN | dict(model_type=text), vision_config=IMAGES | dict(image))
+       for family, text, image in (
+           ("llava", "llama", dict(model_type="clip_vision_model", projection_dim=16)),
+           ("llava_next", "mistral", dict(model_type="clip_vision_model", projection_dim=16)),
+           ("llava_onevision", "qwen2", dict(model_type="siglip_vision_model")), ("smolvlm", "llama", {}),
+           ("internvl", "qwen3", dict(image_size=[28, 28], patch_size=[14, 14])),
+           ("aya_vision", "cohere2", dict(model_type="siglip_vision_model")),
+           ("cohere2_vision", "cohere2", dict(model_type="siglip_vision_model")))},
+    "exaone4_5": dict(text_config=PLAIN | SLIDING | dict(model_type="exaone4"), vision_config=QWEN_VISION),
+    "lfm2_vl": dict(
+        text_config=PLAIN | dict(model_type="lfm2", layer_types=["conv", "full_attention"] * (NUM_BLOCKS // 2),
+                                 block_auto_adjust_ff_dim=False),
+        vision_config=VISION | dict(model_type="siglip2_vision_model", num_patches=16, patch_size=14)),
+    "kimi_k25": dict(text_config=DEEPSEEK | dict(model_type="deepseek_v3"), vision_config=VISION),
+    "minimax_m3_vl": dict(text_config=MINIMAX_3, vision_config=IMAGES),
     # what is refused
     **dict.fromkeys(("mamba", "falcon_mamba"), STATES | dict(state_size=4)),
     "mamba2": STATES | dict(state_size=4, num_heads=8, head_dim=8),
@@ -214,7 +243,7 @@ def save_family(name: str, folder: Path, seed: int = 0) -> str:
     """Write a random model of a family with the demo's tokenizer to `folder`; returns it."""
     torch.manual_seed(seed)
     config = AutoConfig.for_model(name, **FAMILIES[name])
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = model_class(config).from_config(config, dtype=torch.float32)
     if hasattr(config, "vision_config"):
         model = getattr(transformers, type(model).__name__.replace("ForCausalLM", "ForConditionalGeneration"))(config)
     scale_weights(model, seed)
@@ -367,8 +396,8 @@ class Trial:
         for block, state in zip(decoder.blocks, states):
             block.drop(*state)
         before = divergence(dense, logits(decoder.model, documents))
-        model = AutoModelForCausalLM.from_pretrained(finished(["--drop_config", str(drop)], self.work / "finished"),
-                                                     dtype=torch.float32)
+        folder = finished(["--drop_config", str(drop)], self.work / "finished")
+        model = model_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder, dtype=torch.float32)
         lower(divergence(dense, logits(model, documents)), before)
         if "gptq" in self.refused:
             raise self.refused["gptq"]

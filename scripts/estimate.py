@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import eval_config
@@ -30,7 +29,7 @@ from scripts import convergence, nonmonotonicity
 from utils.data import default_sequence_length
 from utils.decoder import find_blocks
 from utils.errors import user_errors
-from utils.model import load_config
+from utils.model import load_config, model_class
 from utils.report import format_table
 from utils.tasks import split_names
 from utils.units import FUSED
@@ -76,7 +75,7 @@ class Shape:
 def shape_of(name: str, trust_remote_code: bool = False) -> Shape:
     config = load_config(name, trust_remote_code)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model = model_class(config).from_config(config, trust_remote_code=trust_remote_code)
     text_config = config.get_text_config(decoder=True)
     layers = []
     for layer_name, layer in find_blocks(model)[1].named_modules():

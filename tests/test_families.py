@@ -10,6 +10,8 @@ from transformers import (
     Gemma3ForConditionalGeneration,
     Llama4ForConditionalGeneration,
     LlamaConfig,
+    Ministral3ForCausalLM,
+    Mistral3ForConditionalGeneration,
 )
 
 import evo_drop
@@ -126,6 +128,29 @@ def test_a_text_model_with_its_head_inside_another_goes_back_there(tmp_path):
 def test_blocks_that_hand_each_other_more_are_refused(tmp_path):
     with pytest.raises(ValueError, match="blocks of HYV4ForCausalLM cannot be run one by one .RuntimeError: Shared"):
         load_decoder(save_family("hy_v4", tmp_path), device="cpu")
+
+
+def test_attention_to_later_tokens_is_refused():
+    with pytest.raises(ValueError, match="Gemma3ForCausalLM: what it predicts changes with the tokens after that"):
+        decoder_of("gemma3_text", use_bidirectional_attention=True)
+
+
+def test_a_tower_without_a_class_for_the_text_alone(tmp_path):
+    """Mistral 3 is loaded with its tower; the text model, which is a Ministral 3, can be exported without."""
+    model = save_family("mistral3", tmp_path / "model")
+    decoder = load_decoder(model, "float32", "cpu")
+    assert type(decoder.model) is Mistral3ForConditionalGeneration and len(decoder.blocks) == NUM_BLOCKS
+    states = [(False, False), (True, False), (False, True), *[(False, False)] * 3]
+    write_drop_config(tmp_path / "drop.txt", states)
+    for block, state in zip(decoder.blocks, states):
+        block.drop(*state)
+    for folder, more, expected in (("whole", [], Mistral3ForConditionalGeneration),
+                                   ("text", ["--text_only"], Ministral3ForCausalLM)):
+        export.main(["--model_name_or_path", model, "--drop_config", str(tmp_path / "drop.txt"), "--save_dir",
+                     str(tmp_path / folder), *more])
+        found, report = expected.from_pretrained(tmp_path / folder, output_loading_info=True)
+        assert not report["missing_keys"] and not report["unexpected_keys"]
+        torch.testing.assert_close(logits(found), logits(decoder.model))
 
 
 def test_what_its_class_keeps_in_float32_is_saved_so(tmp_path, tokenizer, text):

@@ -2,8 +2,9 @@
 
 Nothing here knows a family by name. Blocks are `get_decoder().layers`, else the longest ModuleList of equal class. Of
 a block's children that hold weight matrices, the attention is the one whose forward takes masks, rotary embeddings or
-a cache (or several side by side, as in Falcon-H1); what is left is the MLP (one module, or several as in OPT). What a
-module puts into a cache, and what blocks pass each other besides hidden states, is found by watching a forward.
+a cache (or several side by side, as in Falcon-H1); what is left is the MLP (one module, or several as in OPT), but for
+what mixes residual streams. What that is, what a module puts into a cache, and what blocks pass each other besides
+hidden states, is found by watching a forward.
 """
 import inspect
 from collections import UserDict
@@ -284,7 +285,7 @@ class Decoder:
         """Find out, on a dozen tokens, what differs between families: what modules return, whether documents can be
         packed into rows, whether a block without attention and MLP is the identity. Raises ValueError when running
         the blocks one by one does not give what the model gives."""
-        connections = set()              # which split residual streams up, and add nothing to them
+        connections = set()              # which mix residual streams, and add nothing to them
 
         def count_outputs(module, args, output):
             module.extra_outputs = len(output) - 1 if isinstance(output, tuple) else None
@@ -330,6 +331,11 @@ class Decoder:
             raise ValueError(f"{type(self.model).__name__}: running its {len(self.blocks)} blocks one by one does not "
                              f"give the model's own logits; expected hidden states to be all that passes between "
                              f"blocks")
+
+        prefix = _distances(self.logits(self._last_hidden_states(second[:, :4])), logits[:, :4])
+        if prefix.median() > 0.1 * _distances(logits, torch.zeros_like(logits)).median():
+            raise ValueError(f"{type(self.model).__name__}: what it predicts changes with the tokens after that; "
+                             f"expected a causal language model")
 
         self._ask_for_no_mask(alone)
         restarting = torch.cat([torch.arange(7), torch.arange(9)]).expand(2, 16)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 from transformers.utils import cached_file
 
 from utils import distributed
@@ -143,6 +143,12 @@ def tune_process(device: torch.device) -> None:
         torch.backends.cuda.enable_cudnn_sdp(False)
 
 
+def model_class(config) -> type:
+    """What loads a causal language model of `config`: with the tower where transformers has no text model alone."""
+    kinds = (AutoModelForCausalLM, AutoModelForImageTextToText)
+    return next((kind for kind in kinds if type(config) in kind._model_mapping), kinds[0])
+
+
 def load_decoder(name: str, dtype: str = "auto", device: str | torch.device | None = None,
                  attn_implementation: str | None = None, trust_remote_code: bool = False, offload_blocks: bool = False,
                  compile_blocks: bool = False, flag: str = "--model_name_or_path") -> Decoder:
@@ -162,7 +168,8 @@ def load_decoder(name: str, dtype: str = "auto", device: str | torch.device | No
     torch_dtype = DTYPES.get(dtype) or ("auto" if device.type != "cpu" else torch.float32)
     with _naming_the_flag(flag, name):
         # unpickling can run code, too; and transformers draws weights that a checkpoint lacks at random
-        model, found = AutoModelForCausalLM.from_pretrained(
+        config = load_config(name, trust_remote_code)
+        model, found = model_class(config).from_pretrained(
             name, dtype=torch_dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code,
             use_safetensors=None if trust_remote_code else True, output_loading_info=True)
         if found["missing_keys"]:
