@@ -506,7 +506,9 @@ def main(argv: list[str] | None = None) -> dict:
             check_writable(file.parent, f"--{flag}")
         search.load(**legal)
         blocks = search.decoder.blocks
-        held = [(block.attn.held, block.mlp.held) for block in blocks]
+        held = [(bool(block.attn.held), bool(block.mlp.held)) for block in blocks]
+        if all(map(all, held)):
+            search.decoder.check_dropped([(True, True)] * len(blocks))
         if any(map(any, held)):
             print(f"kept, since later blocks read their keys and values: the attentions of blocks "
                   f"{', '.join(str(i) for i, (attn, _) in enumerate(held) if attn)}")

@@ -205,17 +205,18 @@ FAMILIES: dict[str, dict] = {
         vision_config=VISION | dict(model_type="siglip2_vision_model", num_patches=16, patch_size=14)),
     "kimi_k25": dict(text_config=DEEPSEEK | dict(model_type="deepseek_v3"), vision_config=VISION),
     "minimax_m3_vl": dict(text_config=MINIMAX_3, vision_config=IMAGES),
-    # what is refused
+    # one mixer a block
     **dict.fromkeys(("mamba", "falcon_mamba"), STATES | dict(state_size=4)),
     "mamba2": STATES | dict(state_size=4, num_heads=8, head_dim=8),
-    "rwkv": STATES,
     "nemotron_h": PLAIN | ROUTED | SHARED | dict(
         layers_block_type=["linear_attention", "moe", "full_attention", "mlp", "linear_attention", "moe"],
         ssm_state_size=8, mamba_num_heads=4, mamba_head_dim=16, n_groups=1, chunk_size=8, use_mamba_kernels=False,
         moe_shared_expert_intermediate_size=24),
+    # what is refused
+    "rwkv": STATES,
     "zamba2": WITHOUT_HEADS | dict(num_key_value_heads=4, layers_block_type=["linear_attention", "hybrid"] * 3,
                                    mamba_d_state=8, n_mamba_heads=4, chunk_size=8, use_mamba_kernels=False,
-                                   hybrid_layer_ids=[1, 3, 5], adapter_rank=4),
+                                   hybrid_layer_ids=[1, 3, 5], adapter_rank=4, tie_word_embeddings=True),
     "zaya": PLAIN | ROUTED | dict(num_experts=4, num_experts_per_tok=1, router_hidden_size=16),
     "hy_v4": PLAIN | ROUTED | LATENT | SHARED | ONE_GROUP | INDEXED | dict(
         indexer_types=["full", "shared"] * (NUM_BLOCKS // 2)),
@@ -264,7 +265,7 @@ class Trial:
         self.text.write_text(TEXT)
         self.tokens = torch.randint(2, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(1))
         self._decoder: Decoder | None = None
-        self.refused: dict[str, ValueError] = {}     # databases, why
+        self.refused: dict[str, ValueError] = {}     # databases and "drop", why
         self.flags = ["--model_name_or_path", self.model, "--device", "cpu"]
         self.calibration = ["--calibration_data", str(self.text), "--calibration_tokens", "256",
                             "--calibration_sequence_length", "32"]
@@ -296,6 +297,12 @@ class Trial:
         return DONE
 
     def drop(self) -> str:
+        if not any(map(any, self.states(self.decoder()))):
+            try:
+                self.decoder().check_dropped(DROPPED)
+            except ValueError as error:
+                self.refused["drop"] = error
+                raise
         decoder, zeroed = self.decoder(), load_decoder(self.model, "float32", "cpu")
         states = self.states(decoder)
         for block, other, state in zip(decoder.blocks, zeroed.blocks, states):
@@ -315,8 +322,8 @@ class Trial:
 
     def cache(self) -> str:
         decoder = self.decoder()
-        kinds = {type(block.attn.modules[0]) for block in decoder.blocks}
-        for states in (self.states(decoder), *([(type(block.attn.modules[0]) is kind and not block.attn.held, False)
+        kinds = {type(module) for block in decoder.blocks for module in block.attn.modules[:1]}
+        for states in (self.states(decoder), *([(not block.attn.held and type(block.attn.modules[0]) is kind, False)
                                                 for block in decoder.blocks] for kind in kinds)):
             for block, state in zip(decoder.blocks, states):
                 block.drop(*state)
@@ -351,7 +358,8 @@ class Trial:
                  "--no_eval", "--initial_tokens", "64", "--survivors_per_selection", "2", "1",
                  "--tokens_per_selection", "32", "64", "--output_dir"]
         with patch("utils.search.plot_search"):      # a quarter of all the time
-            evo_drop.main([*small, str(self.work / "depth"), "--sparsity", "0.17"])
+            if "drop" not in self.refused:
+                evo_drop.main([*small, str(self.work / "depth"), "--sparsity", "0.17"])
             evo_unstructured.main([*small, str(self.work / "sparse"), "--sparse_weights_path",
                                    str(self.work / "sparsegpt")])
             evo_quant.main([*small, str(self.work / "bits"), "--quant_weights_path", str(self.work / "gptq"),
@@ -359,6 +367,8 @@ class Trial:
         return DONE
 
     def depth_export(self) -> str:
+        if "drop" in self.refused:
+            raise self.refused["drop"]
         decoder = self.decoder()
         states, folder = self.states(decoder), self.work / "depth_export"
         write_drop_config(self.work / "drop.txt", states)
@@ -396,9 +406,10 @@ class Trial:
         for block, state in zip(decoder.blocks, states):
             block.drop(*state)
         before = divergence(dense, logits(decoder.model, documents))
-        folder = finished(["--drop_config", str(drop)], self.work / "finished")
-        model = model_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder, dtype=torch.float32)
-        lower(divergence(dense, logits(model, documents)), before)
+        if "drop" not in self.refused:
+            folder = finished(["--drop_config", str(drop)], self.work / "finished")
+            model = model_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder, dtype=torch.float32)
+            lower(divergence(dense, logits(model, documents)), before)
         if "gptq" in self.refused:
             raise self.refused["gptq"]
 

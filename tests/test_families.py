@@ -15,15 +15,17 @@ from transformers import (
 )
 
 import evo_drop
+import evo_quant
 import export
 import families
 import finish
 from benchmarks.families import DONE, FAMILIES, NUM_BLOCKS, PLAIN, same, save_family, try_family
+from database import gptq
 from database.hessian import Calibration
 from formats.compressed_tensors import check_loadable
 from formats.regroup import regroup, whole
 from formats.towers import with_tower
-from utils.configs import write_drop_config
+from utils.configs import read_level_config, write_drop_config
 from utils.decoder import Decoder
 from utils.fitness import Fitness
 from utils.model import load_decoder, save_dropped
@@ -128,6 +130,30 @@ def test_a_text_model_with_its_head_inside_another_goes_back_there(tmp_path):
 def test_blocks_that_hand_each_other_more_are_refused(tmp_path):
     with pytest.raises(ValueError, match="blocks of HYV4ForCausalLM cannot be run one by one .RuntimeError: Shared"):
         load_decoder(save_family("hy_v4", tmp_path), device="cpu")
+
+
+def test_blocks_of_one_mixer_are_compressed_but_not_dropped(tmp_path, text):
+    model = save_family("nemotron_h", tmp_path / "model")
+    decoder = load_decoder(model, "float32", "cpu")
+    assert [(len(block.attn.modules), len(block.mlp.modules)) for block in decoder.blocks] == [(1, 0), (0, 1)] * 3
+    torch.testing.assert_close(decoder.logits(decoder._last_hidden_states(TOKENS)), logits(decoder.model))
+    flags = ["--model_name_or_path", model, "--calibration_data", text, "--calibration_tokens", "256",
+             "--calibration_sequence_length", "32"]
+    gptq.main(gptq.make_parser().parse_args([*flags, "--bitwidth_options", "2", "3", "4", "--perchannel", "--save_dir",
+                                             str(tmp_path / "gptq")]))
+    small = [*flags, "--generations", "1", "--offspring", "4", "--initial_tokens", "64", "--survivors_per_selection",
+             "1", "--tokens_per_selection", "64", "--init", "measured", "--no_eval", "--output_dir"]
+    evo_quant.main([*small, str(tmp_path / "bits"), "--quant_weights_path", str(tmp_path / "gptq"),
+                    "--target_bitwidth", "3"])
+    found = read_level_config(tmp_path / "bits" / "evo-kl-configuration-3.txt")
+    assert set(found) == set(decoder.layers) and set(found.values()) == {2, 3, 4}
+    with pytest.raises(SystemExit, match="attention of model.layers.0 cannot be dropped, since not all blocks have"):
+        evo_drop.main([*small, str(tmp_path / "depth"), "--sparsity", "0.17"])
+
+
+def test_weights_that_several_blocks_share_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="model.layers.1 and model.layers.5 have weights in common"):
+        load_decoder(save_family("zamba2", tmp_path), device="cpu")
 
 
 def test_attention_to_later_tokens_is_refused():

@@ -3,8 +3,8 @@
 Nothing here knows a family by name. Blocks are `get_decoder().layers`, else the longest ModuleList of equal class. Of
 a block's children that hold weight matrices, the attention is the one whose forward takes masks, rotary embeddings or
 a cache (or several side by side, as in Falcon-H1); what is left is the MLP (one module, or several as in OPT), but for
-what mixes residual streams. What that is, what a module puts into a cache, and what blocks pass each other besides
-hidden states, is found by watching a forward.
+what mixes residual streams. One of the two may be all that a block has (Mamba). What mixes streams, what a module puts
+into a cache, and what blocks pass each other besides hidden states, is found by watching a forward.
 """
 import inspect
 from collections import UserDict
@@ -29,12 +29,13 @@ COMPILED_VARIANTS = 64           # of a block; beyond them torch would go on unc
 
 
 class SubBlock:
-    """A block's attention or MLP: the modules that add to the residual stream, and whether they are dropped."""
+    """A block's attention or MLP: the modules that add to the residual stream, if it has any, and whether they are
+    dropped."""
 
     def __init__(self, modules: list[nn.Module]):
         self.modules = modules
         self.dropped = False
-        self.held = False            # may not be dropped: later blocks read what it leaves for them
+        self.held = ""               # why it may not be dropped
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -136,6 +137,17 @@ class Decoder:
         self.body, layers = find_blocks(model)
         names = {module: name for name, module in model.named_modules()}
         self.blocks = [_take_apart(index, names[module], module) for index, module in enumerate(layers)]
+        halves = [half for block in self.blocks for half in (block.attn, block.mlp)]
+        if not all(half.modules for half in halves):
+            for half in halves:
+                half.held = "not all blocks have both an attention and an MLP"
+        owners = {parameter: block.name for block in self.blocks for parameter in block.module.parameters()}
+        for block in self.blocks:
+            shared = next((owners[parameter] for parameter in block.module.parameters()
+                           if owners[parameter] != block.name), None)
+            if shared:
+                raise ValueError(f"{type(model).__name__}: {block.name} and {shared} have weights in common; expected "
+                                 f"every block to have its own")
         self.states: list = [None] * len(self.blocks)   # the state a search has put each block in; None: as loaded
         self.packed_rows = 0             # rows of packed documents that may share a microbatch: 0, 1 or any number
         self.by_document = False         # then rows of any number of tokens cost no more than their documents
@@ -166,11 +178,11 @@ class Decoder:
 
     def check_dropped(self, states: Sequence[tuple[bool, bool]]) -> None:
         """Raises ValueError where (attention, MLP) dropped of every block has what is held."""
-        held = [f"the {name} of {block.name}" for block, state in zip(self.blocks, states)
-                for half, gone, name in zip((block.attn, block.mlp), state, ("attention", "MLP")) if gone and half.held]
-        if held:
-            raise ValueError(f"{type(self.model).__name__}: {held[0]} cannot be dropped, since later blocks read its "
-                             f"keys and values; keep it")
+        for block, state in zip(self.blocks, states):
+            for half, gone, name in zip((block.attn, block.mlp), state, ("attention", "MLP")):
+                if gone and half.held:
+                    raise ValueError(f"{type(self.model).__name__}: the {name} of {block.name} cannot be dropped, "
+                                     f"since {half.held}; keep it")
 
     @torch.no_grad()
     def block_inputs(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> BlockInputs:
@@ -425,6 +437,8 @@ class Decoder:
         for hook in hooks:
             hook.remove()
         for block in self.blocks:
+            if not (block.attn.modules and block.mlp.modules):
+                continue
             after = ran[min(map(ran.index, block.attn.modules)):] if {*block.attn.modules} <= {*ran} else []
             block.mlp.modules = [module for module in block.mlp.modules if module in after] or block.mlp.modules
             late = [module for module in block.attn.modules if module in
@@ -435,7 +449,7 @@ class Decoder:
         read = {key for mapping in notes.values() for key in mapping.read}
         self.shares_notes = bool(read)
         for key in read:
-            owners[writers[key]].held = True
+            owners[writers[key]].held = "later blocks read its keys and values"
 
     def _ask_for_no_mask(self, hidden_states: torch.Tensor) -> None:
         """Have `logits` ask for no mask, where the family allows that: to find out whether it needs one, transformers
@@ -564,9 +578,9 @@ def _take_apart(index: int, name: str, module: nn.Module) -> Block:
     attention = [child_name for child_name in with_matrices if arguments[child_name] & ATTENTION_ARGUMENTS]
     mlp = [child for child_name, child in with_matrices.items() if child_name not in attention]
     where = f"{name} ({type(module).__name__})"
-    if not attention or not mlp:
+    if len(with_matrices) != 1 and not (attention and mlp):
         raise ValueError(f"{where}: expected a child that takes an attention mask, rotary embeddings or a cache (the "
-                         f"attention) and at least one other with weight matrices (the MLP); found "
+                         f"attention) and at least one other with weight matrices (the MLP), or one of them; found "
                          f"{', '.join(with_matrices) or 'no children with weight matrices'}")
     inside = [child_name for child_name in with_matrices if "residual" in arguments[child_name]]
     if inside:
