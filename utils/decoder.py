@@ -212,8 +212,9 @@ class Decoder:
         with _forwards({block.module: recorder(block.module) for block in self.blocks}):
             # no attention mask and no cache: only then do restarting positions keep packed documents apart
             self.body(input_ids=input_ids.to(self.device, non_blocking=True), use_cache=False, **positions)
-        self.streams_last = embedded[0].dim() == 4 and embedded[0].shape[:2] == input_ids.shape
-        self.streams = embedded[0].shape[2 if self.streams_last else 0] if embedded[0].dim() == 4 else 0
+        if embedded[0].dim() == 4 and not self.streams:      # known from the probe on
+            self.streams_last = embedded[0].shape[:2] == input_ids.shape
+            self.streams = embedded[0].shape[2 if self.streams_last else 0]
         return BlockInputs(self.joined(embedded[0]), calls)
 
     def joined(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -321,7 +322,8 @@ class Decoder:
         for hook in hooks:
             hook.remove()
         for block in self.blocks:
-            block.mlp.modules = [module for module in block.mlp.modules if module not in connections]
+            block.mlp.modules = [module for module in block.mlp.modules
+                                 if module not in connections] or block.mlp.modules
         if experts:
             self._add_experts(experts)
         if logits.isnan().any():
