@@ -225,6 +225,7 @@ FAMILIES: dict[str, dict] = {
     "hrm_text": PLAIN,
 }
 TEXT = (ROOT / "benchmarks" / "README.md").read_text()
+CLASS = re.compile(r"\w+For(CausalLM|ConditionalGeneration)")
 DONE, FAILED = "✓", "✗"
 DROPPED = [(False, False), (True, False), (False, True), (True, True), (False, False), (False, False)]
 COLUMNS = ("walk", "drop", "cache", "sparse", "quantized", "search", "depth export", "packed export", "finish")
@@ -490,7 +491,7 @@ def try_family(name: str, work: Path) -> dict[str, str]:
 
 
 def table(results: dict[str, dict[str, str]]) -> str:
-    """Markdown: which families do all of it, and a row of each other one; what was said, below."""
+    """Markdown: which families do all of it, and a row of each other one; what was said, below, by whichever class."""
     def done(value: str) -> bool:
         return value == DONE or value.endswith("%")
 
@@ -500,6 +501,7 @@ def table(results: dict[str, dict[str, str]]) -> str:
         if all(map(done, cells.values())):
             whole.append(name)
             continue
+        cells = {column: CLASS.sub("the model's class", value) for column, value in cells.items()}
         rows.append([name, *(value if done(value) or value[0] == FAILED else
                              f"[{sentences.setdefault(value, len(sentences) + 1)}]" for value in cells.values())])
     least = min((int(value[:-1]) for name in whole for value in results[name].values() if value.endswith("%")),
@@ -507,7 +509,8 @@ def table(results: dict[str, dict[str, str]]) -> str:
     parts = [fill(f"All of it, their databases with {least}% or more of the blocks' weights: {', '.join(whole)}.")
              ] if whole else []
     parts += [format_table(rows)] if len(rows) > 1 else []
-    parts += ["\n".join(fill(f"{number}. {sentence}", "   ") for sentence, number in sentences.items())]
+    notes = {f"{number}. ": sentence for sentence, number in sentences.items()}
+    parts += ["\n".join(fill(number + sentence, " " * len(number)) for number, sentence in notes.items())]
     return "\n\n".join(filter(None, parts))
 
 
