@@ -157,7 +157,7 @@ class Bench:
                 found["auto-round"] = self.auto_round(target, {"*": target})
             elif "searched" in found:
                 file = next((self.out / f"quant-{target}-searched-0").glob("*.txt"))
-                found["searched, auto-round"] = self.auto_round(target, read_level_config(file))
+                found["searched, then auto-round"] = self.auto_round(target, read_level_config(file))
         return found
 
     def depth(self, budget: str, seed: int) -> dict[str, dict]:
