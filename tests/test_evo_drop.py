@@ -784,10 +784,10 @@ def test_what_is_no_model_is_refused(refused, tmp_path):
 
 
 def test_model_without_recognisable_blocks_is_refused(command, tokenizer, tmp_path):
-    model = families.build("mamba", vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, state_size=4)
+    model = families.build("rwkv", vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2)
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path / "model")
-    with pytest.raises(SystemExit, match=r"^error: backbone\.layers\.0 \(MambaBlock\): expected a child that takes"):
+    with pytest.raises(SystemExit, match=r"^error: rwkv\.blocks\.0 \(RwkvBlock\): expected a child that takes"):
         evo_drop.main(command(model_name_or_path=tmp_path / "model", sparsity=0.5))
 
 
