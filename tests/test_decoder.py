@@ -117,7 +117,7 @@ def test_block_that_is_not_the_identity_without_its_sub_blocks_is_still_run(monk
 
 def test_rwkv_is_refused_naming_the_block_and_what_was_found_in_it():
     model = families.build("rwkv", vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2)
-    with pytest.raises(ValueError, match=r"rwkv\.blocks\.0 \(RwkvBlock\).*attention.*MLP.*found attention, feed_forward"):
+    with pytest.raises(ValueError, match=r"rwkv\.blocks\.0 \(RwkvBlock\): .*found attention, feed_forward"):
         Decoder(model)
 
 
