@@ -141,13 +141,7 @@ class Decoder:
         if not all(half.modules for half in halves):
             for half in halves:
                 half.held = "not all blocks have both an attention and an MLP"
-        owners = {parameter: block.name for block in self.blocks for parameter in block.module.parameters()}
-        for block in self.blocks:
-            shared = next((owners[parameter] for parameter in block.module.parameters()
-                           if owners[parameter] != block.name), None)
-            if shared:
-                raise ValueError(f"{type(model).__name__}: {block.name} and {shared} have weights in common; expected "
-                                 f"every block to have its own")
+        self._check_weights_are_own()
         self.states: list = [None] * len(self.blocks)   # the state a search has put each block in; None: as loaded
         self.packed_rows = 0             # rows of packed documents that may share a microbatch: 0, 1 or any number
         self.by_document = False         # then rows of any number of tokens cost no more than their documents
@@ -162,6 +156,16 @@ class Decoder:
         if offload_to:
             self.offload_blocks(offload_to)
         self._probe(by_document)
+
+    def _check_weights_are_own(self) -> None:
+        """Raises ValueError where two blocks share weights."""
+        owners = {parameter: block.name for block in self.blocks for parameter in block.module.parameters()}
+        for block in self.blocks:
+            shared = next((owners[parameter] for parameter in block.module.parameters()
+                           if owners[parameter] != block.name), None)
+            if shared:
+                raise ValueError(f"{type(self.model).__name__}: {block.name} and {shared} have weights in common; "
+                                 f"expected every block to have its own")
 
     @property
     def layers(self) -> dict[str, Layer]:
@@ -297,44 +301,12 @@ class Decoder:
     def _probe(self, by_document: bool) -> None:
         """Find out, on a dozen tokens, what differs between families: what modules return, whether documents can be
         packed into rows, whether a block without attention and MLP is the identity. Raises ValueError when running
-        the blocks one by one does not give what the model gives."""
-        connections = set()              # which mix residual streams, and add nothing to them
-
-        def count_outputs(module, args, output):
-            module.extra_outputs = len(output) - 1 if isinstance(output, tuple) else None
-            if isinstance(output, tuple) and args and args[0].numel() != output[0].numel():
-                connections.add(module)
-
-        watched = [module for block in self.blocks
-                   for module in (block.module, *block.attn.modules, *block.mlp.modules)]
-        hooks = [module.register_forward_hook(count_outputs) for module in watched]
-        hooks += [block.module.register_forward_pre_hook(lambda *_, index=block.index: self.bring(index))
-                  for block in self.blocks]
+        the blocks one by one does not give what the model gives, or that is not causal."""
         generator = torch.Generator().manual_seed(0)
         vocabulary = self.config.get_text_config(decoder=True).vocab_size
         tokens = torch.randint(vocabulary, (2, 16), generator=generator).to(self.device)
         first, second = tokens[:, :7], tokens[:, 7:]
-        with self._each_block_once():
-            logits = self.model(input_ids=second, use_cache=False).logits
-        with orientations(self.model, [block.module for block in self.blocks]) as experts:
-            if any(weights.dim() == 3 for block in self.blocks for weights in block.module.parameters()):
-                self.model(input_ids=second, use_cache=False)    # in plain products, which round otherwise
-        for hook in hooks:
-            hook.remove()
-        for block in self.blocks:
-            block.mlp.modules = [module for module in block.mlp.modules
-                                 if module not in connections] or block.mlp.modules
-        if experts:
-            self._add_experts(experts)
-        if logits.isnan().any():
-            if self.offloaded:
-                self.offloaded.restore()
-            broken = next((name for name, weights in self.model.named_parameters() if not weights.isfinite().all()),
-                          None)
-            raise ValueError(f"{broken}: NaN or infinite weights; check the checkpoint, or use another --dtype"
-                             if broken else
-                             f"{type(self.model).__name__}: gives NaN in {self.dtype}; use --dtype bfloat16 or "
-                             f"float32")
+        logits = self._look(second)
         self._watch(second)
         try:
             alone = self._last_hidden_states(second)
@@ -352,6 +324,50 @@ class Decoder:
                              f"expected a causal language model")
 
         self._ask_for_no_mask(alone)
+        self._try_packing(tokens, alone, by_document)
+        self._try_without_halves(first)
+
+    def _look(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The model's own logits, of one or two forwards in which it is seen what modules return and which of them mix
+        residual streams, and which parameters are experts. Raises ValueError where there are none."""
+        connections = set()              # which mix residual streams, and add nothing to them
+
+        def count_outputs(module, args, output):
+            module.extra_outputs = len(output) - 1 if isinstance(output, tuple) else None
+            if isinstance(output, tuple) and args and args[0].numel() != output[0].numel():
+                connections.add(module)
+
+        watched = [module for block in self.blocks
+                   for module in (block.module, *block.attn.modules, *block.mlp.modules)]
+        hooks = [module.register_forward_hook(count_outputs) for module in watched]
+        hooks += [block.module.register_forward_pre_hook(lambda *_, index=block.index: self.bring(index))
+                  for block in self.blocks]
+        with self._each_block_once():
+            logits = self.model(input_ids=tokens, use_cache=False).logits
+        with orientations(self.model, [block.module for block in self.blocks]) as experts:
+            if any(weights.dim() == 3 for block in self.blocks for weights in block.module.parameters()):
+                self.model(input_ids=tokens, use_cache=False)    # in plain products, which round otherwise
+        for hook in hooks:
+            hook.remove()
+        for block in self.blocks:
+            block.mlp.modules = [module for module in block.mlp.modules
+                                 if module not in connections] or block.mlp.modules
+        if experts:
+            self._add_experts(experts)
+        if logits.isnan().any():
+            if self.offloaded:
+                self.offloaded.restore()
+            broken = next((name for name, weights in self.model.named_parameters() if not weights.isfinite().all()),
+                          None)
+            raise ValueError(f"{broken}: NaN or infinite weights; check the checkpoint, or use another --dtype"
+                             if broken else
+                             f"{type(self.model).__name__}: gives NaN in {self.dtype}; use --dtype bfloat16 or "
+                             f"float32")
+        return logits
+
+    def _try_packing(self, tokens: torch.Tensor, alone: torch.Tensor, by_document: bool) -> None:
+        """Find out whether the second documents in two rows, `tokens` [2, 16] from the eighth on, keep apart from the
+        first; `alone`: the blocks' output for them by themselves."""
         restarting = torch.cat([torch.arange(7), torch.arange(9)]).expand(2, 16)
         try:
             expected = self.logits(alone)
@@ -371,7 +387,9 @@ class Decoder:
         except TypeError:  # the family takes no position ids: documents of equal length are batched instead
             pass
 
-        inputs = self.block_inputs(first)
+    def _try_without_halves(self, tokens: torch.Tensor) -> None:
+        """Find out whether a block whose attention and MLP are dropped is the identity."""
+        inputs = self.block_inputs(tokens)
         blocks = self.blocks if len({type(block.module) for block in self.blocks}) > 1 else self.blocks[:1]
         unchanged = []
         for block in blocks:
